@@ -1,0 +1,1 @@
+"""The data lifecycle manager: catalogue, policies and safety as plain functions."""

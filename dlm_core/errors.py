@@ -1,0 +1,208 @@
+"""Every error a user may see: a class, a stable code, and its docstring is the message.
+
+The docstring is a format string over the keyword arguments of the constructor, so that what is
+wrong, where, and what would be right is written once, beside the code.
+"""
+
+from __future__ import annotations
+
+
+class DlmError(Exception):
+    """{message}"""
+
+    code = "DLM-000"
+    exit_code = 1
+    retryable = False
+
+    def __init__(self, **details: object) -> None:
+        self.details = details
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        return " ".join((type(self).__doc__ or "").split()).format(**self.details)
+
+
+# --- input: exit code 2 -----------------------------------------------------------------------
+
+
+class InputError(DlmError):
+    """{message}"""
+
+    code = "DLM-100"
+    exit_code = 2
+
+
+class InvalidValueError(InputError):
+    """{what} {value!r} is not valid: {expected}"""
+
+    code = "DLM-101"
+
+
+class NotFoundError(InputError):
+    """no {noun} {key!r} in the catalogue{hint}"""
+
+    code = "DLM-102"
+
+    def __init__(self, noun: str, key: object, hint: str = "") -> None:
+        super().__init__(noun=noun, key=str(key), hint=f"; {hint}" if hint else "")
+
+
+class AlreadyExistsError(InputError):
+    """{noun} {key!r} already exists in the catalogue"""
+
+    code = "DLM-103"
+
+
+class DigestConflictError(InputError):
+    """{uri} is registered with digest {registered} but the payload has {found}; register it as
+    a new version (--new-version) or restore the old bytes"""
+
+    code = "DLM-104"
+
+
+class IllegalTransitionError(InputError):
+    """{noun} {key} cannot go from {old} to {new}"""
+
+    code = "DLM-105"
+
+
+class EmptySelectorError(InputError):
+    """an empty selector is refused: {expected}"""
+
+    code = "DLM-106"
+
+
+# --- the catalogue and the services: exit code 3 ----------------------------------------------
+
+
+class CatalogueError(DlmError):
+    """the catalogue database refused: {message}"""
+
+    code = "DLM-200"
+    exit_code = 3
+
+
+class CatalogueUnavailableError(CatalogueError):
+    """the catalogue database cannot be reached ({reason}); {hint}"""
+
+    code = "DLM-201"
+    retryable = True
+
+
+class SchemaMismatchError(CatalogueError):
+    """the catalogue schema is at {found}, this software needs {expected}; run 'dlm db upgrade'"""
+
+    code = "DLM-202"
+
+
+class ServiceUnavailableError(DlmError):
+    """{service} is not running ({reason}); start it with 'dlm up'"""
+
+    code = "DLM-203"
+    exit_code = 3
+    retryable = True
+
+
+# --- storages: exit code 4 --------------------------------------------------------------------
+
+
+class StorageError(DlmError):
+    """storage {storage}: {message}"""
+
+    code = "DLM-300"
+    exit_code = 4
+
+
+class StorageUnavailableError(StorageError):
+    """storage {storage} cannot be reached: {message}"""
+
+    code = "DLM-301"
+    retryable = True
+
+
+class StorageFullError(StorageError):
+    """storage {storage} is full: {message}"""
+
+    code = "DLM-302"
+    retryable = True
+
+
+class PayloadNotFoundError(StorageError):
+    """storage {storage} has no payload at {path!r}"""
+
+    code = "DLM-303"
+
+
+class PayloadExistsError(StorageError):
+    """storage {storage} already has something at {path!r}; nothing is overwritten"""
+
+    code = "DLM-304"
+
+
+class PathRefusedError(StorageError):
+    """storage {storage} refuses the path {path!r}: {message}"""
+
+    code = "DLM-305"
+
+
+class AccessDeniedError(StorageError):
+    """storage {storage} denies access to {path!r}: {message}"""
+
+    code = "DLM-306"
+
+
+# --- bytes: exit code 5 -----------------------------------------------------------------------
+
+
+class IntegrityError(DlmError):
+    """{where}: digest or size differs, expected {expected}, found {found}"""
+
+    code = "DLM-400"
+    exit_code = 5
+
+
+class SourceDamagedError(IntegrityError):
+    """source {where} is damaged: expected {expected}, read {found}; nothing was written"""
+
+    code = "DLM-401"
+
+
+class DestinationDamagedError(IntegrityError):
+    """copy at {where} reads back differently: expected {expected}, found {found}; the copy was
+    removed"""
+
+    code = "DLM-402"
+    retryable = True
+
+
+class ChangedWhileReadError(IntegrityError):
+    """{where} changed while it was read; it is looked at again later"""
+
+    code = "DLM-403"
+    retryable = True
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where=where, expected="", found="")
+
+
+# --- safety: exit code 6 ----------------------------------------------------------------------
+
+
+class SafetyError(DlmError):
+    """{message}"""
+
+    code = "DLM-500"
+    exit_code = 6
+
+
+class DeletionRefusedError(SafetyError):
+    """the deletion of {key} is refused: {reason}"""
+
+    code = "DLM-501"
+
+
+class BlastRadiusError(SafetyError):
+    """{what} would touch {found} {unit}, above the limit of {limit} for one run; look at the dry
+    run and raise the limit for this run if it is meant"""
+
+    code = "DLM-502"

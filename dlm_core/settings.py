@@ -1,0 +1,96 @@
+"""Settings from the environment (prefix ``DLM_``); every field is documented in docs/settings.md."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from dlm_core.errors import InvalidValueError
+
+
+class Settings(BaseSettings):
+    """What a site sets once. Nothing below level 3 reads the environment by itself."""
+
+    model_config = SettingsConfigDict(env_prefix="DLM_", frozen=True, extra="ignore")
+
+    home: Path = Field(
+        default_factory=lambda: Path.home() / ".local/share/dlm",
+        description="Folder of everything the DLM keeps on this machine.",
+    )
+    database_url: SecretStr | None = Field(
+        None, description="libpq URL of the catalogue; unset: an embedded PostgreSQL in DLM_HOME."
+    )
+    dagster_database_url: SecretStr | None = Field(
+        None, description="libpq URL of Dagster's database; unset: 'dagster' beside the catalogue."
+    )
+    pg_bindir: Path | None = Field(
+        None, description="Folder with initdb, postgres and pg_ctl for the embedded PostgreSQL."
+    )
+    webserver_host: str = Field("127.0.0.1", description="Address the Dagster UI binds to.")
+    webserver_port: int = Field(3000, ge=0, le=65535, description="Its port; 0 takes a free one.")
+    compute_logs_bucket: str | None = Field(
+        None, description="S3 bucket for Dagster's compute logs; unset: files in DLM_HOME."
+    )
+    compute_logs_endpoint: str | None = Field(None, description="S3 endpoint of that bucket.")
+
+    batch_size: int = Field(1000, ge=1, le=10_000, description="Operations claimed at a time.")
+    lease_seconds: float = Field(300, ge=1, description="Lease of a claimed operation, seconds.")
+    linger_seconds: float = Field(20, ge=0, description="A dry drainer waits this long for work.")
+    max_drainers: int = Field(2, ge=1, le=64, description="Runs of one job at a time.")
+    sensor_interval_seconds: int = Field(5, ge=1, description="Shortest time between ticks.")
+    max_attempts: int = Field(8, ge=1, description="Tries of an operation before it is FAILED.")
+    retry_base_seconds: float = Field(5, gt=0, description="First back-off; doubles, with jitter.")
+    retry_max_seconds: float = Field(3600, gt=0, description="Longest back-off, seconds.")
+    trash_grace_seconds: float = Field(
+        7 * 86400, ge=0, description="How long trash can be restored, unless the storage says."
+    )
+    proof_max_age_seconds: float = Field(
+        30 * 86400, gt=0, description="A survivor checked longer ago is read again before a purge."
+    )
+    certificate_seconds: float = Field(
+        600, gt=0, description="How long a proof is good between certificate and effect."
+    )
+    max_delete_items: int = Field(
+        100_000, ge=0, description="One run may trash at most this many replicas."
+    )
+    max_delete_bytes: int = Field(
+        100 * 2**40, ge=0, description="One run may trash at most this many bytes."
+    )
+    watch_settle_seconds: float = Field(
+        10, ge=0, description="A watched file is registered when unchanged for this long."
+    )
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @cached_property
+    def lease(self) -> timedelta:
+        return timedelta(seconds=self.lease_seconds)
+
+    @cached_property
+    def trash_grace(self) -> timedelta:
+        return timedelta(seconds=self.trash_grace_seconds)
+
+
+def load_settings(**overrides: object) -> Settings:
+    """The settings of this process.
+
+    Raises
+    ------
+    InvalidValueError
+        naming the variable, its value and what would be right.
+    """
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "DLM_" + ".".join(map(str, first["loc"])).upper()
+        raise InvalidValueError(
+            what=name, value=first.get("input"), expected=first["msg"]
+        ) from None

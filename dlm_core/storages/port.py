@@ -1,0 +1,120 @@
+"""The storage port: what every adapter promises. The comments here are the contract.
+
+Paths are relative to the storage's root, ``/``-separated ``str`` (octets that are no UTF-8 as
+surrogate escapes on POSIX). An adapter refuses absolute paths, ``..``, and anything that a symbolic
+link would lead out of the root (``PathRefusedError``). No call overwrites: what is there stays.
+Errors are those of ``dlm_core.errors``: ``StorageUnavailableError`` (retry), ``StorageFullError``,
+``AccessDeniedError``, ``PayloadNotFoundError``, ``PayloadExistsError``, ``PathRefusedError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+
+#: Everything of the DLM's own on a storage lies below this folder and is never a payload.
+PRIVATE = ".dlm"
+
+
+def temp_path(token: str) -> str:
+    """Where a copy is written before it is verified and renamed; ``token`` is unique per try."""
+    return f"{PRIVATE}/tmp/{token}"
+
+
+def trash_path(uid: str) -> str:
+    """Where a trashed replica's payload lies until it is purged or restored."""
+    return f"{PRIVATE}/trash/{uid}"
+
+
+def quarantine_path(uid: str, token: str) -> str:
+    """Where damaged bytes are kept, visibly, when a replica is made again."""
+    return f"{PRIVATE}/quarantine/{uid}.{token}"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the storage says of one path. A statement, not a proof: only reading proves bytes."""
+
+    path: str
+    #: bytes; for a directory 0
+    size: int
+    #: seconds since 1970, as the storage tells it
+    mtime: float
+    #: 'file', 'directory', 'symlink' or 'other' (fifo, socket, device)
+    kind: str
+    #: opaque: changes when the content does, if the storage has such a thing (S3)
+    etag: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Capacity in bytes as the storage itself tells it."""
+
+    total: int
+    used: int
+
+
+class Storage(Protocol):
+    """One volume. Implementations are thread-safe and cheap to keep."""
+
+    name: str
+    #: how many transfers at once suit this storage
+    concurrency: int
+
+    def stat(self, path: str) -> Entry | None:
+        """The entry, or None if the storage *answers* that nothing is there.
+
+        An outage is never None: it raises ``StorageUnavailableError``. On an object store a
+        prefix with objects below is a 'directory'.
+        """
+        ...
+
+    def stat_many(self, paths: Iterable[str]) -> dict[str, Entry | None]:
+        """As :meth:`stat` for many paths of files, in as few requests as the storage allows."""
+        ...
+
+    def walk(self, path: str = "") -> Iterator[Entry]:
+        """All entries below ``path`` but directories, in path order within a directory.
+
+        Symbolic links come as 'symlink' and are never followed. ``.dlm`` is left out. Raises
+        rather than leave something out silently.
+        """
+        ...
+
+    def open_read(self, path: str) -> BinaryIO:
+        """A stream over the bytes of a file. Closing it is the caller's."""
+        ...
+
+    def write(self, path: str, source: BinaryIO, size: int) -> str | None:
+        """Write ``size`` bytes from ``source`` to a *new* file; make parent folders.
+
+        Returns the etag if the storage has one. When it returns the bytes are durable or will be
+        by :meth:`flush`. If it raises, nothing is visible at ``path`` or :meth:`remove` clears it.
+        """
+        ...
+
+    def flush(self) -> None:
+        """Make all that was written and renamed durable (one syncfs for a whole batch)."""
+        ...
+
+    def rename(self, source: str, destination: str) -> None:
+        """Move a file or directory tree; make parent folders of the destination.
+
+        Fails with ``PayloadExistsError`` if the destination is there and ``PayloadNotFoundError``
+        if the source is not. On an object store it is copy, check, delete: a crash leaves the
+        source, or both, never neither.
+        """
+        ...
+
+    def remove(self, path: str) -> None:
+        """Remove a file or directory tree; fine if nothing is there. Empty parents may go too."""
+        ...
+
+    def usage(self) -> Usage | None:
+        """Capacity, or None if the storage cannot tell."""
+        ...
+
+    def check(self) -> None:
+        """Raise unless the root is there, reachable, and (unless read-only) writable."""
+        ...

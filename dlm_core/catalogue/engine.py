@@ -1,0 +1,117 @@
+"""Engine, transactions, and the translation of database errors into ours."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, create_engine, exc, make_url, text
+
+from dlm_core.errors import CatalogueError, CatalogueUnavailableError
+
+T = TypeVar("T")
+Rows = Sequence[Mapping[str, Any]]
+
+#: deadlock_detected and serialization_failure: nothing happened, try the transaction again
+_TRY_AGAIN = {"40P01", "40001"}
+_TRIES = 6
+
+
+def make_engine(url: str, *, pool_size: int = 8) -> Engine:
+    """An engine on the catalogue.
+
+    ``url`` is a libpq URL (``postgresql://…``); several hosts are given as repeated ``host``
+    parameters, ``?host=a:5432&host=b:5432&target_session_attrs=read-write``.
+    """
+    return create_engine(
+        make_url(url).set(drivername="postgresql+psycopg"),
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_pre_ping=True,
+        connect_args={"application_name": "dlm", "connect_timeout": 10},
+    )
+
+
+@contextmanager
+def begin(engine: Engine, actor: str, now: datetime | None = None) -> Iterator[Connection]:
+    """A transaction in the name of ``actor`` (``user:…``, ``sensor:…``, ``rule:…``).
+
+    ``now`` is what the catalogue takes for the present; None means its own clock.
+
+    Raises
+    ------
+    CatalogueUnavailableError
+        if the server cannot be reached or went away; nothing was changed.
+    CatalogueError
+        if the database refused; the message is the database's reason.
+    """
+    try:
+        with engine.begin() as connection:
+            connection.execute(
+                text("SELECT set_config('dlm.actor', :a, true), set_config('dlm.now', :n, true)"),
+                {"a": actor, "n": now.isoformat() if now else ""},
+            )
+            yield connection
+    except exc.DBAPIError as error:
+        raise _translated(error) from error
+
+
+def transact(
+    engine: Engine, actor: str, work: Callable[[Connection], T], now: datetime | None = None
+) -> T:
+    """Run ``work`` in a transaction, again if the database chose it as a deadlock's victim.
+
+    ``work`` must have no effect outside the database. Raises as :func:`begin`.
+    """
+    for attempt in range(_TRIES):
+        try:
+            with begin(engine, actor, now) as connection:
+                return work(connection)
+        except CatalogueError as error:
+            cause = error.__cause__
+            state = getattr(getattr(cause, "orig", None), "sqlstate", None)
+            if state not in _TRY_AGAIN or attempt == _TRIES - 1:
+                raise
+            time.sleep(random.uniform(0, 0.05 * 2**attempt))
+    raise AssertionError("unreachable")
+
+
+def rows(connection: Connection, sql: str, **parameters: object) -> list[dict[str, Any]]:
+    """The rows of a query as dictionaries."""
+    return [dict(row) for row in connection.execute(text(sql), parameters).mappings()]
+
+
+def run(connection: Connection, sql: str, **parameters: object) -> int:
+    """Execute a statement; the number of rows it touched."""
+    return connection.execute(text(sql), parameters).rowcount
+
+
+def copy_rows(
+    connection: Connection, table: str, columns: Mapping[str, str], records: Any
+) -> None:
+    """Stage ``records`` (tuples) in a new temporary ``table`` by binary COPY and analyse it.
+
+    ``columns`` maps names to PostgreSQL types. Both are ours, never a user's.
+    """
+    run(connection, f"DROP TABLE IF EXISTS pg_temp.{table}")
+    body = ", ".join(f"{name} {kind}" for name, kind in columns.items())
+    run(connection, f"CREATE TEMPORARY TABLE {table} ({body}) ON COMMIT DROP")
+    cursor = connection.connection.cursor()
+    with cursor.copy(f"COPY {table} ({', '.join(columns)}) FROM STDIN (FORMAT BINARY)") as copy:
+        copy.set_types(list(columns.values()))
+        for record in records:
+            copy.write_row(record)
+    run(connection, f"ANALYZE {table}")
+
+
+def _translated(error: exc.DBAPIError) -> CatalogueError:
+    diagnosis = getattr(error.orig, "diag", None)
+    message = getattr(diagnosis, "message_primary", None) or str(error.orig).split("\n")[0]
+    if error.connection_invalidated or isinstance(error, exc.OperationalError):
+        if getattr(error.orig, "sqlstate", None) not in _TRY_AGAIN:
+            return CatalogueUnavailableError(reason=message, hint="is it running? ('dlm up')")
+    return CatalogueError(message=message)

@@ -1,0 +1,233 @@
+"""The queue of file work: insert, claim with a lease, extend, finish. One statement a batch."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection
+
+from dlm_core.catalogue.engine import rows, run
+from dlm_core.types import OperationKind, OperationState, new_id
+
+
+@dataclass(frozen=True, slots=True)
+class NewOperation:
+    """One operation to queue; ``uid`` is the replica it acts on or makes."""
+
+    kind: OperationKind
+    oid: uuid.UUID
+    uid: uuid.UUID
+    reason: str
+    due_at: datetime
+    plan_id: uuid.UUID | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one try of an operation ended.
+
+    ``state`` is DONE, FAILED (for good) or QUEUED (again at ``due_at``); an error's code and text
+    stay visible in every case.
+    """
+
+    operation_id: uuid.UUID
+    state: OperationState
+    error_code: str | None = None
+    error: str | None = None
+    due_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Exponential back-off with full jitter, ``base`` to ``ceiling`` seconds."""
+
+    base: float
+    ceiling: float
+    max_attempts: int
+
+    def next_due(self, attempts: int, now: datetime) -> datetime | None:
+        """When to try again after ``attempts`` tries, or None when enough is enough."""
+        if attempts >= self.max_attempts:
+            return None
+        longest = min(self.ceiling, self.base * 2 ** max(attempts - 1, 0))
+        return now + timedelta(seconds=random.uniform(longest / 2, longest))
+
+
+def insert_operations(
+    connection: Connection, operations: Iterable[NewOperation], actor: str, now: datetime
+) -> int:
+    """Queue operations; the number queued."""
+    batch = list(operations)
+    return run(
+        connection,
+        """INSERT INTO operation (operation_id, kind, oid, uid, reason, due_at, plan_id, priority,
+                                  actor, created_at)
+           SELECT *, :actor, :now FROM unnest(
+             CAST(:ids AS uuid[]), CAST(:kinds AS text[]), CAST(:oids AS uuid[]),
+             CAST(:uids AS uuid[]), CAST(:reasons AS text[]), CAST(:dues AS timestamptz[]),
+             CAST(:plans AS uuid[]), CAST(:priorities AS smallint[]))""",
+        actor=actor,
+        now=now,
+        ids=[new_id() for _ in batch],
+        kinds=[op.kind.value for op in batch],
+        oids=[op.oid for op in batch],
+        uids=[op.uid for op in batch],
+        reasons=[op.reason for op in batch],
+        dues=[op.due_at for op in batch],
+        plans=[op.plan_id for op in batch],
+        priorities=[op.priority for op in batch],
+    )
+
+
+def count_due(
+    connection: Connection, kinds: Sequence[OperationKind], now: datetime, limit: int = 100_000
+) -> int:
+    """Operations to be claimed now, leases that ran out included; counting stops at ``limit``."""
+    found = rows(
+        connection,
+        """SELECT count(*) AS n FROM (
+             SELECT FROM operation WHERE state = 'QUEUED' AND kind = ANY(:kinds) AND due_at <= :now
+             UNION ALL
+             SELECT FROM operation WHERE state = 'RUNNING' AND lease_until < :now
+                AND kind = ANY(:kinds)
+             LIMIT :limit) due""",
+        kinds=[kind.value for kind in kinds],
+        now=now,
+        limit=limit,
+    )
+    return int(found[0]["n"])
+
+
+def release_expired_leases(
+    connection: Connection, kinds: Sequence[OperationKind], now: datetime
+) -> int:
+    """Make operations due again whose worker was lost; the number of them."""
+    return run(
+        connection,
+        """UPDATE operation SET state = 'QUEUED', lease_token = NULL, lease_until = NULL,
+                  due_at = :now, error_code = 'DLM-600', error = 'the lease of ' || coalesce(worker, '?')
+                  || ' ran out at ' || lease_until
+            WHERE operation_id IN (
+              SELECT operation_id FROM operation WHERE state = 'RUNNING' AND lease_until < :now
+                 AND kind = ANY(:kinds) FOR UPDATE SKIP LOCKED)""",
+        kinds=[kind.value for kind in kinds],
+        now=now,
+    )
+
+
+def claim_operations(
+    connection: Connection,
+    kinds: Sequence[OperationKind],
+    *,
+    token: uuid.UUID,
+    worker: str,
+    limit: int,
+    lease: timedelta,
+    now: datetime,
+) -> list[dict[str, Any]]:
+    """Claim up to ``limit`` due operations until ``now + lease``; commit before doing the work.
+
+    ``token`` is new for every claim: only who holds it can extend or finish.
+    """
+    return rows(
+        connection,
+        """WITH due AS MATERIALIZED (
+             SELECT operation_id FROM operation
+              WHERE state = 'QUEUED' AND kind = ANY(:kinds) AND due_at <= :now
+              ORDER BY priority, due_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+           UPDATE operation o SET state = 'RUNNING', attempts = attempts + 1, worker = :worker,
+                  lease_token = :token, lease_until = :until
+             FROM due WHERE o.operation_id = due.operation_id
+           RETURNING o.operation_id, o.kind, o.oid, o.uid, o.reason, o.attempts, o.plan_id,
+                     o.created_at, o.source_uid, o.error_code""",
+        kinds=[kind.value for kind in kinds],
+        token=token,
+        worker=worker,
+        limit=limit,
+        until=now + lease,
+        now=now,
+    )
+
+
+def extend_leases(connection: Connection, token: uuid.UUID, until: datetime) -> int:
+    """Prolong what ``token`` still holds; 0 means that all is finished or lost."""
+    return run(
+        connection,
+        "UPDATE operation SET lease_until = :until WHERE lease_token = :token AND state = 'RUNNING'",
+        token=token,
+        until=until,
+    )
+
+
+def release_operations(connection: Connection, token: uuid.UUID, now: datetime) -> int:
+    """Give back what ``token`` holds, untried: an interrupted drainer's unfinished work."""
+    return run(
+        connection,
+        """UPDATE operation SET state = 'QUEUED', lease_token = NULL, lease_until = NULL,
+                  due_at = :now, attempts = greatest(attempts - 1, 0)
+            WHERE lease_token = :token AND state = 'RUNNING'""",
+        token=token,
+        now=now,
+    )
+
+
+def lock_claimed(
+    connection: Connection, token: uuid.UUID, operation_ids: Sequence[uuid.UUID]
+) -> set[uuid.UUID]:
+    """Those of ``operation_ids`` that ``token`` still holds, locked to the end of the transaction.
+
+    A worker whose lease ran out must write nothing: another may have claimed the operation.
+    """
+    found = rows(
+        connection,
+        """SELECT operation_id FROM operation WHERE operation_id = ANY(:ids)
+              AND lease_token = :token AND state = 'RUNNING' ORDER BY operation_id FOR UPDATE""",
+        ids=list(operation_ids),
+        token=token,
+    )
+    return {row["operation_id"] for row in found}
+
+
+def finish_operations(
+    connection: Connection, token: uuid.UUID, outcomes: Sequence[Outcome], now: datetime
+) -> int:
+    """Write how operations ended; those that ``token`` no longer holds are left alone."""
+    return run(
+        connection,
+        """UPDATE operation o SET state = u.state, error_code = u.code, error = u.error,
+                  due_at = coalesce(u.due_at, o.due_at), lease_token = NULL, lease_until = NULL,
+                  finished_at = CASE WHEN u.state = 'QUEUED' THEN NULL
+                                     ELSE CAST(:now AS timestamptz) END
+             FROM unnest(CAST(:ids AS uuid[]), CAST(:states AS text[]), CAST(:codes AS text[]),
+                         CAST(:errors AS text[]), CAST(:dues AS timestamptz[]))
+                  AS u(operation_id, state, code, error, due_at)
+            WHERE o.operation_id = u.operation_id AND o.lease_token = :token
+              AND o.state = 'RUNNING'""",
+        token=token,
+        now=now,
+        ids=[outcome.operation_id for outcome in outcomes],
+        states=[outcome.state.value for outcome in outcomes],
+        codes=[outcome.error_code for outcome in outcomes],
+        errors=[outcome.error for outcome in outcomes],
+        dues=[outcome.due_at for outcome in outcomes],
+    )
+
+
+def retry_failed(
+    connection: Connection, now: datetime, operation_ids: Sequence[uuid.UUID] | None = None
+) -> int:
+    """Queue FAILED operations again, all or the named ones, with their tries forgotten."""
+    return run(
+        connection,
+        """UPDATE operation SET state = 'QUEUED', attempts = 0, due_at = :now, finished_at = NULL
+            WHERE state = 'FAILED'
+              AND (CAST(:ids AS uuid[]) IS NULL OR operation_id = ANY(CAST(:ids AS uuid[])))""",
+        now=now,
+        ids=list(operation_ids) if operation_ids is not None else None,
+    )

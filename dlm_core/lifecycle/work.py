@@ -1,0 +1,265 @@
+"""Drainers: claim a batch, work on it, write the results, until nothing is due.
+
+A job's operation calls :func:`drain` with what to plan and what to execute. Everything that a
+drainer needs travels in one :class:`Context`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+
+from dlm_core.catalogue import operations as queue
+from dlm_core.catalogue.engine import rows, transact
+from dlm_core.clock import Clock, utc_now
+from dlm_core.errors import DlmError
+from dlm_core.settings import Settings
+from dlm_core.storages.open import open_storage
+from dlm_core.storages.port import Storage
+from dlm_core.types import OperationKind, OperationState, new_id
+
+log = logging.getLogger("dlm")
+
+#: how often progress is logged and leases are prolonged, as a share of the lease
+_HEARTBEAT_SHARE = 0.25
+_PROGRESS_SECONDS = 15.0
+_POLL_SECONDS = 0.5
+_SLOWEST = 10
+
+
+class StoragePool:
+    """Open adapters by storage id, kept while the storage's row says the same."""
+
+    def __init__(self, opener: Callable[[Mapping[str, Any]], Storage] | None = None) -> None:
+        self._opener = opener or _open_row
+        self._open: dict[uuid.UUID, tuple[str, Storage]] = {}
+        self._lock = threading.Lock()
+
+    def load(self, connection: Connection) -> dict[uuid.UUID, dict[str, Any]]:
+        """All storages' rows by id, with location, usage and free space; refreshes the adapters."""
+        found = rows(
+            connection,
+            """SELECT s.*, l.name AS location, u.used_bytes, u.trashed_bytes,
+                      phase_weight(s.phase) AS weight
+                 FROM storage s JOIN location l USING (location_id)
+                 JOIN storage_usage u USING (storage_id)""",
+        )
+        return {row["storage_id"]: row for row in found}
+
+    def open(self, row: Mapping[str, Any]) -> Storage:
+        """The adapter of a storage's row."""
+        stamp = repr((row["interface"], row["root"], row["config"], row["concurrency"]))
+        with self._lock:
+            kept = self._open.get(row["storage_id"])
+            if kept is None or kept[0] != stamp:
+                kept = (stamp, self._opener(row))
+                self._open[row["storage_id"]] = kept
+            return kept[1]
+
+
+def _open_row(row: Mapping[str, Any]) -> Storage:
+    storage = open_storage(row["name"], row["interface"], row["root"], row["config"])
+    if row["concurrency"]:
+        storage.concurrency = row["concurrency"]
+    return storage
+
+
+@dataclass(slots=True)
+class Context:
+    """What core functions with effects need; ``actor`` goes into every event they cause."""
+
+    engine: Engine
+    settings: Settings
+    actor: str
+    clock: Clock = utc_now
+    storages: StoragePool = field(default_factory=StoragePool)
+    stop: threading.Event = field(default_factory=threading.Event)
+    worker: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
+
+    def transact(self, work: Callable[[Connection], Any]) -> Any:
+        """Run ``work(connection)`` in one transaction at this context's time."""
+        return transact(self.engine, self.actor, work, self.clock())
+
+    @property
+    def backoff(self) -> queue.Backoff:
+        s = self.settings
+        return queue.Backoff(s.retry_base_seconds, s.retry_max_seconds, s.max_attempts)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A batch of operations that ``token`` holds."""
+
+    token: uuid.UUID
+    operations: Sequence[Mapping[str, Any]]
+
+
+@dataclass(slots=True)
+class Report:
+    """What a drainer did, in aggregate; becomes the run's metadata."""
+
+    done: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    retried: Counter[str] = field(default_factory=Counter)
+    planned: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    #: (seconds, kind, oid) of the slowest operations, slowest first
+    slowest: list[tuple[float, str, str]] = field(default_factory=list)
+
+    def note(
+        self, operation: Mapping[str, Any], outcome: queue.Outcome, size: int, seconds: float
+    ) -> None:
+        """Count one operation that ended."""
+        if outcome.state is OperationState.DONE:
+            self.done[operation["kind"]] += 1
+            self.bytes += size
+        else:
+            causes = self.failed if outcome.state is OperationState.FAILED else self.retried
+            causes[outcome.error_code or "DLM-000"] += 1
+        slow = (seconds, operation["kind"], str(operation["oid"]))
+        if len(self.slowest) < _SLOWEST or slow > self.slowest[-1]:
+            self.slowest = sorted([*self.slowest, slow], reverse=True)[:_SLOWEST]
+
+    def add(self, other: Report) -> None:
+        """Add another report to this one."""
+        self.done += other.done
+        self.failed += other.failed
+        self.retried += other.retried
+        self.planned += other.planned
+        self.bytes += other.bytes
+        self.slowest = sorted([*self.slowest, *other.slowest], reverse=True)[:_SLOWEST]
+
+    @property
+    def total(self) -> int:
+        return sum(self.done.values()) + sum(self.failed.values()) + sum(self.retried.values())
+
+
+Executor = Callable[[Context, Claim], Report]
+Planner = Callable[[Context], int]
+
+
+def outcome_of_error(
+    context: Context, operation: Mapping[str, Any], error: DlmError, now: datetime
+) -> queue.Outcome:
+    """Classify a failure: retryable ones are due again after a back-off, others FAILED at once."""
+    due = context.backoff.next_due(operation["attempts"], now) if error.retryable else None
+    state = OperationState.QUEUED if due else OperationState.FAILED
+    return queue.Outcome(operation["operation_id"], state, error.code, str(error)[:2000], due)
+
+
+def done(operation: Mapping[str, Any]) -> queue.Outcome:
+    """The outcome of an operation that did what it should."""
+    return queue.Outcome(operation["operation_id"], OperationState.DONE)
+
+
+def drain(
+    context: Context,
+    executors: Mapping[OperationKind, Executor],
+    planner: Planner | None = None,
+    *,
+    linger_seconds: float = 0.0,
+) -> Report:
+    """Plan and execute until dry, then wait ``linger_seconds`` for new work before ending.
+
+    Several drainers may run at once, on several machines: an operation is claimed by one of them.
+    ``planner`` turns due catalogue work into operations and returns how much it planned. When
+    ``context.stop`` is set the drainer gives back what it has not begun and returns.
+    """
+    report, begun = Report(), time.monotonic()
+    last_work = last_log = begun
+    while not context.stop.is_set():
+        planned = planner(context) if planner else 0
+        batch = _claim_and_execute(context, executors)
+        report.planned += planned
+        report.add(batch)
+        now = time.monotonic()
+        if planned or batch.total:
+            last_work = now
+        elif now - last_work >= linger_seconds:
+            break
+        else:
+            context.stop.wait(min(_POLL_SECONDS, linger_seconds))
+        if now - last_log >= _PROGRESS_SECONDS:
+            last_log = now
+            log.info(progress_line(report, now - begun))
+    report.seconds = time.monotonic() - begun
+    return report
+
+
+def progress_line(report: Report, seconds: float) -> str:
+    """One line for the log."""
+    done_text = ", ".join(f"{n} {kind}" for kind, n in sorted(report.done.items())) or "nothing"
+    rate = report.bytes / 1e6 / seconds if seconds else 0.0
+    return (
+        f"done: {done_text}; {report.bytes / 1e6:.1f} MB at {rate:.1f} MB/s; "
+        f"to be tried again: {sum(report.retried.values())}; failed: {sum(report.failed.values())}"
+    )
+
+
+def _claim_and_execute(context: Context, executors: Mapping[OperationKind, Executor]) -> Report:
+    report = Report()
+    kinds = list(executors)
+    context.transact(lambda c: queue.release_expired_leases(c, kinds, context.clock()))
+    for kind, execute in executors.items():
+        token = new_id()
+        operations = context.transact(lambda c, k=kind, t=token: _claim(c, context, k, t))
+        if operations:
+            with _heartbeat(context, token):
+                report.add(execute(context, Claim(token, operations)))
+            context.transact(lambda c, t=token: queue.release_operations(c, t, context.clock()))
+        if context.stop.is_set():
+            break
+    return report
+
+
+def _claim(
+    connection: Connection, context: Context, kind: OperationKind, token: uuid.UUID
+) -> list[dict[str, Any]]:
+    return queue.claim_operations(
+        connection,
+        [kind],
+        token=token,
+        worker=context.worker,
+        limit=context.settings.batch_size,
+        lease=context.settings.lease,
+        now=context.clock(),
+    )
+
+
+@contextmanager
+def _heartbeat(context: Context, token: uuid.UUID) -> Iterator[None]:
+    """Prolong the leases of ``token`` while the work goes on, so that only a lost worker's end."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(context.settings.lease_seconds * _HEARTBEAT_SHARE):
+            try:
+                context.transact(
+                    lambda c: queue.extend_leases(
+                        c, token, context.clock() + context.settings.lease
+                    )
+                )
+            except DlmError as error:
+                # the lease may run out; then the operation is done again, which is harmless
+                log.warning("leases not prolonged: %s", error)
+
+    thread = threading.Thread(target=beat, name="dlm-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

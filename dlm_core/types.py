@@ -145,13 +145,26 @@ def make_uri(scheme: str, path: str | bytes) -> str:
         raise InvalidValueError(
             what="scheme", value=scheme, expected="a lower-case RFC 3986 scheme such as 'ska'"
         )
+    return f"{scheme}:{encode_path(path)}"
+
+
+def encode_path(path: str | bytes) -> str:
+    """A relative path percent-encoded, the form in which the catalogue keeps replica paths.
+
+    PostgreSQL's text holds no octets that are no UTF-8, POSIX names do.
+    """
     raw = path if isinstance(path, bytes) else path.encode("utf-8", "surrogateescape")
     parts = raw.split(b"/")
     if not raw or any(part in (b"", b".", b"..") for part in parts) or b"\0" in raw:
         raise InvalidValueError(
             what="path", value=path, expected="a relative path without '.', '..' or empty segments"
         )
-    return f"{scheme}:{quote(raw, safe=_SAFE)}"
+    return quote(raw, safe=_SAFE)
+
+
+def decode_path(encoded: str) -> str:
+    """The path as adapters take it, from the catalogue's form (see :func:`encode_path`)."""
+    return unquote(encoded, encoding="utf-8", errors="surrogateescape")
 
 
 def uri_path(uri: str) -> str:
@@ -163,7 +176,7 @@ def uri_path(uri: str) -> str:
         if ``uri`` is not in the one form that :func:`make_uri` gives.
     """
     scheme, colon, rest = uri.partition(":")
-    path = unquote(rest, encoding="utf-8", errors="surrogateescape")
+    path = decode_path(rest)
     if not colon or make_uri(scheme, path) != uri:
         raise InvalidValueError(
             what="uri", value=uri, expected="scheme:relative/path, percent-encoded (RFC 3986)"

@@ -108,6 +108,8 @@ CREATE TABLE item_relation (
 );
 CREATE INDEX item_relation_object ON item_relation (object_oid);
 
+-- path is relative to the storage's root and percent-encoded like a uri (types.encode_path): text
+-- holds no octets that are no UTF-8, file names may.
 CREATE TABLE replica (
   uid            uuid PRIMARY KEY,
   oid            uuid NOT NULL REFERENCES data_item,

@@ -1,0 +1,78 @@
+"""A real PostgreSQL for the tests: one server a worker, one fresh database a test."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import Engine
+
+from dlm_core.catalogue import embedded, schema
+from dlm_core.catalogue.engine import make_engine
+
+_TEMPLATE = "dlm_template"
+
+
+@pytest.fixture(scope="session")
+def postgres_home() -> Iterator[Path]:
+    """The home of an embedded server without crash safety; gone at the end."""
+    # not pytest's own folder, whose path may be too long for a socket
+    home = Path(tempfile.mkdtemp(prefix="dlm-test-"))
+    try:
+        embedded.ensure_running(home, durable=False)
+        yield home
+    finally:
+        embedded.stop(home)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def template_database(postgres_home: Path) -> str:
+    """The name of a database with the newest schema, which every test gets a copy of."""
+    _execute(postgres_home, f"CREATE DATABASE {_TEMPLATE}")
+    schema.upgrade(embedded.database_url(postgres_home, _TEMPLATE))
+    return _TEMPLATE
+
+
+@pytest.fixture
+def empty_database_url(postgres_home: Path) -> Iterator[str]:
+    """The URL of an empty database, dropped after the test."""
+    with _database(postgres_home, "template1") as url:
+        yield url
+
+
+@pytest.fixture
+def database_url(postgres_home: Path, template_database: str) -> Iterator[str]:
+    """The URL of a fresh catalogue, dropped after the test."""
+    with _database(postgres_home, template_database) as url:
+        yield url
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """An engine on a fresh catalogue."""
+    engine = make_engine(database_url)
+    yield engine
+    engine.dispose()
+
+
+@contextmanager
+def _database(home: Path, template: str) -> Iterator[str]:
+    name = f"test_{uuid.uuid4().hex}"
+    _execute(home, f"CREATE DATABASE {name} TEMPLATE {template}")
+    try:
+        yield embedded.database_url(home, name)
+    finally:
+        _execute(home, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _execute(home: Path, statement: str) -> None:
+    url = embedded.database_url(home, "postgres")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(statement.encode())

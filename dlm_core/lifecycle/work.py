@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Connection, Engine
 
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.engine import rows, transact
 from dlm_core.clock import Clock, utc_now
-from dlm_core.errors import DlmError
+from dlm_core.errors import CatalogueError, DlmError, StorageUnavailableError
 from dlm_core.settings import Settings
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
@@ -37,6 +37,10 @@ _HEARTBEAT_SHARE = 0.25
 _PROGRESS_SECONDS = 15.0
 _POLL_SECONDS = 0.5
 _SLOWEST = 10
+
+
+class _Rehearsed(Exception):
+    """Ends a dry run's transaction."""
 
 
 class StoragePool:
@@ -64,9 +68,34 @@ class StoragePool:
         with self._lock:
             kept = self._open.get(row["storage_id"])
             if kept is None or kept[0] != stamp:
-                kept = (stamp, self._opener(row))
+                kept = (stamp, self._try_open(row))
                 self._open[row["storage_id"]] = kept
             return kept[1]
+
+
+    def _try_open(self, row: Mapping[str, Any]) -> Storage:
+        """A storage that cannot be opened (a secret is not set, say) fails its operations one by
+        one like one that is down; it must not stop the work on the others."""
+        try:
+            return self._opener(row)
+        except DlmError as error:
+            return cast(Storage, _Unavailable(row["name"], error))
+
+
+class _Unavailable:
+    """Stands for a storage that could not be opened: every call says why."""
+
+    concurrency = 1
+    atomic_write = False
+
+    def __init__(self, name: str, error: DlmError) -> None:
+        self.name, self._error = name, error
+
+    def __getattr__(self, attribute: str) -> Callable[..., Any]:
+        def refuse(*_: object, **__: object) -> None:
+            raise StorageUnavailableError(storage=self.name, message=str(self._error))
+
+        return refuse
 
 
 def _open_row(row: Mapping[str, Any]) -> Storage:
@@ -91,6 +120,20 @@ class Context:
     def transact(self, work: Callable[[Connection], Any]) -> Any:
         """Run ``work(connection)`` in one transaction at this context's time."""
         return transact(self.engine, self.actor, work, self.clock())
+
+    def rehearse(self, work: Callable[[Connection], Any]) -> Any:
+        """Run ``work(connection)`` as :meth:`transact` does, then undo it: a dry run."""
+        kept: list[Any] = []
+
+        def look(connection: Connection) -> None:
+            kept.append(work(connection))
+            raise _Rehearsed
+
+        try:
+            self.transact(look)
+        except _Rehearsed:
+            pass
+        return kept[-1]
 
     @property
     def backoff(self) -> queue.Backoff:
@@ -217,9 +260,8 @@ def _claim_and_execute(context: Context, executors: Mapping[OperationKind, Execu
         token = new_id()
         operations = context.transact(lambda c, k=kind, t=token: _claim(c, context, k, t))
         if operations:
-            with _heartbeat(context, token):
+            with _holding(context, token):
                 report.add(execute(context, Claim(token, operations)))
-            context.transact(lambda c, t=token: queue.release_operations(c, t, context.clock()))
         if context.stop.is_set():
             break
     return report
@@ -237,6 +279,19 @@ def _claim(
         lease=context.settings.lease,
         now=context.clock(),
     )
+
+
+@contextmanager
+def _holding(context: Context, token: uuid.UUID) -> Iterator[None]:
+    """Keep the leases of ``token`` alive, and give back what is left of them, whatever happens."""
+    try:
+        with _heartbeat(context, token):
+            yield
+    finally:
+        try:
+            context.transact(lambda c: queue.release_operations(c, token, context.clock()))
+        except CatalogueError as error:
+            log.warning("operations not given back, their leases will run out: %s", error)
 
 
 @contextmanager

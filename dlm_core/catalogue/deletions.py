@@ -1,0 +1,376 @@
+"""Certificates and what they allow: trash, purge, release. Every proof is made under locks.
+
+A proof locks the items and then *all* their replicas in key order, so that two deletions of two
+copies of one item take turns, and looks again only then: at READ COMMITTED the second statement
+sees what the other transaction did.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from psycopg.types.json import Jsonb
+from sqlalchemy import Connection
+
+from dlm_core.catalogue.engine import copy_rows, rows, run
+from dlm_core.catalogue.replicas import Seen
+from dlm_core.types import new_id
+
+_DELETABLE = "('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')"
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """How much is due to be trashed: replicas and bytes, those of items due to expire included."""
+
+    replicas: int
+    bytes: int
+
+
+_DUE_REPLICAS = f"""
+  SELECT r.uid, r.size, r.delete_after FROM replica r JOIN storage s USING (storage_id)
+   WHERE r.delete_after <= :now AND r.delete_after IS NOT NULL AND r.state IN {_DELETABLE}
+     AND (NOT s.managed OR s.mode IN ('read_write', 'draining'))"""
+_DUE_ITEMS = """
+  SELECT i.oid, i.expires_at FROM data_item i
+   WHERE i.expires_at <= :now AND i.expires_at IS NOT NULL AND i.state IN ('READY', 'CORRUPTED')
+     AND NOT EXISTS (SELECT FROM holds_on(i.oid, i.uri, i.collection_id))"""
+
+
+def count_expiry_due(connection: Connection, now: datetime, limit: int = 1_000_000) -> Due:
+    """What has passed its time and could be trashed now; counting stops at ``limit``.
+
+    Replicas on storages where the DLM may not write now, and items under a hold, wait uncounted.
+    """
+    found = rows(
+        connection,
+        f"""SELECT count(*) AS n, coalesce(sum(size), 0) AS bytes FROM (
+              SELECT uid, size FROM ({_DUE_REPLICAS}) due
+              UNION
+              SELECT r.uid, r.size FROM ({_DUE_ITEMS}) due JOIN replica r USING (oid)
+               WHERE r.state IN {_DELETABLE}
+              LIMIT :limit) d""",
+        now=now,
+        limit=limit,
+    )[0]
+    return Due(int(found["n"]), int(found["bytes"]))
+
+
+def expire_items(connection: Connection, now: datetime, limit: int) -> int:
+    """READY and CORRUPTED items past their time and under no hold become EXPIRED, and all their
+    replicas' time is over with them. Returns how many."""
+    run(connection, "LOCK TABLE hold IN SHARE MODE")
+    found = rows(
+        connection,
+        f"""WITH due AS MATERIALIZED (
+              {_DUE_ITEMS} ORDER BY i.expires_at LIMIT :limit FOR NO KEY UPDATE OF i SKIP LOCKED)
+            UPDATE data_item i SET state = 'EXPIRED', shortfall = NULL
+              FROM due WHERE i.oid = due.oid RETURNING i.oid""",
+        now=now,
+        limit=limit,
+    )
+    oids = [row["oid"] for row in found]
+    if oids:
+        run(
+            connection,
+            """UPDATE replica SET expires_at = greatest(:now, created_at),
+                      expiry_reason = 'its item has expired'
+                WHERE oid = ANY(:oids) AND state NOT IN ('TRASHED', 'DELETED')""",
+            oids=oids,
+            now=now,
+        )
+    return len(oids)
+
+
+def select_expired(connection: Connection, now: datetime, limit: int) -> list[uuid.UUID]:
+    """Uids of replicas that are due to be deleted, longest due first.
+
+    Those on storages where the DLM may not write now (offline, or read-only though managed) wait.
+    """
+    found = rows(
+        connection,
+        f"{_DUE_REPLICAS} ORDER BY r.delete_after LIMIT :limit",
+        now=now,
+        limit=limit,
+    )
+    return [row["uid"] for row in found]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was found about one replica that is to go; ``refusal`` None means it may."""
+
+    uid: uuid.UUID
+    oid: uuid.UUID
+    uri: str
+    storage_id: uuid.UUID
+    path: str
+    state: str
+    size: int
+    basis: str
+    survivors: list[dict[str, Any]]
+    survivor_weight: int
+    target_phase: str
+    holds: int
+    reason: str
+    trashed_at: datetime | None
+    managed: bool
+    trash_grace: timedelta | None
+    refusal: str | None
+
+
+def prove(connection: Connection, uids: Sequence[uuid.UUID]) -> list[Proof]:
+    """Lock items and replicas, then prove for each uid whether it may go.
+
+    A survivor is a READY replica, not among ``uids``, not leaving, on a storage that is read-write
+    or read-only; survivors are weighed by location. An item that is EXPIRED needs none. Any hold
+    refuses.
+    """
+    run(connection, "LOCK TABLE hold IN SHARE MODE")
+    copy_rows(connection, "going", {"uid": "uuid"}, ((uid,) for uid in uids))
+    run(
+        connection,
+        """SELECT FROM data_item WHERE oid IN (SELECT oid FROM replica JOIN going USING (uid))
+            ORDER BY oid FOR NO KEY UPDATE""",
+    )
+    run(
+        connection,
+        """SELECT FROM replica WHERE oid IN (SELECT r.oid FROM replica r JOIN going USING (uid))
+            ORDER BY uid FOR NO KEY UPDATE""",
+    )
+    return [_proof(row) for row in rows(connection, _PROVE)]
+
+
+_PROVE = """
+WITH target AS (
+  SELECT r.uid, r.oid, r.storage_id, r.path, r.state, r.size, r.trashed_at, s.managed, s.trash_grace,
+         i.uri, i.collection_id, i.state AS item_state, i.target_phase,
+         coalesce(r.expiry_reason, i.expiry_reason, 'its time is over') AS reason
+    FROM going g JOIN replica r USING (uid) JOIN data_item i USING (oid) JOIN storage s USING (storage_id)),
+good AS (
+  SELECT r.oid, r.uid, r.storage_id, s.name AS storage, s.location_id, l.name AS location,
+         r.checked_at, phase_weight(s.phase) AS weight
+    FROM (SELECT DISTINCT oid FROM target) t JOIN replica r USING (oid)
+    JOIN storage s USING (storage_id) JOIN location l USING (location_id)
+   WHERE r.state = 'READY' AND s.mode IN ('read_write', 'read_only')
+     AND (r.expires_at IS NULL OR r.expires_at > dlm_now())
+     AND NOT EXISTS (SELECT FROM going g WHERE g.uid = r.uid)),
+weighed AS (
+  SELECT oid, sum(best) AS weight FROM (
+    SELECT oid, location_id, max(weight) AS best FROM good GROUP BY oid, location_id) b GROUP BY oid),
+named AS (
+  SELECT oid, jsonb_agg(jsonb_build_object('uid', uid, 'storage', storage, 'location', location,
+           'weight', weight, 'checked_at', checked_at) ORDER BY uid) AS survivors FROM good GROUP BY oid)
+SELECT t.*, coalesce(n.survivors, '[]') AS survivors, coalesce(w.weight, 0) AS survivor_weight,
+       phase_weight(t.target_phase) AS needed,
+       (SELECT count(*) FROM hold) AS holds_examined,
+       CASE WHEN EXISTS (SELECT FROM hold)
+            THEN (SELECT string_agg(h.reason, '; ') FROM holds_on(t.oid, t.uri, t.collection_id) h) END AS held
+  FROM target t LEFT JOIN named n USING (oid) LEFT JOIN weighed w USING (oid)
+ ORDER BY t.uid
+"""
+
+
+def _proof(row: dict[str, Any]) -> Proof:
+    basis = "item_expired" if row["item_state"] == "EXPIRED" else "replica_expired"
+    refusal = None
+    if row["held"]:
+        refusal = f"under a hold: {row['held']}"
+    elif basis == "replica_expired" and row["survivor_weight"] < row["needed"]:
+        refusal = (
+            f"the copies that would be left give {row['survivor_weight']} of the {row['needed']} "
+            f"that {row['target_phase']} needs"
+        )
+    elif basis == "replica_expired" and not row["survivors"]:
+        refusal = "no verified copy would be left"
+    return Proof(
+        row["uid"], row["oid"], row["uri"], row["storage_id"], row["path"], row["state"],
+        row["size"], basis, row["survivors"], int(row["survivor_weight"]), row["target_phase"],
+        int(row["holds_examined"]), row["reason"], row["trashed_at"], row["managed"],
+        row["trash_grace"], refusal,
+    )  # fmt: skip
+
+
+_CERTIFICATE = {
+    "deletion_id": "uuid", "step": "text", "basis": "text", "uid": "uuid", "oid": "uuid",
+    "storage_id": "uuid", "from_state": "text", "survivors": "jsonb", "survivor_weight": "int2",
+    "target_phase": "text", "holds_examined": "int4", "reason": "text",
+}  # fmt: skip
+
+
+def certify(
+    connection: Connection,
+    proofs: Sequence[tuple[Proof, str]],
+    *,
+    actor: str,
+    now: datetime,
+    valid_for: timedelta,
+    plan_id: uuid.UUID | None = None,
+) -> None:
+    """Write a certificate for each (proof, step) and name it in the replica's row.
+
+    Step 'trash' moves the replica to TRASHED in the same statement; 'purge' and 'release' only
+    certify, the replica is DELETED once the bytes are confirmed absent.
+    """
+    copy_rows(
+        connection,
+        "certificate",
+        _CERTIFICATE,
+        (
+            (new_id(), step, p.basis, p.uid, p.oid, p.storage_id, p.state, Jsonb(p.survivors),
+             p.survivor_weight, p.target_phase, p.holds, p.reason)
+            for p, step in proofs
+        ),
+    )  # fmt: skip
+    run(
+        connection,
+        f"""INSERT INTO deletion ({", ".join(_CERTIFICATE)}, plan_id, actor, proved_at, valid_until)
+            SELECT {", ".join(_CERTIFICATE)}, CAST(:plan AS uuid), :actor, :now,
+                   CAST(:now AS timestamptz) + CAST(:valid AS interval) FROM certificate""",
+        plan=plan_id,
+        actor=actor,
+        now=now,
+        valid=valid_for,
+    )
+    run(
+        connection,
+        """UPDATE replica r SET deletion_id = c.deletion_id,
+                  state = CASE c.step WHEN 'trash' THEN 'TRASHED' ELSE r.state END
+             FROM certificate c WHERE r.uid = c.uid""",
+    )
+
+
+def mark_trashed(connection: Connection, uids: Sequence[uuid.UUID], now: datetime) -> None:
+    """The bytes of trashed replicas are out of the way: their paths are free."""
+    run(
+        connection,
+        "UPDATE replica SET trashed_at = :now WHERE uid = ANY(:uids) AND state = 'TRASHED'",
+        uids=list(uids),
+        now=now,
+    )
+
+
+def undo_trash(connection: Connection, seen: Sequence[Seen], now: datetime) -> set[uuid.UUID]:
+    """Replicas out of the trash whose bytes were read and are the item's: READY, never expiring,
+    and so is their item if it had expired. Those that were."""
+    uids = [one.uid for one in seen]
+    run(
+        connection,
+        """UPDATE data_item SET state = 'READY', expires_at = NULL, expiry_reason = NULL
+            WHERE state = 'EXPIRED'
+              AND oid IN (SELECT oid FROM replica WHERE uid = ANY(:uids) AND state = 'TRASHED')""",
+        uids=uids,
+    )
+    found = rows(
+        connection,
+        """UPDATE replica r SET state = 'READY', size = u.size, digest = u.digest, checked_at = :now,
+                  trashed_at = NULL, expires_at = NULL, expiry_reason = NULL
+             FROM unnest(CAST(:uids AS uuid[]), CAST(:sizes AS bigint[]),
+                         CAST(:digests AS text[])) AS u(uid, size, digest)
+            WHERE r.uid = u.uid AND r.state = 'TRASHED' RETURNING r.uid""",
+        now=now,
+        uids=uids,
+        sizes=[one.size for one in seen],
+        digests=[one.digest for one in seen],
+    )
+    return {row["uid"] for row in found}
+
+
+def take_back_path(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+    """Reserve the paths of trashed replicas again, before their bytes are moved back there.
+
+    Returns those that got theirs: where a newer copy has taken the place, nothing is brought back.
+    """
+    found = rows(
+        connection,
+        """UPDATE replica r SET trashed_at = NULL
+            WHERE r.uid = ANY(:uids) AND r.state = 'TRASHED' AND NOT EXISTS (
+              SELECT FROM replica x WHERE x.storage_id = r.storage_id AND x.uid <> r.uid
+                 AND ((x.path = r.path AND x.state <> 'DELETED' AND x.trashed_at IS NULL)
+                      OR (x.oid = r.oid AND x.state NOT IN ('TRASHED', 'DELETED'))))
+           RETURNING r.uid""",
+        uids=list(uids),
+    )
+    return {row["uid"] for row in found}
+
+
+def mark_deleted(
+    connection: Connection, uids: Sequence[uuid.UUID], now: datetime, *, released: bool
+) -> set[uuid.UUID]:
+    """Replicas whose bytes are confirmed absent (or released to their owner) become DELETED; an
+    expired item follows its last replica. The database wants a valid certificate."""
+    column = "released_at" if released else "absent_at"
+    found = rows(
+        connection,
+        f"""UPDATE replica SET state = 'DELETED', {column} = :now
+             WHERE uid = ANY(:uids) AND state = 'TRASHED' RETURNING uid, oid""",
+        uids=list(uids),
+        now=now,
+    )
+    run(
+        connection,
+        """UPDATE data_item i SET state = 'DELETED', phase_weight = 0
+            WHERE i.oid = ANY(:oids) AND i.state = 'EXPIRED'
+              AND NOT EXISTS (SELECT FROM replica r WHERE r.oid = i.oid AND r.state <> 'DELETED')""",
+        oids=list({row["oid"] for row in found}),
+    )
+    return {row["uid"] for row in found}
+
+
+def survivor_details(
+    connection: Connection, uids: Sequence[uuid.UUID]
+) -> list[dict[str, Any]]:
+    """Where the replicas that a proof names lie, to be looked at on their storages."""
+    return rows(
+        connection,
+        """SELECT r.uid, r.oid, r.storage_id, r.path, r.checked_at, i.kind, i.size, i.digest
+             FROM replica r JOIN data_item i USING (oid) WHERE r.uid = ANY(:uids)""",
+        uids=list(uids),
+    )
+
+
+def cancel_operations(
+    connection: Connection, uids: Sequence[uuid.UUID], kinds: Sequence[str], now: datetime
+) -> int:
+    """Cancel queued operations of replicas; running ones are left alone."""
+    return run(
+        connection,
+        """UPDATE operation SET state = 'CANCELLED', finished_at = :now
+            WHERE uid = ANY(:uids) AND kind = ANY(:kinds) AND state = 'QUEUED'""",
+        uids=list(uids),
+        kinds=list(kinds),
+        now=now,
+    )
+
+
+def count_active(
+    connection: Connection, uid: uuid.UUID, kinds: Sequence[str]
+) -> int:
+    """Operations of a replica that are queued or running."""
+    found = rows(
+        connection,
+        """SELECT count(*) AS n FROM operation WHERE uid = :uid AND kind = ANY(:kinds)
+              AND state IN ('QUEUED', 'RUNNING')""",
+        uid=uid,
+        kinds=list(kinds),
+    )
+    return int(found[0]["n"])
+
+
+def newest_trashed(
+    connection: Connection, oid: uuid.UUID, storage_id: uuid.UUID | None
+) -> list[dict[str, Any]]:
+    """Trashed replicas of an item, locked, newest first."""
+    return rows(
+        connection,
+        """SELECT uid, oid, storage_id, path, trashed_at, size FROM replica
+            WHERE oid = :oid AND state = 'TRASHED'
+              AND (CAST(:storage AS uuid) IS NULL OR storage_id = :storage)
+            ORDER BY uid DESC FOR NO KEY UPDATE""",
+        oid=oid,
+        storage=storage_id,
+    )

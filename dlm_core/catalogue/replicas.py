@@ -1,0 +1,326 @@
+"""Set-based statements on replicas and the items they belong to: planning, copying, verifying."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection
+
+from dlm_core.catalogue.engine import rows, run
+
+
+def count_evaluations_due(connection: Connection, now: datetime, limit: int = 100_000) -> int:
+    """Items the planner has to look at now; counting stops at ``limit``."""
+    found = rows(
+        connection,
+        "SELECT count(*) AS n FROM (SELECT FROM evaluation WHERE due_at <= :now LIMIT :limit) due",
+        now=now,
+        limit=limit,
+    )
+    return int(found[0]["n"])
+
+
+def take_evaluations(
+    connection: Connection, now: datetime, limit: int
+) -> dict[uuid.UUID, int]:
+    """Take due evaluations off the list: tries so far by oid.
+
+    What changes after this transaction's look puts the item on the list again, since the list's
+    row is gone and the triggers insert a new one.
+    """
+    found = rows(
+        connection,
+        """DELETE FROM evaluation WHERE oid IN (
+             SELECT oid FROM evaluation WHERE due_at <= :now ORDER BY due_at LIMIT :limit
+             FOR UPDATE SKIP LOCKED)
+           RETURNING oid, attempts""",
+        now=now,
+        limit=limit,
+    )
+    return {row["oid"]: row["attempts"] for row in found}
+
+
+def put_evaluations(
+    connection: Connection, dues: Sequence[tuple[uuid.UUID, datetime, int]]
+) -> None:
+    """Put (oid, due_at, attempts) on the list; an earlier due time that is there stays."""
+    run(
+        connection,
+        """INSERT INTO evaluation (oid, due_at, attempts)
+           SELECT * FROM unnest(CAST(:oids AS uuid[]), CAST(:dues AS timestamptz[]),
+                                CAST(:tries AS integer[])) AS u(oid, due_at, attempts)
+            ORDER BY oid
+           ON CONFLICT (oid) DO UPDATE SET due_at = least(evaluation.due_at, EXCLUDED.due_at)""",
+        oids=[oid for oid, _, _ in dues],
+        dues=[due for _, due, _ in dues],
+        tries=[attempts for _, _, attempts in dues],
+    )
+
+
+def lock_items(connection: Connection, oids: Sequence[uuid.UUID]) -> list[dict[str, Any]]:
+    """Items in key order, locked against other planners and state changes."""
+    return rows(
+        connection,
+        """SELECT oid, uri, version, state, kind, size, digest, target_phase, phase_weight,
+                  shortfall, collection_id, expires_at
+             FROM data_item WHERE oid = ANY(:oids) ORDER BY oid FOR NO KEY UPDATE""",
+        oids=list(oids),
+    )
+
+
+def replicas_of(
+    connection: Connection, oids: Sequence[uuid.UUID], *, lock: bool = False
+) -> list[dict[str, Any]]:
+    """All replicas of items that are not trashed or deleted, in key order, locked if asked."""
+    return rows(
+        connection,
+        """SELECT uid, oid, storage_id, path, state, size, digest, checked_at, expires_at,
+                  excluded_until
+             FROM replica WHERE oid = ANY(:oids) AND state NOT IN ('TRASHED', 'DELETED')
+            ORDER BY uid"""
+        + (" FOR NO KEY UPDATE" if lock else ""),
+        oids=list(oids),
+    )
+
+
+def insert_pending(
+    connection: Connection, records: Sequence[dict[str, Any]], now: datetime
+) -> set[uuid.UUID]:
+    """Insert replicas that are to be copied; the uids that were, others' places were taken."""
+    found = rows(
+        connection,
+        """INSERT INTO replica (uid, oid, storage_id, path, size, created_at, accessed_at)
+           SELECT u.uid, u.oid, u.storage_id, u.path, u.size, :now, :now
+             FROM unnest(CAST(:uids AS uuid[]), CAST(:oids AS uuid[]), CAST(:storages AS uuid[]),
+                         CAST(:paths AS text[]), CAST(:sizes AS bigint[]))
+                  AS u(uid, oid, storage_id, path, size)
+           ON CONFLICT DO NOTHING RETURNING uid""",
+        now=now,
+        uids=[record["uid"] for record in records],
+        oids=[record["oid"] for record in records],
+        storages=[record["storage_id"] for record in records],
+        paths=[record["path"] for record in records],
+        sizes=[record["size"] for record in records],
+    )
+    return {row["uid"] for row in found}
+
+
+def remake_replicas(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+    """Set CORRUPTED and MISSING replicas to PENDING, to be copied again; those that were."""
+    found = rows(
+        connection,
+        """UPDATE replica SET state = 'PENDING', expires_at = NULL, expiry_reason = NULL
+            WHERE uid = ANY(:uids) AND state IN ('CORRUPTED', 'MISSING') RETURNING uid""",
+        uids=list(uids),
+    )
+    return {row["uid"] for row in found}
+
+
+def update_phases(
+    connection: Connection, changes: Sequence[tuple[uuid.UUID, int, str | None, str]]
+) -> None:
+    """Write (oid, phase_weight, shortfall, state) of items that differ from what is there."""
+    run(
+        connection,
+        """UPDATE data_item i SET phase_weight = u.weight, shortfall = u.shortfall, state = u.state
+             FROM unnest(CAST(:oids AS uuid[]), CAST(:weights AS smallint[]),
+                         CAST(:shortfalls AS text[]), CAST(:states AS text[]))
+                  AS u(oid, weight, shortfall, state)
+            WHERE i.oid = u.oid
+              AND (i.phase_weight, i.shortfall, i.state)
+                  IS DISTINCT FROM (u.weight, u.shortfall, u.state)""",
+        oids=[change[0] for change in changes],
+        weights=[change[1] for change in changes],
+        shortfalls=[change[2] for change in changes],
+        states=[change[3] for change in changes],
+    )
+
+
+def copy_details(
+    connection: Connection, operation_ids: Sequence[uuid.UUID]
+) -> list[dict[str, Any]]:
+    """What copy operations need: the replica to make, the item, and the best source there is.
+
+    The source is chosen now, not when the copy was planned: READY, on a storage that can be read,
+    not the one that failed in the last try if there is another, disk before tape, the same
+    location first, newest check first.
+    """
+    return rows(
+        connection,
+        """SELECT o.operation_id, t.uid, t.oid, t.state, t.path, t.storage_id, i.uri, i.kind,
+                  i.size, i.digest, i.state AS item_state, s.uid AS source_uid, s.path AS source_path,
+                  s.storage_id AS source_storage_id
+             FROM operation o
+             JOIN replica t ON t.uid = o.uid
+             JOIN storage ts ON ts.storage_id = t.storage_id
+             JOIN data_item i ON i.oid = t.oid
+             LEFT JOIN LATERAL (
+               SELECT r.uid, r.path, r.storage_id FROM replica r JOIN storage rs USING (storage_id)
+                WHERE r.oid = t.oid AND r.state = 'READY'
+                  AND rs.mode IN ('read_write', 'read_only', 'draining')
+                ORDER BY (r.uid IS NOT DISTINCT FROM o.source_uid), (rs.class = 'tape'),
+                         (rs.location_id <> ts.location_id), r.checked_at DESC, r.uid
+                LIMIT 1) s ON true
+            WHERE o.operation_id = ANY(:ids)
+            ORDER BY o.operation_id""",
+        ids=list(operation_ids),
+    )
+
+
+def note_sources(
+    connection: Connection, pairs: Sequence[tuple[uuid.UUID, uuid.UUID]]
+) -> None:
+    """Remember the source that a failed copy read, so that the next try prefers another."""
+    run(
+        connection,
+        """UPDATE operation o SET source_uid = u.source
+             FROM unnest(CAST(:ids AS uuid[]), CAST(:sources AS uuid[])) AS u(id, source)
+            WHERE o.operation_id = u.id""",
+        ids=[pair[0] for pair in pairs],
+        sources=[pair[1] for pair in pairs],
+    )
+
+
+def manifests_of(
+    connection: Connection, oids: Sequence[uuid.UUID]
+) -> dict[uuid.UUID, list[dict[str, Any]]]:
+    """Manifest rows by oid, in path order."""
+    found = rows(
+        connection,
+        """SELECT oid, path, size, digest FROM manifest_file WHERE oid = ANY(:oids)
+            ORDER BY oid, path COLLATE "C" """,
+        oids=list(oids),
+    )
+    grouped: dict[uuid.UUID, list[dict[str, Any]]] = {}
+    for row in found:
+        grouped.setdefault(row["oid"], []).append(row)
+    return grouped
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was seen of a replica's bytes: None for size and digest if there is nothing."""
+
+    uid: uuid.UUID
+    size: int | None
+    digest: str | None
+
+
+def mark_ready(connection: Connection, seen: Sequence[Seen], now: datetime) -> set[uuid.UUID]:
+    """Replicas whose bytes were observed become READY, or stay it with a newer check.
+
+    Those of items past their life, and those trashed meanwhile, are left alone. The database
+    refuses any whose digest or size is not the item's.
+    """
+    found = rows(
+        connection,
+        """UPDATE replica r SET state = 'READY', size = u.size, digest = u.digest,
+                  checked_at = :now, excluded_until = NULL
+             FROM unnest(CAST(:uids AS uuid[]), CAST(:sizes AS bigint[]),
+                         CAST(:digests AS text[])) AS u(uid, size, digest)
+            WHERE r.uid = u.uid AND r.state IN ('PENDING', 'READY', 'SUSPECT')
+           RETURNING r.uid""",
+        now=now,
+        uids=[one.uid for one in seen],
+        sizes=[one.size for one in seen],
+        digests=[one.digest for one in seen],
+    )
+    return {row["uid"] for row in found}
+
+
+def mark_state(
+    connection: Connection,
+    uids: Sequence[uuid.UUID],
+    state: str,
+    *,
+    only_from: Sequence[str],
+    excluded_until: datetime | None = None,
+) -> set[uuid.UUID]:
+    """Move replicas that are in one of ``only_from`` to ``state``; those that were."""
+    found = rows(
+        connection,
+        """UPDATE replica SET state = :state,
+                  excluded_until = coalesce(CAST(:until AS timestamptz), excluded_until)
+            WHERE uid = ANY(:uids) AND state = ANY(:only_from) RETURNING uid""",
+        uids=list(uids),
+        state=state,
+        only_from=list(only_from),
+        until=excluded_until,
+    )
+    return {row["uid"] for row in found}
+
+
+def replica_details(
+    connection: Connection, uids: Sequence[uuid.UUID], *, lock: bool = False
+) -> dict[uuid.UUID, dict[str, Any]]:
+    """Replicas with their item's digest, size and kind, by uid."""
+    found = rows(
+        connection,
+        """SELECT r.*, i.uri, i.version, i.kind, i.digest AS item_digest, i.size AS item_size,
+                  i.state AS item_state, i.expires_at AS item_expires_at
+             FROM replica r JOIN data_item i USING (oid)
+            WHERE r.uid = ANY(:uids) ORDER BY r.uid"""
+        + (" FOR NO KEY UPDATE OF r" if lock else ""),
+        uids=list(uids),
+    )
+    return {row["uid"]: row for row in found}
+
+
+def select_unmarked(
+    connection: Connection, storage_id: uuid.UUID, limit: int
+) -> list[dict[str, Any]]:
+    """Replicas on a storage that are not leaving, coldest first, then largest."""
+    return rows(
+        connection,
+        """SELECT uid, oid, size, state FROM replica
+            WHERE storage_id = :storage AND expires_at IS NULL
+              AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')
+            ORDER BY accessed_at, size DESC LIMIT :limit""",
+        storage=storage_id,
+        limit=limit,
+    )
+
+
+def mark_leaving(
+    connection: Connection, uids: Sequence[uuid.UUID], reason: str, now: datetime
+) -> int:
+    """Let replicas expire now: replication stops counting them, expiry deletes them with proof."""
+    return run(
+        connection,
+        """UPDATE replica SET expires_at = greatest(:now, created_at), expiry_reason = :reason
+            WHERE uid = ANY(:uids) AND (expires_at IS NULL OR expires_at > :now)
+              AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')""",
+        uids=list(uids),
+        reason=reason,
+        now=now,
+    )
+
+
+def leaving_bytes(connection: Connection, storage_id: uuid.UUID, now: datetime) -> int:
+    """Bytes of replicas on a storage whose time is over but which are not trashed yet."""
+    found = rows(
+        connection,
+        """SELECT coalesce(sum(size), 0) AS n FROM replica
+            WHERE storage_id = :storage AND expires_at <= :now
+              AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')
+              AND expires_at IS NOT NULL""",
+        storage=storage_id,
+        now=now,
+    )
+    return int(found[0]["n"])
+
+
+def put_off_deletion(
+    connection: Connection, uids: Sequence[uuid.UUID], now: datetime, delay: timedelta
+) -> None:
+    """Ask again for a refused deletion only after ``delay``."""
+    run(
+        connection,
+        "UPDATE replica SET delete_after = :until WHERE uid = ANY(:uids)",
+        uids=list(uids),
+        until=now + delay,
+    )

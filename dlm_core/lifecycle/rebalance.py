@@ -1,0 +1,172 @@
+"""Rebalancing: choose what leaves a storage that is too full or being drained.
+
+Leaving is only a mark: the replica's time is over. Replication stops counting it and makes the
+copy that is missing then; expiry deletes it with proof. So no way of freeing space has safety
+rules of its own, and a move is a copy that is verified before the source may go.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection
+
+from dlm_core.catalogue import capacity as catalogue
+from dlm_core.catalogue import replicas
+from dlm_core.errors import StorageError
+from dlm_core.lifecycle.decide import ItemView, ReplicaView, Space, StorageView, decide_copies
+from dlm_core.lifecycle.replicate import storage_views
+from dlm_core.lifecycle.work import Context
+from dlm_core.types import ItemState
+
+_BATCH = 2000
+_ASK_AGAIN = timedelta(minutes=1)
+_STUCK = timedelta(minutes=5)
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """One replica proposed to leave a storage, and why."""
+
+    uid: uuid.UUID
+    oid: uuid.UUID
+    size: int
+    storage: str
+    reason: str
+
+
+def plan_rebalance(context: Context) -> int:
+    """Mark what has to leave; returns how many replicas were marked."""
+    observe_usage(context)
+    return sum(
+        context.transact(lambda c, s=storage: len(_relieve(c, context, s)))
+        for storage in context.transact(
+            lambda c: catalogue.storages_to_relieve(c, context.clock())
+        )
+    )
+
+
+def propose_rebalance(context: Context) -> list[Leaving]:
+    """What :func:`plan_rebalance` would mark now, changing nothing (``dry_run``)."""
+
+    def look(connection: Connection) -> list[Leaving]:
+        due = catalogue.storages_to_relieve(connection, context.clock())
+        return [one for storage in due for one in _relieve(connection, context, storage)]
+
+    return context.rehearse(look)
+
+
+def observe_usage(context: Context) -> None:
+    """Ask storages without a given capacity how full they are, at most once a minute each."""
+    now = context.clock()
+    for row in context.transact(lambda c: catalogue.storages_to_observe(c, now - _ASK_AGAIN)):
+        try:
+            usage = context.storages.open(row).usage()
+        except StorageError:
+            continue  # an outage is told where the storage is used; nothing is known here
+        total, used = (usage.total, usage.used) if usage else (None, None)
+        context.transact(
+            lambda c, r=row, t=total, u=used: catalogue.note_usage(c, r["storage_id"], t, u, now)
+        )
+
+
+def _relieve(
+    connection: Connection, context: Context, storage: Mapping[str, Any]
+) -> list[Leaving]:
+    now = context.clock()
+    candidates = replicas.select_unmarked(connection, storage["storage_id"], _BATCH)
+    if storage["undrained"]:
+        reason = f"drain: storage {storage['name']} is being drained"
+        leaving = [
+            Leaving(row["uid"], row["oid"], row["size"], storage["name"], reason)
+            for row in candidates
+        ]
+    else:
+        leaving = _choose(connection, context, storage, candidates, now)
+        if not leaving:
+            catalogue.put_off_rebalance(connection, storage["storage_id"], now + _STUCK)
+    for reason, uids in _by_reason(leaving).items():
+        replicas.mark_leaving(connection, uids, reason, now)
+    return leaving
+
+
+def _by_reason(leaving: Sequence[Leaving]) -> dict[str, list[uuid.UUID]]:
+    grouped: dict[str, list[uuid.UUID]] = defaultdict(list)
+    for one in leaving:
+        grouped[one.reason].append(one.uid)
+    return grouped
+
+
+def _choose(
+    connection: Connection,
+    context: Context,
+    storage: Mapping[str, Any],
+    candidates: Sequence[Mapping[str, Any]],
+    now: datetime,
+) -> list[Leaving]:
+    """Coldest first, and of those surplus copies before copies that have to be made elsewhere."""
+    oids = [row["oid"] for row in candidates]
+    items = {row["oid"]: row for row in replicas.lock_items(connection, oids)}
+    by_item: dict[uuid.UUID, list[ReplicaView]] = defaultdict(list)
+    for row in replicas.replicas_of(connection, oids):
+        by_item[row["oid"]].append(
+            ReplicaView(
+                row["uid"], row["storage_id"], row["state"], row["expires_at"],
+                row["excluded_until"],
+            )
+        )  # fmt: skip
+    views = storage_views(context.storages.load(connection).values())
+    space = Space(views.values())
+    why = f"rebalance: storage {storage['name']} is above {storage['high_watermark']:.0%}"
+    surplus, moves = [], []
+    for row in candidates:
+        item = items[row["oid"]]
+        if item["state"] != ItemState.READY:
+            continue
+        verdict = _without(item, by_item[row["oid"]], row["uid"], views, space, now)
+        if verdict is not None:
+            one = Leaving(row["uid"], row["oid"], row["size"], storage["name"], f"{why}; {verdict}")
+            (surplus if verdict == "surplus" else moves).append(one)
+        if sum(o.size for o in surplus) >= storage["to_free"]:
+            break
+    return _enough([*surplus, *moves], storage["to_free"])
+
+
+def _without(
+    item: Mapping[str, Any],
+    known: Sequence[ReplicaView],
+    uid: uuid.UUID,
+    views: Mapping[uuid.UUID, StorageView],
+    space: Space,
+    now: datetime,
+) -> str | None:
+    """'surplus' or 'moved' if the item can do without the replica, else None."""
+    assumed = [replace(r, expires_at=now) if r.uid == uid else r for r in known]
+    decision = decide_copies(
+        ItemView(item["oid"], item["state"], item["size"], item["target_phase"]),
+        assumed,
+        views,
+        space,
+        now,
+    )
+    if decision.shortfall is None:
+        return "surplus"
+    if decision.copies and not decision.impossible:
+        return "moved"
+    return None
+
+
+def _enough(ordered: Sequence[Leaving], to_free: int) -> list[Leaving]:
+    """The first of ``ordered`` whose bytes reach ``to_free``."""
+    chosen, freed = [], 0
+    for one in ordered:
+        if freed >= to_free:
+            break
+        chosen.append(one)
+        freed += one.size
+    return chosen

@@ -1,0 +1,470 @@
+"""The file work behind a deletion: to the trash, out of it again, or purged for good.
+
+Each step may be repeated after a crash: it looks at what is there and goes on.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection
+
+from dlm_core.catalogue import deletions as catalogue
+from dlm_core.catalogue import operations as queue
+from dlm_core.catalogue import replicas
+from dlm_core.errors import (
+    AlreadyExistsError,
+    DlmError,
+    IntegrityError,
+    NotFoundError,
+    PayloadExistsError,
+    PayloadNotFoundError,
+    StorageUnavailableError,
+)
+from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
+from dlm_core.storages.port import Storage, trash_path
+from dlm_core.transfers.checksums import observe
+from dlm_core.types import (
+    Observation,
+    OperationKind,
+    PayloadKind,
+    ReplicaState,
+    decode_path,
+)
+
+Row = Mapping[str, Any]
+#: file work on (storage, replica's row); its result goes into the closing transaction
+Effect = Callable[[Storage, Row], Any]
+_WRITABLE = ("read_write", "draining")
+_CHUNK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Effected:
+    """An operation whose file work was tried."""
+
+    operation: Row
+    row: Row
+    result: Any
+    error: DlmError | None
+    seconds: float
+
+
+def execute_trash(context: Context, claim: Claim) -> Report:
+    """Move the bytes of TRASHED replicas to the trash and start their grace."""
+
+    def write(connection: Connection, ok: Sequence[Effected], now: datetime) -> None:
+        managed = [e for e in ok if e.row["managed"]]
+        catalogue.mark_trashed(connection, [e.row["uid"] for e in managed], now)
+        queue.insert_operations(
+            connection, [_purge_later(context, e, now) for e in ok], context.actor, now
+        )
+
+    return _run(context, claim, _to_trash, write)
+
+
+def _purge_later(context: Context, effected: Effected, now: datetime) -> queue.NewOperation:
+    grace = effected.row["trash_grace"]
+    due = now + (context.settings.trash_grace if grace is None else grace)
+    row, reason = effected.row, effected.operation["reason"]
+    return queue.NewOperation(OperationKind.PURGE, row["oid"], row["uid"], reason, due)
+
+
+def _to_trash(storage: Storage, row: Row) -> None:
+    if not row["managed"]:
+        return  # the bytes belong to somebody else and stay where they are
+    path, trashed = decode_path(row["path"]), trash_path(str(row["uid"]))
+    try:
+        storage.rename(path, trashed)
+    except PayloadNotFoundError:
+        return  # moved by an earlier try, or there was nothing (MISSING, CORRUPTED)
+    except PayloadExistsError:
+        # an object store's rename is copy and delete: an earlier try got half-way. The path is
+        # this replica's own until trashed_at is set, so what is there is what was to be moved.
+        if storage.stat(path) is not None:
+            storage.remove(trashed)
+            storage.rename(path, trashed)
+
+
+# --- restore --------------------------------------------------------------------------------------
+
+
+def request_restore(
+    connection: Connection,
+    *,
+    oid: uuid.UUID,
+    storage_id: uuid.UUID | None,
+    actor: str,
+    now: datetime,
+    reason: str = "asked for",
+) -> int:
+    """Queue the way back of an item's trashed replicas, all or those on one storage; how many.
+
+    Raises
+    ------
+    NotFoundError
+        if nothing of the item lies in the trash, or it is being purged at this moment.
+    AlreadyExistsError
+        if a newer copy has taken the place; then there is nothing to restore.
+    """
+    wanted = [
+        row["uid"]
+        for row in catalogue.newest_trashed(connection, oid, storage_id)
+        if not _busy(connection, row["uid"], now)
+    ]
+    if not wanted:
+        raise NotFoundError("trashed replica of item", oid, "what is purged cannot come back")
+    taken = catalogue.take_back_path(connection, wanted)
+    if not taken:
+        raise AlreadyExistsError(noun="newer copy of the item in the place of trashed", key=oid)
+    return queue.insert_operations(
+        connection,
+        [queue.NewOperation(OperationKind.RESTORE, oid, uid, reason, now) for uid in taken],
+        actor,
+        now,
+    )
+
+
+def _busy(connection: Connection, uid: uuid.UUID, now: datetime) -> bool:
+    """Cancel what is queued against a replica; True if something is running already."""
+    catalogue.cancel_operations(connection, [uid], ["trash", "purge"], now)
+    return catalogue.count_active(connection, uid, ["trash", "purge", "restore"]) > 0
+
+
+def execute_restore(context: Context, claim: Claim) -> Report:
+    """Bring bytes back from the trash, read them, and believe them only then."""
+
+    def write(connection: Connection, ok: Sequence[Effected], now: datetime) -> None:
+        good, damaged, missing = [], [], []
+        for e in ok:
+            if e.result is None:
+                missing.append(e.row)
+            elif (e.result.digest, e.result.size) == (e.row["item_digest"], e.row["item_size"]):
+                good.append(replicas.Seen(e.row["uid"], e.result.size, e.result.digest))
+            else:
+                damaged.append(e.row)
+        if good:
+            catalogue.undo_trash(connection, good, now)
+        for rows, state in ((damaged, ReplicaState.SUSPECT), (missing, ReplicaState.MISSING)):
+            if rows:
+                uids = [row["uid"] for row in rows]
+                replicas.mark_state(connection, uids, state, only_from=[ReplicaState.TRASHED])
+
+    return _run(context, claim, _from_trash, write)
+
+
+def _from_trash(storage: Storage, row: Row) -> Observation | None:
+    path, trashed = decode_path(row["path"]), trash_path(str(row["uid"]))
+    if row["managed"]:
+        try:
+            storage.rename(trashed, path)
+        except PayloadNotFoundError:
+            pass  # it never left, or an earlier try brought it back: reading will tell
+        except PayloadExistsError:
+            if storage.stat(trashed) is not None:
+                storage.remove(path)  # half of an object store's rename; the trash has it whole
+                storage.rename(trashed, path)
+    try:
+        return observe(storage, path, PayloadKind(row["kind"]))
+    except PayloadNotFoundError:
+        return None
+
+
+# --- purge ----------------------------------------------------------------------------------------
+
+
+def execute_purge(context: Context, claim: Claim) -> Report:
+    """Prove again, look at the survivors on their storages, certify, remove, confirm absence."""
+    uids = [op["uid"] for op in claim.operations]
+    proofs = context.transact(lambda c: catalogue.prove(c, uids))
+    unseen = look_at_survivors(context, proofs)
+    granted = context.transact(lambda c: _certify_purge(c, context, claim, unseen))
+
+    def write(connection: Connection, ok: Sequence[Effected], now: datetime) -> None:
+        for released in (False, True):
+            gone = [e.row["uid"] for e in ok if e.row["managed"] is not released]
+            if gone:
+                catalogue.mark_deleted(connection, gone, now, released=released)
+
+    held = [op for op in claim.operations if op["operation_id"] in granted]
+    return _run(context, Claim(claim.token, held), _purge, write)
+
+
+def _purge(storage: Storage, row: Row) -> None:
+    if not row["managed"]:
+        return
+    path = trash_path(str(row["uid"]))
+    storage.remove(path)
+    if storage.stat(path) is not None:
+        # a reply may be wrong: "done" is what a look confirms
+        raise StorageUnavailableError(
+            storage=storage.name, message=f"{path} is still there after its removal"
+        )
+
+
+def look_at_survivors(context: Context, proofs: Sequence[catalogue.Proof]) -> set[uuid.UUID]:
+    """Look on their storages at the survivors that ``proofs`` name.
+
+    A survivor whose last check is older than ``proof_max_age_seconds`` is read whole; others must
+    be there with their size. One that is not becomes SUSPECT, with a second look queued. Returns
+    the uids that could not be seen, an outage included: they prove nothing now.
+    """
+    wanted = {uuid.UUID(s["uid"]) for p in proofs for s in p.survivors}
+    if not wanted:
+        return set()
+    storages = context.transact(context.storages.load)
+    rows = context.transact(lambda c: catalogue.survivor_details(c, list(wanted)))
+    unseen: set[uuid.UUID] = set()
+    absent: list[Row] = []
+    for storage_id in {row["storage_id"] for row in rows}:
+        mine = [row for row in rows if row["storage_id"] == storage_id]
+        storage = context.storages.open(storages[storage_id])
+        try:
+            wrong = _not_as_catalogued(context, storage, mine)
+        except DlmError:
+            unseen.update(row["uid"] for row in mine)
+            continue
+        absent.extend(wrong)
+    if absent:
+        context.transact(lambda c: _suspect(c, context, absent))
+    return unseen | {row["uid"] for row in absent}
+
+
+def _not_as_catalogued(context: Context, storage: Storage, rows: Sequence[Row]) -> list[Row]:
+    oldest = context.clock() - timedelta(seconds=context.settings.proof_max_age_seconds)
+    files = [row for row in rows if row["kind"] == PayloadKind.FILE]
+    entries = storage.stat_many([decode_path(row["path"]) for row in files])
+    wrong = []
+    for row in rows:
+        path = decode_path(row["path"])
+        if row["kind"] == PayloadKind.FILE:
+            entry = entries.get(path)
+            good = entry is not None and entry.kind == "file" and entry.size == row["size"]
+        else:
+            entry = storage.stat(path)
+            good = entry is not None and entry.kind == "directory"
+        if good and row["checked_at"] < oldest:
+            good = _reads_well(storage, row)
+        if not good:
+            wrong.append(row)
+    return wrong
+
+
+def _reads_well(storage: Storage, row: Row) -> bool:
+    try:
+        seen = observe(storage, decode_path(row["path"]), PayloadKind(row["kind"]))
+    except (PayloadNotFoundError, IntegrityError):
+        return False
+    return (seen.digest, seen.size) == (row["digest"], row["size"])
+
+
+def _suspect(connection: Connection, context: Context, rows: Sequence[Row]) -> None:
+    now = context.clock()
+    turned = replicas.mark_state(
+        connection,
+        [row["uid"] for row in rows],
+        ReplicaState.SUSPECT,
+        only_from=[ReplicaState.READY],
+    )
+    reason = "not found as catalogued when a purge looked at its survivors"
+    queue.insert_operations(
+        connection,
+        [
+            queue.NewOperation(OperationKind.VERIFY, row["oid"], row["uid"], reason, now, None, -1)
+            for row in rows
+            if row["uid"] in turned
+        ],
+        context.actor,
+        now,
+    )
+
+
+def _certify_purge(
+    connection: Connection, context: Context, claim: Claim, unseen: set[uuid.UUID]
+) -> set[uuid.UUID]:
+    """Certify what may be purged; put off or undo the rest. Returns the operations to go on with."""
+    now = context.clock()
+    held = queue.lock_claimed(connection, claim.token, [o["operation_id"] for o in claim.operations])
+    operations = {op["uid"]: op for op in claim.operations if op["operation_id"] in held}
+    proofs = [
+        p for p in catalogue.prove(connection, list(operations)) if p.state == ReplicaState.TRASHED
+    ]
+    blind = {p.uid for p in proofs if any(uuid.UUID(s["uid"]) in unseen for s in p.survivors)}
+    good = [p for p in proofs if p.refusal is None and p.uid not in blind]
+    catalogue.certify(
+        connection,
+        [(p, "purge" if p.managed else "release") for p in good],
+        actor=context.actor,
+        now=now,
+        valid_for=timedelta(seconds=context.settings.certificate_seconds),
+    )
+    granted = {p.uid for p in good}
+    outcomes = [
+        _not_purged(context, operations[p.uid], p, p.uid in blind, now)
+        for p in proofs
+        if p.uid not in granted
+    ]
+    gone = set(operations) - {p.uid for p in proofs}
+    outcomes += [
+        queue.Outcome(
+            operations[uid]["operation_id"], queue.OperationState.CANCELLED, "DLM-503",
+            "not in the trash any more",
+        )
+        for uid in gone
+    ]  # fmt: skip
+    queue.finish_operations(connection, claim.token, outcomes, now)
+    _bring_back(connection, context, [p for p in proofs if _is_needed(p) and p.uid not in blind], now)
+    return {operations[uid]["operation_id"] for uid in granted}
+
+
+def _is_needed(proof: catalogue.Proof) -> bool:
+    """True if the trashed copy is needed again: the survivors its certificate named are fewer."""
+    return proof.refusal is not None and not proof.refusal.startswith("under a hold")
+
+
+def _not_purged(
+    context: Context, operation: Row, proof: catalogue.Proof, blind: bool, now: datetime
+) -> queue.Outcome:
+    if blind or not _is_needed(proof):
+        why = proof.refusal or "a survivor could not be looked at"
+        due = now + timedelta(seconds=context.settings.retry_base_seconds * 12)
+        return queue.Outcome(
+            operation["operation_id"], queue.OperationState.QUEUED, "DLM-501", why, due
+        )
+    return queue.Outcome(
+        operation["operation_id"], queue.OperationState.CANCELLED, "DLM-501",
+        f"{proof.refusal}; the copy is brought back from the trash",
+    )  # fmt: skip
+
+
+def _bring_back(
+    connection: Connection, context: Context, proofs: Sequence[catalogue.Proof], now: datetime
+) -> None:
+    """Queue the way back of trashed copies that are needed again, if their place is free."""
+    by_uid = {proof.uid: proof for proof in proofs}
+    taken = catalogue.take_back_path(connection, list(by_uid)) if by_uid else set()
+    queue.insert_operations(
+        connection,
+        [
+            queue.NewOperation(
+                OperationKind.RESTORE, by_uid[uid].oid, uid, by_uid[uid].refusal or "", now
+            )
+            for uid in taken
+        ],
+        context.actor,
+        now,
+    )
+
+
+# --- the frame they share -------------------------------------------------------------------------
+
+
+def _run(
+    context: Context,
+    claim: Claim,
+    effect: Effect,
+    write: Callable[[Connection, Sequence[Effected], datetime], None],
+) -> Report:
+    """Do ``effect`` for each operation, with each storage's concurrency, then ``write`` and finish
+    in one transaction a chunk. Operations whose replica is not TRASHED any more are cancelled;
+    those on a storage that may not be written now come back later."""
+    report = Report()
+    storages = context.transact(context.storages.load)
+    details = context.transact(
+        lambda c: replicas.replica_details(c, [op["uid"] for op in claim.operations])
+    )
+    work: dict[uuid.UUID, list[tuple[Row, Row]]] = {}
+    idle: list[tuple[Row, queue.Outcome]] = []
+    for operation in claim.operations:
+        storage = storages[details[operation["uid"]]["storage_id"]]
+        row = {**details[operation["uid"]], "managed": storage["managed"],
+               "trash_grace": storage["trash_grace"]}  # fmt: skip
+        outcome = _idle_outcome(context, operation, row, storage)
+        if outcome is None:
+            work.setdefault(row["storage_id"], []).append((operation, row))
+        else:
+            idle.append((operation, outcome))
+    if idle:
+        context.transact(
+            lambda c: queue.finish_operations(
+                c, claim.token, [outcome for _, outcome in idle], context.clock()
+            )
+        )
+    for operation, outcome in idle:
+        report.note(operation, outcome, 0, 0.0)
+    for storage_id, pairs in work.items():
+        adapter = context.storages.open(storages[storage_id])
+        for start in range(0, len(pairs), _CHUNK):
+            if context.stop.is_set():
+                return report
+            _effect_chunk(context, claim, adapter, pairs[start : start + _CHUNK], effect, write, report)
+    return report
+
+
+def _idle_outcome(
+    context: Context, operation: Row, row: Row, storage: Row
+) -> queue.Outcome | None:
+    if row["state"] != ReplicaState.TRASHED:
+        return queue.Outcome(
+            operation["operation_id"], queue.OperationState.CANCELLED, "DLM-503",
+            f"the replica is {row['state']} by now",
+        )  # fmt: skip
+    if row["managed"] and storage["mode"] not in _WRITABLE:
+        due = context.clock() + timedelta(seconds=context.settings.retry_base_seconds * 12)
+        return queue.Outcome(
+            operation["operation_id"], queue.OperationState.QUEUED, "DLM-504",
+            f"storage {storage['name']} is {storage['mode']}", due,
+        )  # fmt: skip
+    return None
+
+
+def _effect_chunk(
+    context: Context,
+    claim: Claim,
+    adapter: Storage,
+    pairs: Sequence[tuple[Row, Row]],
+    effect: Effect,
+    write: Callable[[Connection, Sequence[Effected], datetime], None],
+    report: Report,
+) -> None:
+    def one(pair: tuple[Row, Row]) -> Effected:
+        begun = time.monotonic()
+        result, failure = None, None
+        try:
+            result = effect(adapter, pair[1])
+        except DlmError as error:
+            failure = error
+        return Effected(*pair, result, failure, time.monotonic() - begun)
+
+    with ThreadPoolExecutor(adapter.concurrency, "dlm-trash") as pool:
+        effected = list(pool.map(one, pairs))
+    try:
+        adapter.flush()
+    except DlmError as error:
+        # what is not durable is not done
+        effected = [replace(e, error=e.error or error) for e in effected]
+
+    def close(connection: Connection) -> list[tuple[Effected, queue.Outcome]]:
+        now = context.clock()
+        ids = [e.operation["operation_id"] for e in effected]
+        held = queue.lock_claimed(connection, claim.token, ids)
+        mine = [e for e in effected if e.operation["operation_id"] in held]
+        good = [e for e in mine if e.error is None]
+        if good:
+            write(connection, good, now)
+        outcomes = [
+            (e, done(e.operation) if e.error is None
+             else outcome_of_error(context, e.operation, e.error, now))
+            for e in mine
+        ]  # fmt: skip
+        queue.finish_operations(connection, claim.token, [o for _, o in outcomes], now)
+        return outcomes
+
+    for e, outcome in context.transact(close):
+        report.note(e.operation, outcome, e.row["size"], e.seconds)

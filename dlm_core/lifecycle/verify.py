@@ -1,0 +1,310 @@
+"""Verification: read replicas again and believe only what was read."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection
+
+from dlm_core.catalogue import operations as queue
+from dlm_core.catalogue import replicas as catalogue
+from dlm_core.catalogue.engine import rows
+from dlm_core.errors import (
+    AccessDeniedError,
+    DlmError,
+    IntegrityError,
+    PayloadExistsError,
+    PayloadNotFoundError,
+    StorageError,
+)
+from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
+from dlm_core.storages.port import Storage, quarantine_path
+from dlm_core.transfers.checksums import observe
+from dlm_core.types import (
+    Observation,
+    OperationKind,
+    OperationState,
+    PayloadKind,
+    ReplicaState,
+    decode_path,
+)
+
+_READABLE = ("read_write", "read_only", "draining")
+_CHECKABLE = (ReplicaState.READY, ReplicaState.SUSPECT, ReplicaState.MISSING)
+
+
+def request_verification(
+    connection: Connection,
+    *,
+    actor: str,
+    now: datetime,
+    storage_id: uuid.UUID | None = None,
+    oid: uuid.UUID | None = None,
+    reason: str = "asked for",
+) -> int:
+    """Queue a look at every replica of an item, on a storage, or both narrowed; how many.
+
+    Replicas that wait for one already are not queued twice. With neither given, all replicas.
+    """
+    found = rows(
+        connection,
+        """SELECT r.uid, r.oid FROM replica r
+            WHERE r.state IN ('READY', 'SUSPECT', 'MISSING')
+              AND (CAST(:storage AS uuid) IS NULL OR r.storage_id = :storage)
+              AND (CAST(:oid AS uuid) IS NULL OR r.oid = :oid)
+              AND NOT EXISTS (SELECT FROM operation o WHERE o.uid = r.uid AND o.kind = 'verify'
+                                 AND o.state IN ('QUEUED', 'RUNNING'))""",
+        storage=storage_id,
+        oid=oid,
+    )
+    return queue.insert_operations(
+        connection,
+        [
+            queue.NewOperation(OperationKind.VERIFY, row["oid"], row["uid"], reason, now)
+            for row in found
+        ],
+        actor,
+        now,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a look at one replica found: an observation, or the error that prevented it."""
+
+    operation_id: uuid.UUID
+    uid: uuid.UUID
+    observation: Observation | None
+    error: DlmError | None
+    seconds: float
+
+
+def look_at(
+    storage: Storage, targets: Sequence[Mapping[str, Any]], context: Context
+) -> Iterator[Look]:
+    """Read payloads on one storage with its concurrency; nothing more once ``stop`` is set.
+
+    ``targets`` are rows with operation_id, uid, path (as catalogued) and kind.
+    """
+
+    def read(target: Mapping[str, Any]) -> Look | None:
+        if context.stop.is_set():
+            return None
+        begun = time.monotonic()
+        seen, failure = None, None
+        try:
+            kind = PayloadKind(target["kind"])
+            seen = observe(storage, decode_path(target["path"]), kind, context.stop)
+        except DlmError as error:
+            failure = error
+        if context.stop.is_set():
+            return None
+        return Look(
+            target["operation_id"], target["uid"], seen, failure, time.monotonic() - begun
+        )
+
+    with ThreadPoolExecutor(storage.concurrency, "dlm-look") as pool:
+        yield from (look for look in pool.map(read, targets) if look is not None)
+
+
+def execute_verify(context: Context, claim: Claim) -> Report:
+    """Verify the replicas of a claim.
+
+    The same bytes: READY, checked now. Others: SUSPECT at first, with a second look queued; when
+    that differs too the bytes are set aside under a visible name and the replica is CORRUPTED.
+    Nothing there, said by a storage that is well: MISSING. An outage proves nothing.
+    """
+    report = Report()
+    operations = {op["operation_id"]: op for op in claim.operations}
+    storages = context.transact(context.storages.load)
+    details = context.transact(
+        lambda c: catalogue.replica_details(c, [op["uid"] for op in claim.operations])
+    )
+    groups: dict[uuid.UUID, list[dict[str, Any]]] = defaultdict(list)
+    for operation in claim.operations:
+        row = dict(details[operation["uid"]], operation_id=operation["operation_id"])
+        if row["state"] in _CHECKABLE and storages[row["storage_id"]]["mode"] in _READABLE:
+            groups[row["storage_id"]].append(row)
+    for storage_id, targets in groups.items():
+        storage = context.storages.open(storages[storage_id])
+        writable = (
+            storages[storage_id]["managed"] and storages[storage_id]["mode"] != "read_only"
+        )
+        looks = look_at(storage, targets, context)
+        for batch in _batches(looks, 512):
+            _judge(context, claim, operations, details, batch, storage, writable, report)
+    waived = [
+        queue.Outcome(
+            op["operation_id"], OperationState.CANCELLED, "DLM-503", "nothing to verify any more"
+        )
+        for op in claim.operations
+        if op["operation_id"] not in {t["operation_id"] for ts in groups.values() for t in ts}
+    ]
+    context.transact(
+        lambda c: queue.finish_operations(c, claim.token, waived, context.clock())
+    )
+    return report
+
+
+def _batches(looks: Iterator[Look], size: int) -> Iterator[list[Look]]:
+    batch: list[Look] = []
+    for look in looks:
+        batch.append(look)
+        if len(batch) >= size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _judge(
+    context: Context,
+    claim: Claim,
+    operations: Mapping[uuid.UUID, Mapping[str, Any]],
+    details: Mapping[uuid.UUID, Mapping[str, Any]],
+    looks: Sequence[Look],
+    storage: Storage,
+    writable: bool,
+    report: Report,
+) -> None:
+    """Set damaged bytes aside, then write what was found in one transaction."""
+    verdicts: list[tuple[Look, str, DlmError | None]] = []
+    for look in looks:
+        verdict, error = _verdict(look, details[look.uid])
+        if verdict == ReplicaState.CORRUPTED and writable:
+            error = _quarantine(storage, details[look.uid], claim.token) or error
+            if isinstance(error, StorageError):
+                verdict = ReplicaState.SUSPECT
+        verdicts.append((look, verdict, error))
+    outcomes = context.transact(
+        lambda c: _write(c, context, claim, operations, details, verdicts)
+    )
+    for look, outcome in outcomes:
+        size = look.observation.size if look.observation else 0
+        report.note(operations[look.operation_id], outcome, size, look.seconds)
+
+
+def _verdict(look: Look, row: Mapping[str, Any]) -> tuple[str, DlmError | None]:
+    """The state that a look proves, '' for none, and the error to show."""
+    if isinstance(look.error, PayloadNotFoundError):
+        return ReplicaState.MISSING, look.error
+    if look.observation is None:
+        return "", look.error
+    if (look.observation.digest, look.observation.size) == (row["item_digest"], row["item_size"]):
+        return ReplicaState.READY, None
+    error = IntegrityError(
+        where=row["path"],
+        expected=f"{row['item_digest']} ({row['item_size']} bytes)",
+        found=f"{look.observation.digest} ({look.observation.size} bytes)",
+    )
+    second = row["state"] in (ReplicaState.SUSPECT, ReplicaState.MISSING)
+    return (ReplicaState.CORRUPTED if second else ReplicaState.SUSPECT), error
+
+
+def _quarantine(
+    storage: Storage, row: Mapping[str, Any], token: uuid.UUID
+) -> StorageError | None:
+    """Move damaged bytes to a visible place, never over anything; the error if that failed."""
+    try:
+        storage.rename(decode_path(row["path"]), quarantine_path(str(row["uid"]), token.hex))
+    except (PayloadExistsError, PayloadNotFoundError):
+        return None  # done by an earlier try of this operation
+    except StorageError as error:
+        return error
+    return None
+
+
+def _write(
+    connection: Connection,
+    context: Context,
+    claim: Claim,
+    operations: Mapping[uuid.UUID, Mapping[str, Any]],
+    details: Mapping[uuid.UUID, Mapping[str, Any]],
+    verdicts: Sequence[tuple[Look, str, DlmError | None]],
+) -> list[tuple[Look, queue.Outcome]]:
+    now = context.clock()
+    held = queue.lock_claimed(connection, claim.token, [v[0].operation_id for v in verdicts])
+    mine = [v for v in verdicts if v[0].operation_id in held]
+    by_state: dict[str, list[uuid.UUID]] = defaultdict(list)
+    for look, verdict, _ in mine:
+        by_state[verdict].append(look.uid)
+    returned = [u for u in by_state[ReplicaState.READY] if details[u]["state"] == "MISSING"]
+    returned += [u for u in by_state[ReplicaState.CORRUPTED] if details[u]["state"] == "MISSING"]
+    _mark(connection, returned, ReplicaState.SUSPECT, [ReplicaState.MISSING])
+    _mark(connection, by_state[ReplicaState.SUSPECT], ReplicaState.SUSPECT, [ReplicaState.READY])
+    _mark(
+        connection, by_state[ReplicaState.CORRUPTED], ReplicaState.CORRUPTED, [ReplicaState.SUSPECT]
+    )
+    _mark(
+        connection,
+        by_state[ReplicaState.MISSING],
+        ReplicaState.MISSING,
+        [ReplicaState.READY, ReplicaState.SUSPECT],
+    )
+    good = [
+        catalogue.Seen(look.uid, look.observation.size, look.observation.digest)
+        for look, verdict, _ in mine
+        if verdict == ReplicaState.READY and look.observation
+    ]
+    if good:
+        catalogue.mark_ready(connection, good, now)
+    outcomes = [(look, _outcome(context, operations, look, v, e, now)) for look, v, e in mine]
+    queue.finish_operations(connection, claim.token, [o for _, o in outcomes], now)
+    _queue_second_looks(connection, context, details, mine, now)
+    return outcomes
+
+
+def _mark(
+    connection: Connection, uids: Sequence[uuid.UUID], state: str, only_from: Sequence[str]
+) -> None:
+    if uids:
+        catalogue.mark_state(connection, uids, state, only_from=only_from)
+
+
+def _outcome(
+    context: Context,
+    operations: Mapping[uuid.UUID, Mapping[str, Any]],
+    look: Look,
+    verdict: str,
+    error: DlmError | None,
+    now: datetime,
+) -> queue.Outcome:
+    operation = operations[look.operation_id]
+    if isinstance(error, AccessDeniedError) or (not verdict and error is not None):
+        return outcome_of_error(context, operation, error, now)
+    if error is None:
+        return done(operation)
+    # the look itself is done; what it found stays to be read beside it
+    return queue.Outcome(look.operation_id, OperationState.DONE, error.code, str(error)[:2000])
+
+
+def _queue_second_looks(
+    connection: Connection,
+    context: Context,
+    details: Mapping[uuid.UUID, Mapping[str, Any]],
+    verdicts: Sequence[tuple[Look, str, DlmError | None]],
+    now: datetime,
+) -> None:
+    again = [
+        queue.NewOperation(
+            OperationKind.VERIFY,
+            details[look.uid]["oid"],
+            look.uid,
+            "second look at a suspect replica",
+            now,
+            priority=-1,
+        )
+        for look, verdict, error in verdicts
+        if verdict == ReplicaState.SUSPECT and details[look.uid]["state"] == ReplicaState.READY
+    ]
+    if again:
+        queue.insert_operations(connection, again, context.actor, now)
+
+

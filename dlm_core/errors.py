@@ -103,6 +103,13 @@ class ServiceUnavailableError(DlmError):
     retryable = True
 
 
+class AlreadyRunningError(DlmError):
+    """the services of {home} run already (process {pid}, {ui_url}); stop them there first"""
+
+    code = "DLM-204"
+    exit_code = 3
+
+
 # --- storages: exit code 4 --------------------------------------------------------------------
 
 

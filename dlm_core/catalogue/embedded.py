@@ -148,7 +148,7 @@ def socket_folder(home: Path) -> Path:
 
 def _start(home: Path, bindir: Path | None, durable: bool, timeout: float) -> None:
     data = _data(home)
-    binaries = _binaries(bindir, data)
+    binaries, _ = find_binaries(bindir, _version_of_data(data))
     prefix = _prefix(data)
     folder = socket_folder(home)
     _private_folder(folder)
@@ -221,18 +221,25 @@ def _tail(log: Path) -> str:
 # --- binaries -------------------------------------------------------------------------------------
 
 
-def _binaries(bindir: Path | None, data: Path) -> Path:
-    """The folder of programs to use, of the data's major version if there is data.
+def find_binaries(bindir: Path | None = None, needed: int | None = None) -> tuple[Path, int]:
+    """The folder of PostgreSQL's programs and their major version.
+
+    Parameters
+    ----------
+    bindir
+        The only folder to look at; None looks at the wheel's, then Debian's, newest first.
+    needed
+        The major version that existing data has; None takes the first from 15 on.
 
     Raises
     ------
     CatalogueUnavailableError
+        telling what was looked at.
     """
-    needed = _version_of_data(data)
     versions = {folder: _version_of(folder) for folder in _candidates(bindir)}
     for folder, version in versions.items():
         if version is not None and needed in (None, version):
-            return folder
+            return folder, version
     found = ", ".join(f"{version} in {folder}" for folder, version in versions.items()) or "none"
     raise CatalogueUnavailableError(
         reason=f"no programs of PostgreSQL {needed or '15 or newer'} found; looked at: {found}",

@@ -113,6 +113,9 @@ def stop(home: Path, timeout: float = 30) -> bool:
         for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):
             if _end(pid, number, timeout):
                 break
+        folder = socket_folder(home)
+        if folder.parent == _SHORT_ROOT:
+            shutil.rmtree(folder, ignore_errors=True)
         return True
 
 
@@ -159,8 +162,9 @@ def _start(home: Path, bindir: Path | None, durable: bool, timeout: float) -> No
     if not data.exists():
         _initialise(data, binaries, prefix)
     _configure(data, folder, durable)
-    command = ["-D", str(data), "-l", str(log), "-w", "-t", str(int(timeout)), "start"]
-    _run([*prefix, str(binaries / "pg_ctl"), *command], hint=_tail(log), timeout=timeout + 10)
+    options = ["-D", data.name, "-l", f"log/{log.name}", "-w", "-t", str(int(timeout))]
+    command = [*prefix, str(binaries / "pg_ctl"), *options, "start"]
+    _run(command, home, hint=_tail(log), timeout=timeout + 10)
 
 
 def _initialise(data: Path, binaries: Path, prefix: list[str]) -> None:
@@ -171,8 +175,8 @@ def _initialise(data: Path, binaries: Path, prefix: list[str]) -> None:
     if _is_setpriv(prefix):
         os.chown(fresh, _NOBODY, _NOBODY)
     options = ["--encoding=UTF8", "--no-locale", "--data-checksums", "--auth=trust"]
-    command = [str(binaries / "initdb"), "-D", str(fresh), "-U", USER, *options]
-    _run([*prefix, *command, "--no-instructions"], hint="is the disk full?", timeout=300)
+    command = [*prefix, str(binaries / "initdb"), "-D", fresh.name, "-U", USER, *options]
+    _run([*command, "--no-instructions"], data.parent, hint="is the disk full?", timeout=300)
     with (fresh / "postgresql.conf").open("a") as file:
         file.write("\ninclude 'dlm.conf'\n")
     fresh.rename(data)
@@ -186,7 +190,11 @@ def _configure(data: Path, folder: Path, durable: bool) -> None:
     (data / "dlm.conf").write_text(body)
 
 
-def _run(command: list[str], hint: str | Path, timeout: float) -> None:
+def _run(command: list[str], home: Path, hint: str, timeout: float) -> None:
+    """Run one of PostgreSQL's programs within ``home``, whose files it is told relative to it.
+
+    They hand paths to a shell in double quotes, so a home with a quote or a dollar would not do.
+    """
     # libpq's and the server's variables of the caller's own database are none of this one's
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PG")}
     try:
@@ -199,13 +207,13 @@ def _run(command: list[str], hint: str | Path, timeout: float) -> None:
             errors="replace",
             check=True,
             timeout=timeout,
-            cwd="/",
+            cwd=home,
         )
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or error.stdout).strip().splitlines() or ["no message"]
-        raise CatalogueUnavailableError(reason=" ".join(lines[-3:]), hint=str(hint)) from error
+        raise CatalogueUnavailableError(reason=" ".join(lines[-3:]), hint=hint) from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise CatalogueUnavailableError(reason=str(error), hint=str(hint)) from error
+        raise CatalogueUnavailableError(reason=str(error), hint=hint) from error
 
 
 def _prepare_log(log: Path) -> None:

@@ -14,6 +14,7 @@ from dlm_core.types import ItemState, Phase, ReplicaState, StorageMode
 _LIVE = (ReplicaState.PENDING, ReplicaState.READY, ReplicaState.SUSPECT)
 _REMAKABLE = (ReplicaState.CORRUPTED, ReplicaState.MISSING)
 _COUNTING_MODES = (StorageMode.READ_WRITE, StorageMode.READ_ONLY, StorageMode.OFFLINE)
+_UNREADABLE = (StorageMode.OFFLINE, StorageMode.RETIRED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class ItemView:
     state: str
     size: int
     target_phase: str
+    #: it was looked at before without a mend: a suspect replica is not waited for again
+    waited: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,11 @@ def decide_copies(
         return Decision(reached, item_state=recovered)
     if not ready:
         return _without_source(item, replicas)
+    if all(storages[r.storage_id].mode in _UNREADABLE for r in ready):
+        return Decision(reached, (), "its good copies cannot be read now", recovered, True)
+    if not item.waited and _second_look_may_do(item, replicas, staying, storages, now):
+        text = "a suspect copy waits for its second look"
+        return Decision(reached, (), text, recovered, True)
     pending = [r for r in replicas if r.state == ReplicaState.PENDING]
     coming = [r for r in pending if not is_leaving(r, storages[r.storage_id], now)]
     best = weight_of([*staying, *coming], storages)
@@ -139,6 +147,24 @@ def decide_copies(
     return Decision(
         reached, tuple(copies), f"{have} of {target}; impossible now: {why}", recovered, True
     )
+
+
+def _second_look_may_do(
+    item: ItemView,
+    replicas: Sequence[ReplicaView],
+    staying: Sequence[ReplicaView],
+    storages: Mapping[uuid.UUID, StorageView],
+    now: datetime,
+) -> bool:
+    """True if the target is reached once suspect replicas turn out good; asked once, so that a
+    look that cannot be taken does not keep a copy from being made."""
+    suspect = [
+        r
+        for r in replicas
+        if r.state == ReplicaState.SUSPECT and not is_leaving(r, storages[r.storage_id], now)
+    ]
+    with_suspects = weight_of([*staying, *suspect], storages)
+    return bool(suspect) and sum(with_suspects.values()) >= Phase(item.target_phase).weight
 
 
 def _without_source(item: ItemView, replicas: Sequence[ReplicaView]) -> Decision:
@@ -177,6 +203,7 @@ def _choose(
             options,
             key=lambda s: (
                 min(s.weight - best.get(s.location_id, 0), need),
+                s.storage_id in by_storage,  # damage is mended in its place
                 _rendezvous(item.oid, s),
             ),
         )

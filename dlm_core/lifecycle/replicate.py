@@ -15,7 +15,6 @@ from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas as catalogue
 from dlm_core.errors import (
     DlmError,
-    NotFoundError,
     PayloadNotFoundError,
     SourceDamagedError,
     StorageFullError,
@@ -39,6 +38,7 @@ from dlm_core.types import (
     OperationState,
     PayloadKind,
     ReplicaState,
+    StorageMode,
     decode_path,
     new_id,
 )
@@ -169,7 +169,13 @@ def _decide(
         (
             item,
             decide_copies(
-                ItemView(item["oid"], item["state"], item["size"], item["target_phase"]),
+                ItemView(
+                    item["oid"],
+                    item["state"],
+                    item["size"],
+                    item["target_phase"],
+                    taken[item["oid"]] > 0,
+                ),
                 by_item[item["oid"]],
                 storages,
                 space,
@@ -260,13 +266,20 @@ def execute_copy(context: Context, claim: Claim) -> Report:
     operations = {op["operation_id"]: op for op in claim.operations}
     details, manifests, storages = context.transact(lambda c: _load(c, context, claim))
     groups: dict[tuple[uuid.UUID, uuid.UUID], list[Mapping[str, Any]]] = defaultdict(list)
-    settled: list[tuple[queue.Outcome, int]] = []
+    settled: list[queue.Outcome] = []
     for row in details:
         refusal = _refuse(row, storages)
         if refusal is None:
             groups[row["source_storage_id"], row["storage_id"]].append(row)
         else:
-            settled.append((_refused_outcome(context, operations, row, refusal), 0))
+            settled.append(
+                queue.Outcome(
+                    row["operation_id"],
+                    OperationState.CANCELLED,
+                    "DLM-503",
+                    f"not copied: {refusal}",
+                )
+            )
     if settled:
         _write_refusals(context, claim, settled, operations, report)
     for (source_id, destination_id), rows in groups.items():
@@ -286,56 +299,38 @@ def _load(connection: Connection, context: Context, claim: Claim) -> tuple[Any, 
 
 
 def _refuse(row: Mapping[str, Any], storages: Mapping[uuid.UUID, Mapping[str, Any]]) -> str | None:
-    """Why a copy is not to be made any more, '' if it only has to wait, None to go on."""
+    """Why a copy is not to be made any more, or None. The planner asks again when things change."""
     if row["state"] != ReplicaState.PENDING:
         return f"the replica is {row['state']} by now"
     if row["item_state"] not in (ItemState.READY, ItemState.CORRUPTED):
         return f"the item is {row['item_state']} by now"
-    if storages[row["storage_id"]]["mode"] not in ("read_write",):
-        return f"storage {storages[row['storage_id']]['name']} is {storages[row['storage_id']]['mode']}"
-    return "" if row["source_uid"] is None else None
-
-
-def _refused_outcome(
-    context: Context,
-    operations: Mapping[uuid.UUID, Mapping[str, Any]],
-    row: Mapping[str, Any],
-    refusal: str,
-) -> queue.Outcome:
-    if refusal:
-        return queue.Outcome(
-            row["operation_id"], OperationState.CANCELLED, "DLM-503", f"not copied: {refusal}"
-        )
-    error = NotFoundError("good copy to read of", row["uri"])
-    now = context.clock()
-    due = context.backoff.next_due(operations[row["operation_id"]]["attempts"], now)
-    state = OperationState.QUEUED if due else OperationState.FAILED
-    return queue.Outcome(row["operation_id"], state, error.code, str(error), due)
+    storage = storages[row["storage_id"]]
+    if storage["mode"] != StorageMode.READ_WRITE:
+        return f"storage {storage['name']} is {storage['mode']}"
+    return "there is no good copy to read" if row["source_uid"] is None else None
 
 
 def _write_refusals(
     context: Context,
     claim: Claim,
-    settled: Sequence[tuple[queue.Outcome, int]],
+    settled: Sequence[queue.Outcome],
     operations: Mapping[uuid.UUID, Mapping[str, Any]],
     report: Report,
 ) -> None:
     def write(connection: Connection) -> None:
-        held = queue.lock_claimed(connection, claim.token, [o.operation_id for o, _ in settled])
+        held = queue.lock_claimed(connection, claim.token, [o.operation_id for o in settled])
         # a copy that will not be made must not look as if it were on its way
-        given_up = [
-            operations[o.operation_id]["uid"]
-            for o, _ in settled
-            if o.operation_id in held and o.state is not OperationState.QUEUED
-        ]
         catalogue.mark_state(
-            connection, given_up, ReplicaState.MISSING, only_from=[ReplicaState.PENDING]
+            connection,
+            [operations[operation_id]["uid"] for operation_id in held],
+            ReplicaState.MISSING,
+            only_from=[ReplicaState.PENDING],
         )
-        queue.finish_operations(connection, claim.token, [o for o, _ in settled], context.clock())
+        queue.finish_operations(connection, claim.token, settled, context.clock())
 
     context.transact(write)
-    for outcome, size in settled:
-        report.note(operations[outcome.operation_id], outcome, size, 0.0)
+    for outcome in settled:
+        report.note(operations[outcome.operation_id], outcome, 0, 0.0)
 
 
 def _copy_group(

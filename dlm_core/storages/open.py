@@ -1,0 +1,64 @@
+"""Open a storage from what the catalogue says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from dlm_core.errors import InvalidValueError
+from dlm_core.storages.port import Storage
+
+Opener = Callable[[str, str, Mapping[str, Any]], Storage]
+
+
+def _posix(name: str, root: str, config: Mapping[str, Any]) -> Storage:
+    from dlm_core.storages.posix import PosixStorage
+
+    if config:
+        raise InvalidValueError(
+            what=f"config of storage {name}", value=dict(config), expected="nothing for posix"
+        )
+    if not root.startswith("/"):
+        raise InvalidValueError(
+            what=f"root of storage {name}", value=root, expected="an absolute path"
+        )
+    return PosixStorage(name, root)
+
+
+def _s3(name: str, root: str, config: Mapping[str, Any]) -> Storage:
+    from dlm_core.storages.s3 import open_s3
+
+    return open_s3(name, root, config)
+
+
+_BUILT_IN: dict[str, Opener] = {"posix": _posix, "s3": _s3}
+
+
+def interfaces() -> dict[str, Opener]:
+    """Openers by interface: ours, and others' found by the entry point group 'dlm.storages'."""
+    found = dict(_BUILT_IN)
+    for point in entry_points(group="dlm.storages"):
+        found.setdefault(point.name, point.load())
+    return found
+
+
+def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]) -> Storage:
+    """The adapter for a storage; opening touches neither disk nor network.
+
+    Parameters
+    ----------
+    root : absolute folder (posix) or ``bucket/prefix`` (s3)
+    config : what the interface needs; secrets only by reference, never themselves
+
+    Raises
+    ------
+    InvalidValueError
+        if the interface is unknown or the config does not fit it.
+    """
+    known = interfaces()
+    if interface not in known:
+        raise InvalidValueError(
+            what="interface", value=interface, expected=f"one of {', '.join(sorted(known))}"
+        )
+    return known[interface](name, root, config)

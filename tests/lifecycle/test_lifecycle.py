@@ -1,0 +1,350 @@
+"""Replication, verification, expiry, restore and rebalancing on real files."""
+
+import pytest
+
+from dlm_core.catalogue import deletions
+from dlm_core.errors import BlastRadiusError, CatalogueError, NotFoundError
+from dlm_core.lifecycle.expire import ExpiryPlanner, propose_expiry
+from dlm_core.lifecycle.rebalance import propose_rebalance
+from dlm_core.lifecycle.replicate import plan_replication, propose_replication
+from dlm_core.lifecycle.trash import request_restore
+from dlm_core.lifecycle.verify import request_verification
+from dlm_core.types import OperationKind
+from tests.site import make_site
+
+
+@pytest.fixture
+def site(engine, tmp_path):
+    site = make_site(engine, tmp_path)
+    site.add_storage("a", "A")
+    site.add_storage("b", "B")
+    site.add_storage("c", "C")
+    return site
+
+
+def request(site, oid, **where):
+    return site.context.transact(
+        lambda c: request_restore(c, oid=oid, actor="user:test", now=site.now,
+                                  storage_id=where.get("storage_id"))
+    )  # fmt: skip
+
+
+def test_an_item_gets_the_copies_its_target_phase_needs(site):
+    """SOLID from one LIQUID copy: one more at another location, verified, no temporary files."""
+    oid = site.add_item("x/1.dat", b"payload", "a")
+    site.settle()
+    states = site.replicas(oid)
+    assert sorted(states.values()) == ["READY", "READY"]
+    (other,) = set(states) - {"a"}
+    assert list(site.visible(other).values()) == [b"payload"]
+    assert site.private(other, "tmp") == []
+    item = site.item(oid)
+    assert (item["phase_weight"], item["shortfall"]) == (4, None)
+
+
+def test_planning_twice_plans_nothing_new(site):
+    """A second look at an item whose copies are on their way queues nothing."""
+    site.add_item("x", b"1", "a")
+    assert plan_replication(site.context) == 1
+    assert plan_replication(site.context) == 0
+    assert site.query("SELECT count(*) AS n FROM operation")[0]["n"] == 1
+
+
+def test_a_dry_run_changes_nothing(site):
+    """propose_replication names the copy and its reason; the catalogue stays as it was."""
+    site.add_item("x", b"1", "a")
+    (proposal,) = propose_replication(site.context)
+    assert proposal.uri == "test:x" and "SOLID" in proposal.copy.reason
+    assert site.query("SELECT count(*) AS n FROM operation")[0]["n"] == 0
+    assert plan_replication(site.context) == 1
+
+
+def test_a_damaged_source_is_never_copied(site):
+    """A source that no longer has its digest: nothing is written, it is looked at twice, set
+    aside under a visible name, and the item is CORRUPTED as it was the only copy."""
+    oid = site.add_item("x", b"good bytes", "a")
+    (site.folder / "a" / "x").write_bytes(b"evil bytes")
+    site.settle()
+    assert site.replicas(oid)["a"] == "CORRUPTED"
+    assert site.item(oid)["state"] == "CORRUPTED"
+    assert site.visible("b") == {} and site.visible("c") == {}
+    assert len(site.private("a", "quarantine")) == 1
+
+
+def test_damage_is_noticed_and_repaired_from_a_good_copy(site):
+    """Verification finds flipped bytes, a second look confirms, the copy is made again."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    other = next(name for name in site.replicas(oid) if name != "a")
+    (path,) = site.visible(other)
+    (site.folder / other / path).write_bytes(b"evil bytes")
+    site.context.transact(
+        lambda c: request_verification(
+            c, actor="user:test", now=site.now, storage_id=site.storages[other]
+        )
+    )
+    site.settle()
+    assert site.visible(other) == {path: b"good bytes"}
+    assert set(site.replicas(oid).values()) == {"READY"}
+    history = site.query(
+        "SELECT new_state FROM event WHERE noun = 'replica' AND action = 'state' AND uid = :uid "
+        "ORDER BY seq",
+        uid=site.replica(oid, other)["uid"],
+    )
+    states = [row["new_state"] for row in history]
+    assert states == ["READY", "SUSPECT", "CORRUPTED", "PENDING", "READY"]
+
+
+def test_a_vanished_payload_is_made_again(site):
+    """A file that is gone from a storage that is well: MISSING, then copied again."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    (site.folder / "a" / "x").unlink()
+    site.context.transact(
+        lambda c: request_verification(c, actor="user:test", now=site.now, oid=oid)
+    )
+    site.settle()
+    assert site.visible("a") == {"x": b"good bytes"}
+    assert set(site.replicas(oid).values()) == {"READY"}
+
+
+def test_an_outage_proves_nothing(site):
+    """A storage whose root has vanished is down: its replicas stay READY, the look comes again."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    (site.folder / "a").rename(site.folder / "unmounted")
+    site.context.transact(
+        lambda c: request_verification(c, actor="user:test", now=site.now, oid=oid)
+    )
+    site.work(OperationKind.VERIFY)
+    assert site.replicas(oid)["a"] == "READY"
+    waiting = site.query("SELECT * FROM operation WHERE kind = 'verify' AND state = 'QUEUED'")
+    assert waiting[0]["error_code"] == "DLM-301"
+
+
+def expire(site, oid):
+    site.execute(
+        "UPDATE data_item SET expires_at = :now, expiry_reason = 'no longer wanted' "
+        "WHERE oid = :oid",
+        oid=oid,
+        now=site.now,
+    )
+
+
+def test_an_expired_item_goes_in_two_steps_with_certificates(site):
+    """Trash, grace, purge, absence: two certificates a replica, the item DELETED at the end."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    site.advance(seconds=1)
+    expire(site, oid)
+    site.settle()
+    assert set(site.replicas(oid).values()) == {"TRASHED"}
+    assert site.visible("a") == {} and len(site.private("a", "trash")) == 1
+    site.advance(minutes=59)
+    site.settle()
+    assert set(site.replicas(oid).values()) == {"TRASHED"}, "the grace is not over"
+    site.advance(minutes=2)
+    site.settle()
+    assert set(site.replicas(oid).values()) == {"DELETED"}
+    assert site.item(oid)["state"] == "DELETED"
+    assert site.private("a", "trash") == []
+    certificates = site.query("SELECT * FROM deletion ORDER BY deletion_id")
+    assert [c["step"] for c in certificates] == ["trash"] * 2 + ["purge"] * 2
+    assert {c["reason"] for c in certificates} >= {"its item has expired"}
+
+
+def test_trash_can_be_restored_until_its_grace_ends(site):
+    """dlm restore brings every copy back, read and READY; after the purge nothing is left to."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    site.advance(seconds=1)
+    expire(site, oid)
+    site.settle()
+    assert request(site, oid) == 2
+    site.settle()
+    assert set(site.replicas(oid).values()) == {"READY"}
+    assert site.visible("a") == {"x": b"good bytes"}
+    assert site.item(oid)["state"] == "READY" and site.item(oid)["expires_at"] is None
+    site.advance(hours=5)
+    site.settle()
+    assert set(site.replicas(oid).values()) == {"READY"}
+    expire(site, oid)
+    site.settle()
+    site.advance(hours=5)
+    site.settle()
+    with pytest.raises(NotFoundError):
+        request(site, oid)
+
+
+def test_a_replica_expires_only_once_the_copies_it_assumes_are_there(site):
+    """A replica past its time waits: it is replaced first, and survivors are in its certificate."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    site.execute(
+        "UPDATE replica SET expires_at = :now WHERE oid = :oid AND storage_id = :s",
+        oid=oid, s=site.storages["a"], now=site.now,
+    )  # fmt: skip
+    planner = ExpiryPlanner(10, 10**9)
+    assert planner(site.context) == 0 and planner.refused == 1
+    assert site.replicas(oid)["a"] == "READY"
+    site.settle()
+    site.advance(minutes=1)
+    site.settle()
+    assert site.replicas(oid) == {"a": "TRASHED", "b": "READY", "c": "READY"}
+    (certificate,) = site.query("SELECT * FROM deletion")
+    assert {s["storage"] for s in certificate["survivors"]} == {"b", "c"}
+    assert certificate["survivor_weight"] == 4
+
+
+def test_the_last_copy_never_goes_with_its_replica(site):
+    """With nowhere to copy to, an expired replica stays for good."""
+    for name in ("b", "c"):
+        site.set_storage(name, mode="offline")
+    oid = site.add_item("x", b"good bytes", "a", target_phase="PLASMA")
+    site.execute("UPDATE replica SET expires_at = :now WHERE oid = :oid", oid=oid, now=site.now)
+    for _ in range(3):
+        site.settle()
+        site.advance(hours=1)
+    assert site.replicas(oid)["a"] == "READY"
+    assert site.visible("a") == {"x": b"good bytes"}
+
+
+def test_a_hold_keeps_item_and_trash(site):
+    """Under a hold an item does not expire, and what is in the trash is not purged."""
+    held, trashed = site.add_item("held", b"1", "a"), site.add_item("trashed", b"2", "a")
+    site.settle()
+    site.advance(seconds=1)
+    expire(site, trashed)
+    site.settle()
+    site.execute(
+        "INSERT INTO hold (hold_id, uri_prefix, reason, actor, created_at) "
+        "VALUES (gen_random_uuid(), 'test:', 'audit', 'user:a', :now)",
+        now=site.now,
+    )
+    expire(site, held)
+    site.settle()
+    site.advance(hours=2)
+    site.settle()
+    assert site.item(held)["state"] == "READY"
+    assert set(site.replicas(trashed).values()) == {"TRASHED"}
+    site.execute("UPDATE hold SET ends_at = :now", now=site.now)
+    site.advance(hours=2)
+    site.settle()
+    assert set(site.replicas(trashed).values()) == {"DELETED"}
+
+
+def test_a_survivor_that_is_gone_stops_the_purge_and_brings_the_trash_back(site):
+    """At purge time survivors are looked at on their storages, not believed."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID' WHERE oid = :oid", oid=oid)
+    site.execute(
+        "UPDATE replica SET expires_at = :now WHERE oid = :oid AND storage_id = :s",
+        oid=oid, s=site.storages["a"], now=site.now,
+    )  # fmt: skip
+    site.settle()
+    assert site.replicas(oid)["a"] == "TRASHED"
+    other = next(n for n, s in site.replicas(oid).items() if s == "READY")
+    for file in (site.folder / other).rglob("x"):
+        file.unlink()
+    site.advance(hours=2)
+    site.settle()
+    assert site.replicas(oid)["a"] == "READY"
+    assert site.visible("a") == {"x": b"good bytes"}
+
+
+def test_unmanaged_files_are_released_and_never_touched(engine, tmp_path):
+    """A replica on an unmanaged storage ends in the catalogue only; its file stays."""
+    site = make_site(engine, tmp_path)
+    site.add_storage("theirs", "A", managed=False, mode="read_only", phase="GAS")
+    site.add_storage("b", "B")
+    site.add_storage("c", "C")
+    oid = site.add_item("x", b"good bytes", "theirs")
+    site.settle()
+    site.advance(seconds=1)
+    expire(site, oid)
+    site.settle()
+    site.advance(hours=2)
+    site.settle()
+    assert set(site.replicas(oid).values()) == {"DELETED"}
+    assert site.visible("theirs") == {"x": b"good bytes"}
+    assert site.replica(oid, "theirs")["released_at"] is not None
+
+
+def test_a_storage_above_its_high_watermark_is_brought_below_its_low_one(site):
+    """Coldest first, no item below its target at any time, nothing more than needed."""
+    oids = [site.add_item(f"{n}", bytes(100), "a") for n in range(20)]
+    for name in ("b", "c"):
+        site.set_storage(name, capacity_bytes=100_000)
+    site.settle()
+    site.set_storage("a", capacity_bytes=2100, high_watermark=0.9, low_watermark=0.5)
+    proposed = propose_rebalance(site.context)
+    assert sum(one.size for one in proposed) == 1000
+    for _ in range(6):
+        site.settle()
+        site.advance(minutes=20)
+        weights = site.query("SELECT min(weight) AS n FROM item_phase")
+        assert weights[0]["n"] >= 4
+    kept = [oid for oid in oids if site.replicas(oid)["a"] == "READY"]
+    assert len(kept) == 10 and kept == oids[10:]
+    assert len(site.visible("a")) == 10
+
+
+def test_a_drained_storage_ends_empty_and_may_then_retire(site):
+    """Draining replaces every copy before it goes; retiring before that is refused."""
+    oids = [site.add_item(f"{n}", b"1" * n, "a") for n in range(1, 6)]
+    site.settle()
+    site.set_storage("a", mode="draining")
+    with pytest.raises(CatalogueError, match="drain it first"):
+        site.set_storage("a", mode="retired", retired_at=site.now)
+    for _ in range(6):
+        site.settle()
+        site.advance(minutes=20)
+    assert site.visible("a") == {} and site.private("a", "trash") == []
+    for oid in oids:
+        assert site.replicas(oid) == {"a": "DELETED", "b": "READY", "c": "READY"}
+    site.set_storage("a", mode="retired", retired_at=site.now)
+
+
+def test_a_run_that_would_delete_too_much_deletes_nothing(site):
+    """The blast radius is checked before the first certificate."""
+    oids = [site.add_item(f"{n}", b"1", "a") for n in range(5)]
+    site.settle()
+    site.advance(seconds=1)
+    for oid in oids:
+        expire(site, oid)
+    with pytest.raises(BlastRadiusError, match="10 replicas, above the limit of 9"):
+        ExpiryPlanner(9, 10**9)(site.context)
+    assert site.query("SELECT count(*) AS n FROM deletion")[0]["n"] == 0
+    assert ExpiryPlanner(10, 10**9)(site.context) == 10
+
+
+def test_expiry_can_be_looked_at_before_it_happens(site):
+    """propose_expiry says what would go and what would be refused, and changes nothing."""
+    oid = site.add_item("x", b"1", "a")
+    site.settle()
+    site.advance(seconds=1)
+    expire(site, oid)
+    assert [p.refusal for p in propose_expiry(site.context)] == [None, None]
+    assert site.item(oid)["state"] == "READY"
+
+
+def test_two_deletions_of_two_copies_of_one_item_take_turns(site):
+    """Both copies of an item at once: one goes, the other is then the survivor that stays."""
+    oid = site.add_item("x", b"1", "a", target_phase="LIQUID")
+    site.execute("UPDATE data_item SET target_phase = 'SOLID' WHERE oid = :oid", oid=oid)
+    site.settle()
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID' WHERE oid = :oid", oid=oid)
+    uids = [row["uid"] for row in site.query("SELECT uid FROM replica WHERE oid = :o", o=oid)]
+    first = site.context.transact(lambda c: deletions.prove(c, [uids[0]]))
+    assert first[0].refusal is None
+    both = site.context.transact(lambda c: deletions.prove(c, uids))
+    assert all(p.refusal for p in both)
+
+
+def test_psql_cannot_trash_without_a_certificate(site):
+    """The database itself refuses the transition."""
+    oid = site.add_item("x", b"1", "a")
+    site.settle()
+    with pytest.raises(CatalogueError):
+        site.execute("UPDATE replica SET state = 'TRASHED' WHERE oid = :oid", oid=oid)

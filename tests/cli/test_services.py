@@ -1,0 +1,213 @@
+"""The supervisor with the real daemon, webserver and PostgreSQL as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import psycopg
+import pytest
+
+from dlm_cli.services import processes_of, read_services, run_services
+from dlm_core.catalogue import embedded
+from dlm_core.errors import AlreadyRunningError, ServiceUnavailableError
+from dlm_core.settings import load_settings
+
+pytestmark = pytest.mark.timeout(300)
+
+_DEFINITIONS = """
+import time
+import dagster as dg
+
+@dg.op
+def wait():
+    time.sleep(600)
+
+@dg.job
+def waiting_job():
+    wait()
+
+defs = dg.Definitions(jobs=[waiting_job])
+"""
+
+_UP = """
+import sys, threading
+from pathlib import Path
+from dlm_cli.services import run_services, stop_on_signals
+from dlm_core.settings import load_settings
+stop = threading.Event()
+with stop_on_signals(stop):
+    settings = load_settings(home=sys.argv[1], webserver_port=0)
+    run_services(settings, print, stop, workspace=Path(sys.argv[2]))
+"""
+
+_LAUNCH = """
+mutation { launchRun(executionParams: {mode: "default", selector: {jobName: "waiting_job",
+  repositoryName: "__repository__", repositoryLocationName: "probe"}})
+  { __typename ... on LaunchRunSuccess { run { runId } } } }
+"""
+
+
+class Site:
+    """A home with a workspace, and the supervisors that a test starts on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / "home"
+        self.workspace = folder / "workspace.yaml"
+        module = folder / "probe.py"
+        module.write_text(_DEFINITIONS)
+        entry = {"python_file": {"relative_path": str(module), "location_name": "probe"}}
+        self.workspace.write_text(json.dumps({"load_from": [entry]}))
+        self.supervisors: list[subprocess.Popen[str]] = []
+
+    def up(self) -> subprocess.Popen[str]:
+        """Start a supervisor; returns when it says that all is ready."""
+        command = [sys.executable, "-c", _UP, str(self.home), str(self.workspace)]
+        supervisor = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.supervisors.append(supervisor)
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.readline().startswith("http://127.0.0.1:")
+        return supervisor
+
+    @property
+    def state(self) -> dict[str, Any]:
+        state = read_services(self.home)
+        assert state is not None
+        return state
+
+    def graphql(self, query: str) -> Any:
+        body = json.dumps({"query": query}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.state['ui_url']}/graphql", body, headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)["data"]
+
+    def launch(self) -> str:
+        """Launch the job that waits; returns the run's id when its worker is at work."""
+        run_id: str = self.graphql(_LAUNCH)["launchRun"]["run"]["runId"]
+        _eventually(lambda: self.status(run_id) == "STARTED", seconds=90)
+        return run_id
+
+    def status(self, run_id: str) -> str:
+        query = f'{{runOrError(runId: "{run_id}") {{... on Run {{status}}}}}}'
+        status: str = self.graphql(query)["runOrError"]["status"]
+        return status
+
+    def end(self) -> None:
+        for supervisor in self.supervisors:
+            if supervisor.poll() is None:
+                supervisor.kill()
+            supervisor.communicate()
+        for process in processes_of(self.home):
+            process.kill()
+        embedded.stop(self.home)
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    folder = Path(tempfile.mkdtemp(prefix="dlm-up-"))
+    site = Site(folder)
+    yield site
+    site.end()
+    shutil.rmtree(folder)
+
+
+def test_up_and_ctrl_c_and_up_again(site: Site) -> None:
+    """Ctrl-C ends everything, a run's worker too; the next start finds the data again."""
+    supervisor = site.up()
+    assert set(site.state["pids"]) == {"supervisor", "daemon", "webserver", "postgres"}
+    with pytest.raises(AlreadyRunningError, match=f"process {supervisor.pid}, http"):
+        run_services(load_settings(home=site.home), print, threading.Event())
+    run_id = site.launch()
+    workers = processes_of(site.home)
+
+    supervisor.send_signal(signal.SIGINT)
+    assert supervisor.wait(timeout=40) == 0
+    assert not any(process.is_running() for process in workers)
+    assert embedded.running_pid(site.home) is None
+    assert read_services(site.home) is None
+
+    site.up()
+    assert site.status(run_id) in {"FAILURE", "CANCELED"}
+
+
+def test_what_is_killed_is_started_again(site: Site) -> None:
+    """kill -9 of PostgreSQL, the daemon and the webserver: each is started again, with its data."""
+    site.up()
+    before = site.state["pids"]
+    catalogue = embedded.database_url(site.home)
+    with psycopg.connect(catalogue, autocommit=True) as connection:
+        connection.execute("CREATE TABLE kept AS SELECT 7 AS n")
+    for name in ("postgres", "daemon", "webserver"):
+        os.kill(before[name], signal.SIGKILL)
+
+    _eventually(lambda: _all_anew(site.state["pids"], before))
+    _eventually(lambda: _answers(site))
+    with psycopg.connect(catalogue) as connection:
+        assert connection.execute("SELECT n FROM kept").fetchone() == (7,)
+    assert site.state["pids"]["supervisor"] == before["supervisor"]
+
+
+def test_kill_9_of_everything(site: Site) -> None:
+    """After kill -9 of all processes the next start works, and the lost run counts no longer."""
+    supervisor = site.up()
+    run_id = site.launch()
+    postgres = embedded.running_pid(site.home)
+    assert postgres is not None
+    supervisor.kill()
+    for process in [*processes_of(site.home), psutil.Process(postgres)]:
+        process.kill()
+
+    site.up()
+    assert site.status(run_id) == "FAILURE"
+
+
+def test_leftovers_of_a_killed_supervisor_are_ended(site: Site) -> None:
+    """The next supervisor ends the daemon of a killed one, so that no two ever work at once."""
+    site.up().kill()
+    left = processes_of(site.home)
+    assert left
+    site.up()
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in left)
+
+
+def test_a_service_that_cannot_start_is_reported(site: Site) -> None:
+    """A daemon that ends at once again and again is an error that names the logs."""
+    site.workspace.write_text("load_from: nonsense")
+    settings = load_settings(home=site.home, webserver_port=0)
+    with pytest.raises(ServiceUnavailableError, match=r"logs in .* tell why"):
+        run_services(settings, print, threading.Event(), workspace=site.workspace)
+    assert embedded.running_pid(site.home) is None
+    assert not processes_of(site.home)
+
+
+def _all_anew(now: dict[str, int], before: dict[str, int]) -> bool:
+    # one that waits for its back-off is not among them
+    names = set(before) - {"supervisor"}
+    return now.keys() == before.keys() and all(now[name] != before[name] for name in names)
+
+
+def _answers(site: Site) -> bool:
+    try:
+        return bool(site.graphql("{version}"))
+    except OSError:
+        return False
+
+
+def _eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.3)

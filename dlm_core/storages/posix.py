@@ -165,17 +165,23 @@ class PosixStorage:
         except OSError as error:
             raise self._translate(error, path) from error
         try:
-            _pour(source, descriptor)
-        except OSError as error:
-            _unlink_quietly(full)
-            raise self._translate(error, path) from error
+            self._pour(source, descriptor, path)
         except BaseException:
-            # the source failed or we were interrupted: nothing may stay
+            # the medium or the source failed, or we were interrupted: nothing may stay
             _unlink_quietly(full)
             raise
         finally:
             os.close(descriptor)
         return None
+
+    def _pour(self, source: BinaryIO, descriptor: int, path: str) -> None:
+        while block := source.read(_BLOCK):
+            view = memoryview(block)
+            try:
+                while view:
+                    view = view[os.write(descriptor, view) :]
+            except OSError as error:
+                raise self._translate(error, path) from error
 
     def _make_parent(self, full: str) -> None:
         self._check_root()
@@ -253,13 +259,6 @@ def _entry(path: str, status: os.stat_result) -> Entry:
         return Entry(path, 0, status.st_mtime, "directory")
     kind = "symlink" if stat_module.S_ISLNK(mode) else "other"
     return Entry(path, status.st_size, status.st_mtime, kind)
-
-
-def _pour(source: BinaryIO, descriptor: int) -> None:
-    while block := source.read(_BLOCK):
-        view = memoryview(block)
-        while view:
-            view = view[os.write(descriptor, view) :]
 
 
 def _rename_noreplace(old: str, new: str) -> None:

@@ -83,7 +83,7 @@ class HashingReader:
     """A stream that computes digests of what is read, and fails before its end if they are wrong.
 
     Failing inside the read makes an upload abort: nothing becomes visible at the destination.
-    ``md5`` is of the whole, ``part_md5s`` of each ``part_size`` bytes, for object stores' ETags.
+    With ``part_size`` the MD5 of each part is kept, for comparison with an object store's ETag.
     """
 
     def __init__(
@@ -98,7 +98,6 @@ class HashingReader:
         self._stream, self._file, self._where = stream, file, where
         self._stop, self._progress = stop, progress
         self._sha, self._left, self._part_size = sha256(), file.size, part_size
-        self._whole = md5(usedforsecurity=False)
         self._parts: list[bytes] = []
         self._part, self._part_left = md5(usedforsecurity=False), part_size or 0
 
@@ -106,7 +105,11 @@ class HashingReader:
         """Up to ``size`` bytes; raises before handing out the last ones if they are not right."""
         if self._stop is not None and self._stop.is_set():
             raise Interrupted
-        block = self._stream.read(_BLOCK if size is None or size < 0 else size)
+        try:
+            block = self._stream.read(_BLOCK if size is None or size < 0 else size)
+        except OSError as error:
+            # the source's trouble, which the destination must not take for its own
+            raise StorageUnavailableError(storage=self._where, message=str(error)) from error
         self._sha.update(block)
         self._left -= len(block)
         if self._part_size:
@@ -130,7 +133,6 @@ class HashingReader:
         raise SourceDamagedError(where=self._where, expected=self._file.digest, found=found)
 
     def _count_parts(self, block: bytes) -> None:
-        self._whole.update(block)
         view = memoryview(block)
         while view:
             taken = view[: self._part_left]
@@ -146,14 +148,18 @@ class HashingReader:
         self._part_left = self._part_size or 0
 
     def etags(self) -> tuple[str, ...]:
-        """The ETags that S3 gives these bytes: in a single part, or in parts of ``part_size``."""
+        """The ETag that S3 gives these bytes: MD5 of a single part, or of the parts' MD5s."""
         if not self._part_size:
             return ()
+        if self._file.size <= self._part_size:
+            # a file of exactly one part was closed when it was full
+            single = self._parts[0] if self._parts else self._part.digest()
+            return (single.hex(),)
         parts = list(self._parts)
-        if self._part_left != self._part_size or not parts:
+        if self._part_left != self._part_size:
             parts.append(self._part.digest())
         joined = md5(b"".join(parts), usedforsecurity=False).hexdigest()
-        return (self._whole.hexdigest(), f"{joined}-{len(parts)}")
+        return (f"{joined}-{len(parts)}",)
 
 
 def copy_batch(
@@ -248,15 +254,8 @@ class _Mover:
                 reader = HashingReader(
                     stream, file, where, self.part_size, self.stop, self.progress
                 )
-                if not self.atomic or file.size > 0:
-                    self.destination.write(file.written, cast(BinaryIO, reader), file.size)
-                else:
-                    reader.read()
-                    self.destination.write(file.written, cast(BinaryIO, stream), 0)
+                self.destination.write(file.written, cast(BinaryIO, reader), file.size)
                 file.etags = reader.etags()
-                # a zero-byte file, or a writer that stops at the size, has not read the end
-                if file.size == 0 and not self.atomic:
-                    reader.read()
         except PayloadExistsError as error:
             self._adopt(file, error)
         except Interrupted:

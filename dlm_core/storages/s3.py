@@ -1,0 +1,329 @@
+"""S3 and its kin through obstore (Rust object_store)."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, BinaryIO, cast
+
+import obstore
+from obstore import exceptions
+from obstore.store import S3Store
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dlm_core.errors import (
+    AccessDeniedError,
+    InvalidValueError,
+    PathRefusedError,
+    PayloadExistsError,
+    PayloadNotFoundError,
+    StorageUnavailableError,
+)
+from dlm_core.storages.port import PRIVATE, Entry, Usage
+
+#: objects up to this size are one PUT with If-None-Match; larger ones are uploaded in such parts
+PART_SIZE = 8 << 20
+_PARTS_AT_ONCE = 4
+_MULTIPARTS_AT_ONCE = 4
+_READ_SIZE = 4 << 20
+_HEADS_INSTEAD_OF_LIST = 16
+_LISTED_FOR_ONE = 20
+#: CopyObject's limit (S3 API reference); a rename is a copy
+_COPY_LIMIT = 5 << 30
+
+
+class S3Config(BaseModel):
+    """What ``config`` of an S3 storage may hold. Keys are named by reference, never given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    endpoint: str | None = Field(None, description="URL of the service; unset: AWS.")
+    region: str = Field("us-east-1", description="Region that requests are signed for.")
+    access_key_env: str | None = Field(None, description="Variable that holds the access key.")
+    secret_key_env: str | None = Field(None, description="Variable that holds the secret key.")
+    path_style: bool = Field(True, description="Bucket in the path rather than the host name.")
+
+
+def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
+    """An S3 storage; ``root`` is ``bucket`` or ``bucket/prefix``.
+
+    Without ``access_key_env`` and ``secret_key_env`` the credentials come from AWS's own variables
+    or the instance's role.
+
+    Raises
+    ------
+    InvalidValueError
+        if the config has unknown keys (a secret among them), or a named variable is not set.
+    """
+    try:
+        parsed = S3Config.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidValueError(
+            what=f"config of storage {name}: " + ".".join(map(str, first["loc"])),
+            value="(not shown)",
+            expected=f"{', '.join(S3Config.model_fields)} ({first['msg']})",
+        ) from None
+    bucket, _, prefix = root.strip("/").partition("/")
+    options: dict[str, Any] = {"region": parsed.region}
+    if parsed.endpoint:
+        options["endpoint"] = parsed.endpoint
+    for option, variable in (
+        ("access_key_id", parsed.access_key_env),
+        ("secret_access_key", parsed.secret_key_env),
+    ):
+        if variable:
+            options[option] = _secret(name, variable)
+    store = S3Store(
+        bucket,
+        prefix=prefix or None,
+        virtual_hosted_style_request=not parsed.path_style,
+        checksum_algorithm="sha256",
+        client_options={
+            "allow_http": bool(parsed.endpoint and parsed.endpoint.startswith("http://")),
+            "connect_timeout": "5s",
+            "timeout": "300s",
+        },
+        retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=20)},
+        **options,
+    )
+    return S3Storage(name, store)
+
+
+def _secret(name: str, variable: str) -> str:
+    value = os.environ.get(variable)
+    if not value:
+        raise InvalidValueError(
+            what=f"storage {name}: variable {variable}", value="", expected="the secret it names"
+        )
+    return value
+
+
+class S3Storage:
+    """A bucket, or a prefix of one; see :class:`dlm_core.storages.port.Storage`.
+
+    A PUT becomes visible whole or not at all, with a sha-256 that the server checks on the wire;
+    objects up to ``part_size`` bytes are created with If-None-Match. Larger ones are uploaded in
+    parts, which S3 does not combine with that precondition for every server: the key is looked at
+    just before, and the catalogue gives every path one owner.
+    """
+
+    atomic_write = True
+    part_size = PART_SIZE
+
+    def __init__(self, name: str, store: S3Store, concurrency: int = 32) -> None:
+        self.name, self.concurrency = name, concurrency
+        self._store = store
+        self._large = threading.BoundedSemaphore(_MULTIPARTS_AT_ONCE)
+
+    def _key(self, path: str) -> str:
+        parts = path.split("/")
+        if any(part in ("", ".", "..") for part in parts):
+            raise self._refused(path, "want relative, without '.', '..' or ''")
+        if any(ord(char) < 32 or ord(char) == 127 for char in path):
+            raise self._refused(path, "control characters cannot stand in an object's key")
+        try:
+            octets = len(path.encode("utf-8"))
+        except UnicodeEncodeError:
+            raise self._refused(path, "an object's key is UTF-8") from None
+        if octets > 1024:
+            raise self._refused(path, "an object's key has at most 1024 octets")
+        return path
+
+    def _refused(self, path: str, message: str) -> PathRefusedError:
+        return PathRefusedError(storage=self.name, path=path, message=message)
+
+    @contextmanager
+    def _translated(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise PayloadNotFoundError(storage=self.name, path=path) from None
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
+            raise PayloadExistsError(storage=self.name, path=path) from None
+        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+            raise AccessDeniedError(
+                storage=self.name, path=path, message=_first_line(error)
+            ) from None
+        except exceptions.BaseError as error:
+            raise StorageUnavailableError(storage=self.name, message=_first_line(error)) from None
+
+    # --- looking ---------------------------------------------------------------------------------
+
+    def stat(self, path: str) -> Entry | None:
+        key = self._key(path)
+        try:
+            with self._translated(path):
+                return _entry(obstore.head(self._store, key))
+        except PayloadNotFoundError:
+            return self._directory(path)
+
+    def _directory(self, path: str) -> Entry | None:
+        with self._translated(path):
+            for batch in obstore.list(self._store, prefix=f"{path}/", chunk_size=1):
+                if batch:
+                    return Entry(path, 0, 0.0, "directory")
+        return None
+
+    def stat_many(self, paths: Iterable[str]) -> dict[str, Entry | None]:
+        wanted = sorted({self._key(path) for path in paths})
+        found: dict[str, Entry | None] = {}
+        if len(wanted) > _HEADS_INSTEAD_OF_LIST:
+            found.update(self._listed(wanted))
+        rest = [path for path in wanted if path not in found]
+        with ThreadPoolExecutor(self.concurrency, "dlm-head") as pool:
+            # what a listing leaves out is asked for by name: it may be partial
+            found.update(zip(rest, pool.map(self.stat, rest), strict=True))
+        return found
+
+    def _listed(self, wanted: list[str]) -> dict[str, Entry]:
+        """Entries of ``wanted`` (sorted) that one bounded listing of their range shows."""
+        prefix = posixpath.commonprefix([wanted[0], wanted[-1]])
+        folder = prefix.rpartition("/")[0]
+        names, found, seen = set(wanted), {}, 0
+        with self._translated(folder):
+            for batch in obstore.list(self._store, prefix=folder or None, chunk_size=1000):
+                seen += len(batch)
+                found.update({m["path"]: _entry(m) for m in batch if m["path"] in names})
+                past = bool(batch) and batch[-1]["path"] > wanted[-1]
+                if past or len(found) == len(names) or seen > 1000 + len(names) * _LISTED_FOR_ONE:
+                    break
+        return found
+
+    def walk(self, path: str = "") -> Iterator[Entry]:
+        prefix = f"{self._key(path)}/" if path else None
+        with self._translated(path):
+            for batch in obstore.list(self._store, prefix=prefix, chunk_size=1000):
+                for meta in batch:
+                    hidden = not path.startswith(PRIVATE) and (
+                        meta["path"].split("/", 1)[0] == PRIVATE
+                    )
+                    if not hidden:
+                        yield _entry(meta)
+
+    def open_read(self, path: str) -> BinaryIO:
+        with self._translated(path):
+            result = obstore.get(self._store, self._key(path))
+            return cast(BinaryIO, _Stream(self, path, result))
+
+    # --- changing --------------------------------------------------------------------------------
+
+    def write(self, path: str, source: BinaryIO, size: int) -> str | None:
+        key = self._key(path)
+        if size <= PART_SIZE:
+            body = b"".join(iter(lambda: source.read(PART_SIZE), b""))
+            with self._translated(path):
+                return obstore.put(self._store, key, body, mode="create")["e_tag"]
+        if self.stat(path) is not None:
+            raise PayloadExistsError(storage=self.name, path=path)
+        with self._large, self._translated(path):
+            return obstore.put(
+                self._store,
+                key,
+                _parts(source),
+                use_multipart=True,
+                chunk_size=PART_SIZE,
+                max_concurrency=_PARTS_AT_ONCE,
+            )["e_tag"]
+
+    def flush(self) -> None:
+        """Nothing to do: S3 answers a PUT once the object is durable."""
+
+    def rename(self, source: str, destination: str) -> None:
+        entry = self.stat(source)
+        if entry is None:
+            raise PayloadNotFoundError(storage=self.name, path=source)
+        if self.stat(destination) is not None:
+            raise PayloadExistsError(storage=self.name, path=destination)
+        if entry.kind == "file":
+            self._move(entry, destination)
+            return
+        for one in list(self.walk(source)):
+            self._move(one, destination + one.path[len(source) :])
+
+    def _move(self, entry: Entry, destination: str) -> None:
+        if entry.size > _COPY_LIMIT:
+            raise self._refused(entry.path, "objects above 5 GiB cannot be renamed on S3")
+        with self._translated(entry.path):
+            obstore.copy(self._store, entry.path, self._key(destination))
+        copied = self.stat(destination)
+        if copied is None or copied.size != entry.size:
+            raise StorageUnavailableError(
+                storage=self.name, message=f"{destination} is not there whole after a copy"
+            )
+        with self._translated(entry.path):
+            obstore.delete(self._store, entry.path)
+
+    def remove(self, path: str) -> None:
+        key = self._key(path)
+        below = [entry.path for entry in self.walk(path)]
+        with self._translated(path):
+            obstore.delete(self._store, [key, *below])
+
+    def usage(self) -> Usage | None:
+        return None
+
+    def check(self) -> None:
+        with self._translated(""):
+            for _ in obstore.list(self._store, chunk_size=1):
+                break
+
+
+class _Stream:
+    """A response's body as a file that is read once, front to back."""
+
+    def __init__(self, storage: S3Storage, path: str, result: Any) -> None:
+        self._storage, self._path = storage, path
+        self._chunks = iter(result.stream(min_chunk_size=_READ_SIZE))
+        self._rest = memoryview(b"")
+
+    def read(self, size: int = -1) -> bytes:
+        if not self._rest:
+            with self._storage._translated(self._path):
+                self._rest = memoryview(bytes(next(self._chunks, b"")))
+        taken = self._rest if size is None or size < 0 else self._rest[:size]
+        self._rest = self._rest[len(taken) :]
+        return bytes(taken)
+
+    def close(self) -> None:
+        self._chunks = iter(())
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _parts(source: BinaryIO) -> Iterator[bytes]:
+    """Blocks of exactly PART_SIZE but the last, whatever ``source`` hands out at a time."""
+    pending = bytearray()
+    while block := source.read(PART_SIZE - len(pending)):
+        pending += block
+        if len(pending) == PART_SIZE:
+            yield bytes(pending)
+            pending.clear()
+    if pending:
+        yield bytes(pending)
+
+
+def _entry(meta: Mapping[str, Any]) -> Entry:
+    etag = meta["e_tag"]
+    return Entry(
+        meta["path"],
+        meta["size"],
+        meta["last_modified"].timestamp(),
+        "file",
+        etag.strip('"') if etag else None,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).split("\n")[0][:500]
+
+

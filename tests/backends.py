@@ -1,0 +1,47 @@
+"""Real storages for tests, by name: a folder, and a bucket of a real S3 server."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dlm_cli.s3_server import S3Server, s3_server
+from dlm_core.storages.open import open_storage
+from dlm_core.storages.port import Storage
+
+KEYS = {"access_key_env": "DLM_TEST_S3_KEY", "secret_key_env": "DLM_TEST_S3_SECRET"}
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One SeaweedFS a test session."""
+    with s3_server(tmp_path_factory.mktemp("weed")) as server:
+        os.environ["DLM_TEST_S3_KEY"] = server.access_key
+        os.environ["DLM_TEST_S3_SECRET"] = server.secret_key
+        yield server
+
+
+def s3_config(server: S3Server) -> dict[str, str]:
+    """The config of a storage on ``server``: its keys by reference."""
+    return {"endpoint": server.endpoint, **KEYS}
+
+
+@pytest.fixture(params=["posix", "s3", "quota"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty storage of each kind; all keep the one contract."""
+    if request.param == "s3":
+        server = request.getfixturevalue("s3")
+        root = f"{server.bucket}/{uuid.uuid4().hex}"
+        return open_storage("bucket", "s3", root, s3_config(server))
+    root = tmp_path / "root"
+    root.mkdir()
+    inner = open_storage("disk", "posix", str(root), {})
+    if request.param == "quota":
+        from tests.fakes import QuotaStorage
+
+        return QuotaStorage(inner, 1 << 40)
+    return inner

@@ -1,0 +1,84 @@
+"""Storages that misbehave on purpose: wrappers around real adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, BinaryIO, cast
+
+from dlm_core.errors import StorageFullError
+from dlm_core.storages.port import Storage
+
+
+class Wrapped:
+    """Passes everything on to a real storage; subclasses change one thing."""
+
+    def __init__(self, inner: Storage) -> None:
+        self.inner = inner
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self.inner, attribute)
+
+
+class QuotaStorage(Wrapped):
+    """Takes at most ``quota`` bytes; past that a write is cut short like on a full disk."""
+
+    def __init__(self, inner: Storage, quota: int) -> None:
+        super().__init__(inner)
+        self.left = quota
+
+    def write(self, path: str, source: BinaryIO, size: int) -> str | None:
+        etag = self.inner.write(path, cast(BinaryIO, _Metered(self, source)), size)
+        return etag
+
+    def take(self, size: int) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise StorageFullError(storage=self.inner.name, message="quota exceeded")
+
+
+class _Metered:
+    def __init__(self, storage: QuotaStorage, source: BinaryIO) -> None:
+        self.storage, self.source = storage, source
+
+    def read(self, size: int = -1) -> bytes:
+        block = self.source.read(size)
+        self.storage.take(len(block))
+        return block
+
+
+class Tampering(Wrapped):
+    """Changes bytes on their way to the medium, as a bad cable or controller would."""
+
+    def write(self, path: str, source: BinaryIO, size: int) -> str | None:
+        return self.inner.write(path, cast(BinaryIO, _Flipped(source)), size)
+
+
+class _Flipped:
+    def __init__(self, source: BinaryIO) -> None:
+        self.source, self.first = source, True
+
+    def read(self, size: int = -1) -> bytes:
+        block = self.source.read(size)
+        if block and self.first:
+            self.first = False
+            return bytes([block[0] ^ 1]) + block[1:]
+        return block
+
+
+class Hooked(Wrapped):
+    """Calls ``hook(call, path)`` before a call of the port; it may raise what it likes."""
+
+    def __init__(self, inner: Storage, hook: Callable[[str, str], None]) -> None:
+        super().__init__(inner)
+        self.hook = hook
+
+    def __getattr__(self, attribute: str) -> Any:
+        found = getattr(self.inner, attribute)
+        if attribute not in ("stat", "write", "rename", "remove", "open_read", "flush"):
+            return found
+
+        def call(*arguments: Any) -> Any:
+            self.hook(attribute, str(arguments[0]) if arguments else "")
+            return found(*arguments)
+
+        return call

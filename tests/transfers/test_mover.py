@@ -1,0 +1,160 @@
+"""Only whole, verified copies become visible."""
+
+import hashlib
+import os
+import threading
+import uuid
+
+import pytest
+
+from dlm_core.errors import StorageFullError
+from dlm_core.storages.open import open_storage
+from dlm_core.transfers.checksums import manifest_digest, observe
+from dlm_core.transfers.mover import CopyTask, copy_batch
+from dlm_core.types import ManifestEntry, PayloadKind
+from tests.fakes import Hooked, QuotaStorage, Tampering
+
+
+@pytest.fixture
+def source(tmp_path):
+    root = tmp_path / "source"
+    root.mkdir()
+    return open_storage("source", "posix", str(root), {})
+
+
+def task(source, path, data, *, digest=None, destination=None):
+    file = os.path.join(source.root, path)
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with open(file, "wb") as stream:
+        stream.write(data)
+    found = digest or "sha256:" + hashlib.sha256(data).hexdigest()
+    return CopyTask(
+        uuid.uuid4(), path, destination or f"copy/{path}", PayloadKind.FILE, len(data), found, (),
+        uuid.uuid4().hex,
+    )  # fmt: skip
+
+
+def leftovers(storage):
+    return [] if storage.stat(".dlm/tmp") is None else list(storage.walk(".dlm/tmp"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 10_000, 8 << 20, (8 << 20) + 5, 30 << 20])
+def test_a_copy_has_the_bytes_of_its_source(source, storage, size):
+    """Any size, to any storage; no temporary file stays."""
+    data = os.urandom(size)
+    (result,) = copy_batch(source, storage, [task(source, "a/x", data)])
+    assert result.error is None
+    seen = observe(storage, "copy/a/x")
+    assert (seen.size, seen.digest) == (size, "sha256:" + hashlib.sha256(data).hexdigest())
+    assert leftovers(storage) == []
+
+
+def test_many_files_in_one_batch(source, storage):
+    """More than one sub-batch; each task has its own result."""
+    tasks = [task(source, f"{n}", b"%d" % n) for n in range(700)]
+    results = list(copy_batch(source, storage, tasks))
+    assert [r.error for r in results] == [None] * 700
+    assert len(list(storage.walk())) == 700
+
+
+@pytest.mark.parametrize("size", [10, 20 << 20])
+def test_a_damaged_source_is_never_visible(source, storage, size):
+    """Bytes that are not what the catalogue says do not appear, the others do."""
+    bad = task(source, "bad", os.urandom(size), digest="sha256:" + "0" * 64)
+    good = task(source, "good", b"good")
+    by_path = {r.task.source_path: r for r in copy_batch(source, storage, [bad, good])}
+    assert by_path["bad"].error.code == "DLM-401"
+    assert by_path["good"].error is None
+    assert [entry.path for entry in storage.walk()] == ["copy/good"]
+    assert leftovers(storage) == []
+
+
+def test_a_source_of_another_size_is_damaged(source, storage):
+    """Grown or shrunk since it was catalogued."""
+    grown, shrunk = task(source, "grown", b"12345"), task(source, "shrunk", b"12345")
+    for name, data in (("grown", b"123456"), ("shrunk", b"1234")):
+        with open(os.path.join(source.root, name), "wb") as stream:
+            stream.write(data)
+    results = list(copy_batch(source, storage, [grown, shrunk]))
+    assert [r.error.code for r in results] == ["DLM-401", "DLM-401"]
+    assert list(storage.walk()) == []
+
+
+def test_bytes_changed_on_the_way_are_noticed_at_the_destination(source, storage):
+    """Verification at the destination removes the copy."""
+    (result,) = copy_batch(source, Tampering(storage), [task(source, "x", b"payload")])
+    assert result.error.code == "DLM-402" and result.error.retryable
+    assert list(storage.walk()) == [] and leftovers(storage) == []
+
+
+def test_what_an_earlier_try_left_whole_is_adopted(source, storage):
+    """The same bytes at the destination: success, nothing written."""
+    one = task(source, "x", b"payload")
+    list(copy_batch(source, storage, [one]))
+    (again,) = copy_batch(source, storage, [one])
+    assert again.error is None and leftovers(storage) == []
+
+
+def test_other_bytes_at_the_destination_stay(source, storage):
+    """Something else lies there: an error, and it is left alone."""
+    list(copy_batch(source, storage, [task(source, "x", b"theirs")]))
+    (result,) = copy_batch(source, storage, [task(source, "x", b"ours!!")])
+    assert result.error.code == "DLM-304"
+    assert observe(storage, "copy/x").digest == "sha256:" + hashlib.sha256(b"theirs").hexdigest()
+    assert leftovers(storage) == []
+
+
+def test_a_missing_source_is_that_files_error(source, storage):
+    """The others of the batch are copied."""
+    gone, good = task(source, "gone", b"1"), task(source, "good", b"2")
+    os.unlink(os.path.join(source.root, "gone"))
+    results = {r.task.source_path: r.error for r in copy_batch(source, storage, [gone, good])}
+    assert results["gone"].code == "DLM-303" and results["good"] is None
+
+
+def test_a_full_destination_leaves_nothing_half(source, tmp_path):
+    """Past the quota writes fail as on a full disk; no temporary files, no half ones."""
+    root = tmp_path / "small"
+    root.mkdir()
+    inner = open_storage("small", "posix", str(root), {})
+    results = list(
+        copy_batch(
+            source, QuotaStorage(inner, 2500), [task(source, f"{n}", bytes(1000)) for n in range(5)]
+        )
+    )
+    failed = [r for r in results if r.error]
+    assert len(failed) == 3 and all(isinstance(r.error, StorageFullError) for r in failed)
+    assert len(list(inner.walk())) == 2 and leftovers(inner) == []
+
+
+def test_a_directory_appears_whole_or_not_at_all(source, storage):
+    """A directory payload is one task with its manifest."""
+    files = {"table.dat": b"1" * 100, "sub/table.f0": b"", "sub/ü x": b"3" * 9_000_000}
+    manifest = []
+    for name, data in files.items():
+        one = task(source, f"m.ms/{name}", data)
+        manifest.append(ManifestEntry(name, one.size, one.digest))
+    digest = manifest_digest(manifest)
+    whole = CopyTask(
+        uuid.uuid4(), "m.ms", "copy/m.ms", PayloadKind.DIRECTORY, sum(e.size for e in manifest),
+        digest, tuple(manifest), uuid.uuid4().hex,
+    )  # fmt: skip
+    (result,) = copy_batch(source, storage, [whole])
+    assert result.error is None
+    assert observe(storage, "copy/m.ms", PayloadKind.DIRECTORY).digest == digest
+    (again,) = copy_batch(source, storage, [whole])
+    assert again.error is None
+
+
+def test_stopping_leaves_the_rest_untouched(source, tmp_path):
+    """Once stop is set nothing more becomes visible and no temporary file stays."""
+    root = tmp_path / "slow"
+    root.mkdir()
+    inner = open_storage("slow", "posix", str(root), {})
+    stop = threading.Event()
+    slow = Hooked(inner, lambda call, path: stop.set() if call == "flush" else None)
+    tasks = [task(source, f"{n}", b"x") for n in range(1100)]
+    results = list(copy_batch(source, slow, tasks, stop=stop))
+    assert all(r.error is None for r in results)
+    assert len(list(inner.walk())) == len(results) == 512
+    assert leftovers(inner) == []

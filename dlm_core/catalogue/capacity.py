@@ -70,7 +70,11 @@ def storages_to_observe(connection: Connection, before: datetime) -> list[dict[s
 
 
 def note_usage(
-    connection: Connection, storage_id: uuid.UUID, total: int | None, used: int | None, now: datetime
+    connection: Connection,
+    storage_id: uuid.UUID,
+    total: int | None,
+    used: int | None,
+    now: datetime,
 ) -> None:
     """Keep what a storage told of its capacity, in bytes; None when it cannot tell."""
     run(

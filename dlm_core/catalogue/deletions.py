@@ -321,9 +321,7 @@ def mark_deleted(
     return {row["uid"] for row in found}
 
 
-def survivor_details(
-    connection: Connection, uids: Sequence[uuid.UUID]
-) -> list[dict[str, Any]]:
+def survivor_details(connection: Connection, uids: Sequence[uuid.UUID]) -> list[dict[str, Any]]:
     """Where the replicas that a proof names lie, to be looked at on their storages."""
     return rows(
         connection,
@@ -347,9 +345,7 @@ def cancel_operations(
     )
 
 
-def count_active(
-    connection: Connection, uid: uuid.UUID, kinds: Sequence[str]
-) -> int:
+def count_active(connection: Connection, uid: uuid.UUID, kinds: Sequence[str]) -> int:
     """Operations of a replica that are queued or running."""
     found = rows(
         connection,

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, exc, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, exc, text
 
+from dlm_core.catalogue.dsn import sqlalchemy_url
 from dlm_core.errors import CatalogueError, CatalogueUnavailableError
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ def make_engine(url: str, *, pool_size: int = 8) -> Engine:
     parameters, ``?host=a:5432&host=b:5432&target_session_attrs=read-write``.
     """
     return create_engine(
-        make_url(url).set(drivername="postgresql+psycopg"),
+        sqlalchemy_url(url, "psycopg"),
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_pre_ping=True,
@@ -90,9 +91,7 @@ def run(connection: Connection, sql: str, **parameters: object) -> int:
     return connection.execute(text(sql), parameters).rowcount
 
 
-def copy_rows(
-    connection: Connection, table: str, columns: Mapping[str, str], records: Any
-) -> None:
+def copy_rows(connection: Connection, table: str, columns: Mapping[str, str], records: Any) -> None:
     """Stage ``records`` (tuples) in a new temporary ``table`` by binary COPY and analyse it.
 
     ``columns`` maps names to PostgreSQL types. Both are ours, never a user's.

@@ -24,9 +24,7 @@ def count_evaluations_due(connection: Connection, now: datetime, limit: int = 10
     return int(found[0]["n"])
 
 
-def take_evaluations(
-    connection: Connection, now: datetime, limit: int
-) -> dict[uuid.UUID, int]:
+def take_evaluations(connection: Connection, now: datetime, limit: int) -> dict[uuid.UUID, int]:
     """Take due evaluations off the list: tries so far by oid.
 
     What changes after this transaction's look puts the item on the list again, since the list's
@@ -171,9 +169,7 @@ def copy_details(
     )
 
 
-def note_sources(
-    connection: Connection, pairs: Sequence[tuple[uuid.UUID, uuid.UUID]]
-) -> None:
+def note_sources(connection: Connection, pairs: Sequence[tuple[uuid.UUID, uuid.UUID]]) -> None:
     """Remember the source that a failed copy read, so that the next try prefers another."""
     run(
         connection,

@@ -45,9 +45,7 @@ def plan_rebalance(context: Context) -> int:
     observe_usage(context)
     return sum(
         context.transact(lambda c, s=storage: len(_relieve(c, context, s)))
-        for storage in context.transact(
-            lambda c: catalogue.storages_to_relieve(c, context.clock())
-        )
+        for storage in context.transact(lambda c: catalogue.storages_to_relieve(c, context.clock()))
     )
 
 
@@ -75,9 +73,7 @@ def observe_usage(context: Context) -> None:
         )
 
 
-def _relieve(
-    connection: Connection, context: Context, storage: Mapping[str, Any]
-) -> list[Leaving]:
+def _relieve(connection: Connection, context: Context, storage: Mapping[str, Any]) -> list[Leaving]:
     now = context.clock()
     candidates = replicas.select_unmarked(connection, storage["storage_id"], _BATCH)
     if storage["undrained"]:

@@ -199,12 +199,24 @@ def _apply(
             if copy.uid is None:
                 path = copy_path(item["uri"], item["version"])
                 fresh.append(
-                    (copy, {"uid": new_id(), "oid": copy.oid, "storage_id": copy.storage_id,
-                            "path": path, "size": copy.size})
+                    (
+                        copy,
+                        {
+                            "uid": new_id(),
+                            "oid": copy.oid,
+                            "storage_id": copy.storage_id,
+                            "path": path,
+                            "size": copy.size,
+                        },
+                    )
                 )
             else:
                 again.append((copy, copy.uid))
-    made = catalogue.insert_pending(connection, [record for _, record in fresh], now) if fresh else set()
+    made = (
+        catalogue.insert_pending(connection, [record for _, record in fresh], now)
+        if fresh
+        else set()
+    )
     remade = catalogue.remake_replicas(connection, [uid for _, uid in again]) if again else set()
     pairs = [(copy, record["uid"]) for copy, record in fresh if record["uid"] in made]
     pairs += [(copy, uid) for copy, uid in again if uid in remade]

@@ -290,7 +290,9 @@ def _certify_purge(
 ) -> set[uuid.UUID]:
     """Certify what may be purged; put off or undo the rest. Returns the operations to go on with."""
     now = context.clock()
-    held = queue.lock_claimed(connection, claim.token, [o["operation_id"] for o in claim.operations])
+    held = queue.lock_claimed(
+        connection, claim.token, [o["operation_id"] for o in claim.operations]
+    )
     operations = {op["uid"]: op for op in claim.operations if op["operation_id"] in held}
     proofs = [
         p for p in catalogue.prove(connection, list(operations)) if p.state == ReplicaState.TRASHED
@@ -319,7 +321,9 @@ def _certify_purge(
         for uid in gone
     ]  # fmt: skip
     queue.finish_operations(connection, claim.token, outcomes, now)
-    _bring_back(connection, context, [p for p in proofs if _is_needed(p) and p.uid not in blind], now)
+    _bring_back(
+        connection, context, [p for p in proofs if _is_needed(p) and p.uid not in blind], now
+    )
     return {operations[uid]["operation_id"] for uid in granted}
 
 
@@ -403,13 +407,13 @@ def _run(
         for start in range(0, len(pairs), _CHUNK):
             if context.stop.is_set():
                 return report
-            _effect_chunk(context, claim, adapter, pairs[start : start + _CHUNK], effect, write, report)
+            _effect_chunk(
+                context, claim, adapter, pairs[start : start + _CHUNK], effect, write, report
+            )
     return report
 
 
-def _idle_outcome(
-    context: Context, operation: Row, row: Row, storage: Row
-) -> queue.Outcome | None:
+def _idle_outcome(context: Context, operation: Row, row: Row, storage: Row) -> queue.Outcome | None:
     if row["state"] != ReplicaState.TRASHED:
         return queue.Outcome(
             operation["operation_id"], queue.OperationState.CANCELLED, "DLM-503",

@@ -106,9 +106,7 @@ def look_at(
             failure = error
         if context.stop.is_set():
             return None
-        return Look(
-            target["operation_id"], target["uid"], seen, failure, time.monotonic() - begun
-        )
+        return Look(target["operation_id"], target["uid"], seen, failure, time.monotonic() - begun)
 
     with ThreadPoolExecutor(storage.concurrency, "dlm-look") as pool:
         yield from (look for look in pool.map(read, targets) if look is not None)
@@ -134,9 +132,7 @@ def execute_verify(context: Context, claim: Claim) -> Report:
             groups[row["storage_id"]].append(row)
     for storage_id, targets in groups.items():
         storage = context.storages.open(storages[storage_id])
-        writable = (
-            storages[storage_id]["managed"] and storages[storage_id]["mode"] != "read_only"
-        )
+        writable = storages[storage_id]["managed"] and storages[storage_id]["mode"] != "read_only"
         looks = look_at(storage, targets, context)
         for batch in _batches(looks, 512):
             _judge(context, claim, operations, details, batch, storage, writable, report)
@@ -147,9 +143,7 @@ def execute_verify(context: Context, claim: Claim) -> Report:
         for op in claim.operations
         if op["operation_id"] not in {t["operation_id"] for ts in groups.values() for t in ts}
     ]
-    context.transact(
-        lambda c: queue.finish_operations(c, claim.token, waived, context.clock())
-    )
+    context.transact(lambda c: queue.finish_operations(c, claim.token, waived, context.clock()))
     return report
 
 
@@ -183,9 +177,7 @@ def _judge(
             if isinstance(error, StorageError):
                 verdict = ReplicaState.SUSPECT
         verdicts.append((look, verdict, error))
-    outcomes = context.transact(
-        lambda c: _write(c, context, claim, operations, details, verdicts)
-    )
+    outcomes = context.transact(lambda c: _write(c, context, claim, operations, details, verdicts))
     for look, outcome in outcomes:
         size = look.observation.size if look.observation else 0
         report.note(operations[look.operation_id], outcome, size, look.seconds)
@@ -208,9 +200,7 @@ def _verdict(look: Look, row: Mapping[str, Any]) -> tuple[str, DlmError | None]:
     return (ReplicaState.CORRUPTED if second else ReplicaState.SUSPECT), error
 
 
-def _quarantine(
-    storage: Storage, row: Mapping[str, Any], token: uuid.UUID
-) -> StorageError | None:
+def _quarantine(storage: Storage, row: Mapping[str, Any], token: uuid.UUID) -> StorageError | None:
     """Move damaged bytes to a visible place, never over anything; the error if that failed."""
     try:
         storage.rename(decode_path(row["path"]), quarantine_path(str(row["uid"]), token.hex))
@@ -306,5 +296,3 @@ def _queue_second_looks(
     ]
     if again:
         queue.insert_operations(connection, again, context.actor, now)
-
-

@@ -72,7 +72,6 @@ class StoragePool:
                 self._open[row["storage_id"]] = kept
             return kept[1]
 
-
     def _try_open(self, row: Mapping[str, Any]) -> Storage:
         """A storage that cannot be opened (a secret is not set, say) fails its operations one by
         one like one that is down; it must not stop the work on the others."""

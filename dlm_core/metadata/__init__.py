@@ -1,0 +1,40 @@
+"""Metadata extractors: plug-ins of the entry point group 'dlm.metadata_extractors'.
+
+An extractor is ``extract(storage, path, seen) -> dict | None``: what it found, JSON-able, or None
+if the payload is none of its kind. It may raise ValueError or OSError for one that is broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from dlm_core.errors import DlmError
+from dlm_core.storages.port import Storage
+from dlm_core.types import Observation
+
+Extractor = Callable[[Storage, str, Observation], dict[str, Any] | None]
+
+
+@lru_cache(maxsize=1)
+def extractors() -> dict[str, Extractor]:
+    """The installed extractors by name."""
+    return {point.name: point.load() for point in entry_points(group="dlm.metadata_extractors")}
+
+
+def extract_all(storage: Storage, path: str, seen: Observation) -> dict[str, Any]:
+    """What the extractors find, by extractor's name; a failure is told as ``{"error": …}``.
+
+    A payload is admitted whatever its metadata are like: its bytes are what counts.
+    """
+    found: dict[str, Any] = {}
+    for name, extract in extractors().items():
+        try:
+            result = extract(storage, path, seen)
+        except (ValueError, OSError, DlmError) as error:
+            result = {"error": str(error).split("\n")[0][:300]}
+        if result:
+            found[name] = result
+    return found

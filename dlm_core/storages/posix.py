@@ -285,5 +285,3 @@ def _unlink_quietly(full: str) -> None:
         os.unlink(full)
     except OSError:
         pass  # the sweep of temporary files finds it
-
-

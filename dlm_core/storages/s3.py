@@ -325,5 +325,3 @@ def _entry(meta: Mapping[str, Any]) -> Entry:
 
 def _first_line(error: BaseException) -> str:
     return str(error).split("\n")[0][:500]
-
-

@@ -87,9 +87,7 @@ def content_type(path: str, first: bytes) -> str:
     return mimetypes.guess_type(path, strict=False)[0] or "application/octet-stream"
 
 
-def _observe_directory(
-    storage: Storage, path: str, stop: threading.Event | None
-) -> Observation:
+def _observe_directory(storage: Storage, path: str, stop: threading.Event | None) -> Observation:
     entry = storage.stat(path)
     if entry is None:
         raise PayloadNotFoundError(storage=storage.name, path=path)

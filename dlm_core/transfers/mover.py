@@ -383,5 +383,3 @@ class _Mover:
                     self.destination.remove(file.written)
         except DlmError:
             pass  # the sweep finds it; the task's own error is the one to tell
-
-

@@ -165,7 +165,7 @@ SET enable_nestloop = off AS $$
 DECLARE bad record;
 BEGIN
   SELECT o.uid, o.state AS a, n.state AS b INTO bad FROM old_rows o LEFT JOIN new_rows n USING (uid)
-   WHERE n.uid IS NULL OR n.oid <> o.oid OR n.storage_id <> o.storage_id OR (n.path <> o.path AND o.state <> 'PENDING')
+   WHERE n.uid IS NULL OR n.oid <> o.oid OR n.storage_id <> o.storage_id OR (n.path <> o.path AND o.state NOT IN ('PENDING', 'MISSING'))
       OR (n.state <> o.state AND NOT EXISTS (SELECT FROM state_transition t
           WHERE t.noun = 'replica' AND t.old_state = o.state AND t.new_state = n.state))
    LIMIT 1;

@@ -1,0 +1,417 @@
+"""Set-based statements of registration: announce, admit, watch."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from psycopg.types.json import Jsonb
+from sqlalchemy import Connection
+
+from dlm_core.catalogue.engine import copy_rows, rows, run
+from dlm_core.types import Observation, PayloadKind, encode_path, new_id, uri_bucket
+
+_STAGED = {
+    "uri": "text", "uri_bucket": "text", "path": "text", "size": "int8", "mtime": "float8",
+    "kind": "text", "digest": "text", "oid": "uuid", "uid": "uuid", "operation_id": "uuid",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """A payload that is said to lie on a storage; ``path`` is encoded, ``size`` in bytes.
+
+    ``digest`` is a claim (``sha256:<hex>``) to be compared when the payload is read.
+    """
+
+    uri: str
+    path: str
+    size: int
+    mtime: float | None = None
+    kind: PayloadKind = PayloadKind.FILE
+    digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is the same for all items of one registration."""
+
+    target_phase: str = "SOLID"
+    collection_id: uuid.UUID | None = None
+    owner: str | None = None
+    tags: dict[str, Any] | None = None
+    item_expires_at: datetime | None = None
+    replica_expires_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a chunk of announcements did: numbers, and the rows that need a closer look."""
+
+    created: int
+    replicated: int
+    known: list[dict[str, Any]]
+
+
+def announce(
+    connection: Connection,
+    storage_id: uuid.UUID,
+    announcements: Iterable[Announcement],
+    terms: Terms,
+    actor: str,
+    now: datetime,
+) -> Merged:
+    """Merge a chunk: new items with a PENDING replica, new replicas of known items, and an admit
+    operation for each. ``known`` are rows whose item has a live replica on the storage, or whose
+    path there belongs to another item.
+    """
+    copy_rows(
+        connection,
+        "announced",
+        _STAGED,
+        (
+            (a.uri, uri_bucket(a.uri), a.path, a.size, a.mtime, a.kind.value, a.digest,
+             new_id(), new_id(), new_id())
+            for a in announcements
+        ),
+    )  # fmt: skip
+    created = run(
+        connection,
+        """INSERT INTO data_item (oid, uri, uri_bucket, kind, size, digest, target_phase,
+                                  collection_id, owner, tags, expires_at, created_at)
+           SELECT oid, uri, uri_bucket, kind, size, digest, :phase, CAST(:collection AS uuid),
+                  :owner, CAST(:tags AS jsonb), CAST(:expires AS timestamptz), :now
+             FROM announced ON CONFLICT (uri, version) DO NOTHING""",
+        phase=terms.target_phase,
+        collection=terms.collection_id,
+        owner=terms.owner,
+        tags=Jsonb(terms.tags or {}),
+        expires=terms.item_expires_at,
+        now=now,
+    )
+    if created != _count(connection):
+        _settle_known(connection)
+    new = rows(
+        connection,
+        """WITH made AS (
+             INSERT INTO replica (uid, oid, storage_id, path, size, mtime, expires_at,
+                                  created_at, accessed_at)
+             SELECT uid, oid, :storage, path, size, mtime, CAST(:expires AS timestamptz), :now, :now
+               FROM announced ON CONFLICT DO NOTHING RETURNING uid),
+           queued AS (
+             INSERT INTO operation (operation_id, kind, oid, uid, reason, actor, due_at, created_at)
+             SELECT a.operation_id, 'admit', a.oid, a.uid, 'announced', :actor, :now, :now
+               FROM announced a JOIN made USING (uid))
+           SELECT count(*) AS n FROM made""",
+        storage=storage_id,
+        expires=terms.replica_expires_at,
+        actor=actor,
+        now=now,
+    )[0]["n"]
+    known = _known(connection, storage_id) if new != _count(connection) else []
+    return Merged(created, new - created, known)
+
+
+def _count(connection: Connection) -> int:
+    return int(rows(connection, "SELECT count(*) AS n FROM announced")[0]["n"])
+
+
+def _settle_known(connection: Connection) -> None:
+    """Announcements of uris that were there before belong to the newest version of the item."""
+    run(
+        connection,
+        """UPDATE announced a SET oid = i.oid FROM (
+             SELECT DISTINCT ON (uri) uri, oid FROM data_item
+              WHERE uri IN (SELECT uri FROM announced) ORDER BY uri, version DESC) i
+            WHERE a.uri = i.uri AND a.oid <> i.oid""",
+    )
+
+
+def _known(connection: Connection, storage_id: uuid.UUID) -> list[dict[str, Any]]:
+    return rows(
+        connection,
+        """SELECT a.uri, a.path AS announced_path, a.size AS announced_size,
+                  a.mtime AS announced_mtime, a.kind, r.uid, r.oid, r.path, r.size, r.mtime,
+                  r.state, i.digest, i.state AS item_state, i.version, i.uri AS owner_uri
+             FROM announced a
+             JOIN LATERAL (
+               SELECT * FROM replica r
+                WHERE r.storage_id = :storage
+                  AND ((r.oid = a.oid AND r.state NOT IN ('TRASHED', 'DELETED'))
+                       OR (r.path = a.path AND r.state <> 'DELETED' AND r.trashed_at IS NULL))
+                ORDER BY (r.oid = a.oid) DESC LIMIT 1) r ON true
+             JOIN data_item i ON i.oid = r.oid
+            WHERE r.uid <> a.uid""",
+        storage=storage_id,
+    )
+
+
+def update_mtimes(connection: Connection, pairs: Sequence[tuple[uuid.UUID, float | None]]) -> None:
+    """Payloads that were touched but not changed: keep their new time."""
+    run(
+        connection,
+        """UPDATE replica r SET mtime = u.mtime
+             FROM unnest(CAST(:uids AS uuid[]), CAST(:times AS float8[])) AS u(uid, mtime)
+            WHERE r.uid = u.uid""",
+        uids=[uid for uid, _ in pairs],
+        times=[mtime for _, mtime in pairs],
+    )
+
+
+def add_version(
+    connection: Connection,
+    storage_id: uuid.UUID,
+    old_uid: uuid.UUID,
+    announcement: Announcement,
+    terms: Terms,
+    actor: str,
+    now: datetime,
+) -> int:
+    """The bytes at a path are a new version: the old replica is MISSING, and the next version of
+    the item is announced there. Returns the version."""
+    run(
+        connection,
+        "UPDATE replica SET state = 'MISSING' WHERE uid = :uid AND state IN ('READY', 'SUSPECT')",
+        uid=old_uid,
+    )
+    # its place is taken; should the old version be copied back here, it goes beside
+    run(
+        connection,
+        """UPDATE replica r SET path = split_part(i.uri, ':', 1) || '@' || i.version || '/' || r.path
+             FROM data_item i WHERE r.uid = :uid AND i.oid = r.oid AND r.state = 'MISSING'""",
+        uid=old_uid,
+    )
+    oid, uid = new_id(), new_id()
+    version = rows(
+        connection,
+        """INSERT INTO data_item (oid, uri, version, uri_bucket, kind, size, target_phase,
+                                  collection_id, owner, tags, expires_at, created_at)
+           SELECT :oid, :uri, max(version) + 1, :bucket, :kind, :size, :phase,
+                  CAST(:collection AS uuid), :owner, CAST(:tags AS jsonb),
+                  CAST(:expires AS timestamptz), :now
+             FROM data_item WHERE uri = :uri RETURNING version""",
+        oid=oid, uri=announcement.uri, bucket=uri_bucket(announcement.uri),
+        kind=announcement.kind.value, size=announcement.size, phase=terms.target_phase,
+        collection=terms.collection_id, owner=terms.owner, tags=Jsonb(terms.tags or {}),
+        expires=terms.item_expires_at, now=now,
+    )[0]["version"]  # fmt: skip
+    insert_replica(
+        connection, oid, uid, storage_id, announcement.path, announcement.size,
+        announcement.mtime, terms.replica_expires_at, now,
+    )  # fmt: skip
+    run(
+        connection,
+        """INSERT INTO operation (operation_id, kind, oid, uid, reason, actor, due_at, created_at)
+           VALUES (:id, 'admit', :oid, :uid, 'announced as a new version', :actor, :now, :now)""",
+        id=new_id(),
+        oid=oid,
+        uid=uid,
+        actor=actor,
+        now=now,
+    )
+    return int(version)
+
+
+def insert_replica(
+    connection: Connection,
+    oid: uuid.UUID,
+    uid: uuid.UUID,
+    storage_id: uuid.UUID,
+    path: str,
+    size: int,
+    mtime: float | None,
+    expires_at: datetime | None,
+    now: datetime,
+) -> None:
+    """One announced replica."""
+    run(
+        connection,
+        """INSERT INTO replica (uid, oid, storage_id, path, size, mtime, expires_at, created_at,
+                                accessed_at)
+           VALUES (:uid, :oid, :storage, :path, :size, :mtime, CAST(:expires AS timestamptz),
+                   :now, :now)""",
+        uid=uid, oid=oid, storage=storage_id, path=path, size=size, mtime=mtime,
+        expires=expires_at, now=now,
+    )  # fmt: skip
+
+
+# --- admission ------------------------------------------------------------------------------------
+
+_ADMITTED = {
+    "uid": "uuid", "oid": "uuid", "size": "int8", "digest": "text", "kind": "text",
+    "content_type": "text", "metadata": "jsonb",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A payload that was read, with what its metadata extractors found."""
+
+    uid: uuid.UUID
+    oid: uuid.UUID
+    seen: Observation
+    metadata: dict[str, Any]
+
+
+def admit(connection: Connection, admitted: Sequence[Admitted], now: datetime) -> set[uuid.UUID]:
+    """INITIALISED items become READY with what was seen, their manifests are kept, and replicas
+    with the item's bytes become READY. Returns the uids that did; others had other bytes."""
+    copy_rows(
+        connection,
+        "admitted",
+        _ADMITTED,
+        (
+            (a.uid, a.oid, a.seen.size, a.seen.digest, a.seen.kind.value, a.seen.content_type,
+             Jsonb(a.metadata))
+            for a in admitted
+        ),
+    )  # fmt: skip
+    run(
+        connection,
+        """UPDATE data_item i SET state = 'READY', size = a.size, digest = a.digest, kind = a.kind,
+                  content_type = a.content_type, metadata = i.metadata || a.metadata
+             FROM admitted a WHERE i.oid = a.oid AND i.state = 'INITIALISED'
+              AND (i.digest IS NULL OR i.digest = a.digest)""",
+    )
+    _insert_manifests(connection, admitted)
+    found = rows(
+        connection,
+        """UPDATE replica r SET state = 'READY', size = a.size, digest = a.digest, checked_at = :now
+             FROM admitted a, data_item i
+            WHERE r.uid = a.uid AND i.oid = a.oid AND r.state = 'PENDING'
+              AND i.state <> 'INITIALISED' AND i.digest = a.digest AND i.size = a.size
+           RETURNING r.uid""",
+        now=now,
+    )
+    return {row["uid"] for row in found}
+
+
+def _insert_manifests(connection: Connection, admitted: Sequence[Admitted]) -> None:
+    if not any(one.seen.manifest for one in admitted):
+        return
+    copy_rows(
+        connection,
+        "admitted_file",
+        {"oid": "uuid", "path": "text", "size": "int8", "digest": "text"},
+        (
+            (one.oid, encode_path(entry.path), entry.size, entry.digest)
+            for one in admitted
+            for entry in one.seen.manifest
+        ),
+    )
+    run(
+        connection,
+        """INSERT INTO manifest_file SELECT f.* FROM admitted_file f
+             JOIN data_item i USING (oid) JOIN admitted a USING (oid) WHERE i.digest = a.digest
+           ON CONFLICT DO NOTHING""",
+    )
+
+
+def item_by_uri(connection: Connection, uri: str, *, lock: bool = False) -> dict[str, Any] | None:
+    """The newest version of an item, or None."""
+    found = rows(
+        connection,
+        "SELECT * FROM data_item WHERE uri = :uri ORDER BY version DESC LIMIT 1"
+        + (" FOR NO KEY UPDATE" if lock else ""),
+        uri=uri,
+    )
+    return found[0] if found else None
+
+
+# --- watches --------------------------------------------------------------------------------------
+
+
+def count_watches_due(connection: Connection, now: datetime) -> int:
+    """Watched folders whose next look is due."""
+    return int(
+        rows(connection, "SELECT count(*) AS n FROM watch WHERE scan_at <= :now", now=now)[0]["n"]
+    )
+
+
+def claim_watches(connection: Connection, now: datetime) -> list[dict[str, Any]]:
+    """Due watches, each put off by its interval: two drainers do not scan one folder at once."""
+    return rows(
+        connection,
+        """UPDATE watch w SET scan_at = CAST(:now AS timestamptz) + w.interval
+            WHERE watch_id IN (SELECT watch_id FROM watch WHERE scan_at <= :now
+                               FOR UPDATE SKIP LOCKED)
+           RETURNING w.*, (SELECT s.name FROM storage s WHERE s.storage_id = w.storage_id) AS storage""",
+        now=now,
+    )
+
+
+def settled_entries(
+    connection: Connection,
+    watch_id: uuid.UUID,
+    storage_id: uuid.UUID,
+    seen: Iterable[tuple[str, int, float]],
+    settle: timedelta,
+    now: datetime,
+) -> list[dict[str, Any]]:
+    """Of what a watched folder shows now (encoded path, bytes, mtime), that which is new to the
+    catalogue and has not changed for ``settle``. The rest is remembered for the next look."""
+    copy_rows(connection, "seen", {"path": "text", "size": "int8", "mtime": "float8"}, iter(seen))
+    run(
+        connection,
+        """DELETE FROM seen s USING replica r WHERE r.storage_id = :storage AND r.path = s.path
+              AND r.state <> 'DELETED' AND r.trashed_at IS NULL
+              AND (r.mtime IS NULL OR (r.size, r.mtime) IS NOT DISTINCT FROM (s.size, s.mtime))""",
+        storage=storage_id,
+    )
+    run(
+        connection,
+        """DELETE FROM watch_entry e WHERE e.watch_id = :watch
+              AND NOT EXISTS (SELECT FROM seen s WHERE s.path = e.path)""",
+        watch=watch_id,
+    )
+    run(
+        connection,
+        """INSERT INTO watch_entry (watch_id, path, size, mtime, since)
+           SELECT :watch, path, size, mtime, :now FROM seen
+           ON CONFLICT (watch_id, path) DO UPDATE SET size = EXCLUDED.size, mtime = EXCLUDED.mtime,
+                  since = EXCLUDED.since
+            WHERE (watch_entry.size, watch_entry.mtime) IS DISTINCT FROM
+                  (EXCLUDED.size, EXCLUDED.mtime)""",
+        watch=watch_id,
+        now=now,
+    )
+    return rows(
+        connection,
+        """DELETE FROM watch_entry WHERE watch_id = :watch
+              AND since <= CAST(:now AS timestamptz) - CAST(:settle AS interval)
+           RETURNING path, size, mtime""",
+        watch=watch_id,
+        now=now,
+        settle=settle,
+    )
+
+
+def add_watch(
+    connection: Connection,
+    storage_id: uuid.UUID,
+    path: str,
+    scheme: str,
+    options: dict[str, Any],
+    interval: timedelta,
+    now: datetime,
+) -> uuid.UUID:
+    """Watch a folder (encoded path, '' for the root) of a storage from now on."""
+    watch_id = new_id()
+    run(
+        connection,
+        """INSERT INTO watch (watch_id, storage_id, path, scheme, options, interval, scan_at,
+                              created_at)
+           VALUES (:id, :storage, :path, :scheme, CAST(:options AS jsonb),
+                   CAST(:interval AS interval), :now, :now)""",
+        id=watch_id,
+        storage=storage_id,
+        path=path,
+        scheme=scheme,
+        options=Jsonb(options),
+        interval=interval,
+        now=now,
+    )
+    return watch_id

@@ -1,0 +1,155 @@
+"""Admission: read what was announced, and let it in, or say why not."""
+
+from __future__ import annotations
+
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection
+
+from dlm_core.catalogue import items as catalogue
+from dlm_core.catalogue import operations as queue
+from dlm_core.catalogue import replicas
+from dlm_core.errors import DlmError, IntegrityError
+from dlm_core.lifecycle.verify import Look, look_at
+from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
+from dlm_core.metadata import extract_all
+from dlm_core.storages.port import Storage
+from dlm_core.types import OperationState, ReplicaState, decode_path
+
+Row = Mapping[str, Any]
+_CHUNK = 256
+
+
+def execute_admit(context: Context, claim: Claim) -> Report:
+    """Read the announced payloads of a claim once: size, digest, content type, metadata.
+
+    An INITIALISED item becomes READY with what was seen; a digest that came with the announcement,
+    or that the item has, is compared. What cannot be admitted stays as it is with its reason.
+    Writing the results of one chunk overlaps with reading the next.
+    """
+    report = Report()
+    storages = context.transact(context.storages.load)
+    operations = {op["operation_id"]: op for op in claim.operations}
+    details = context.transact(
+        lambda c: replicas.replica_details(c, [op["uid"] for op in claim.operations])
+    )
+    waiting: dict[uuid.UUID, list[dict[str, Any]]] = defaultdict(list)
+    over: list[queue.Outcome] = []
+    for operation in claim.operations:
+        row = details[operation["uid"]]
+        if row["state"] == ReplicaState.PENDING:
+            target = dict(row, operation_id=operation["operation_id"])
+            waiting[row["storage_id"]].append(target)
+        else:
+            over.append(
+                queue.Outcome(
+                    operation["operation_id"], OperationState.CANCELLED, "DLM-503",
+                    f"the replica is {row['state']} by now",
+                )
+            )  # fmt: skip
+    if over:
+        context.transact(lambda c: queue.finish_operations(c, claim.token, over, context.clock()))
+    with ThreadPoolExecutor(1, "dlm-write") as writer:
+        for storage_id, targets in waiting.items():
+            storage = context.storages.open(storages[storage_id])
+            _admit_storage(context, claim, storage, targets, operations, details, writer, report)
+    return report
+
+
+def _admit_storage(
+    context: Context,
+    claim: Claim,
+    storage: Storage,
+    targets: Sequence[Row],
+    operations: Mapping[uuid.UUID, Row],
+    details: Mapping[uuid.UUID, Row],
+    writer: ThreadPoolExecutor,
+    report: Report,
+) -> None:
+    writing: Future[list[tuple[Look, queue.Outcome]]] | None = None
+    for chunk in _chunks(look_at(storage, targets, context)):
+        prepared = [_prepare(storage, details[look.uid], look) for look in chunk]
+        _note(writing, operations, report)
+        writing = writer.submit(_write, context, claim, operations, prepared)
+    _note(writing, operations, report)
+
+
+def _note(
+    writing: Future[list[tuple[Look, queue.Outcome]]] | None,
+    operations: Mapping[uuid.UUID, Row],
+    report: Report,
+) -> None:
+    for look, outcome in writing.result() if writing else ():
+        size = look.observation.size if look.observation else 0
+        report.note(operations[look.operation_id], outcome, size, look.seconds)
+
+
+def _chunks(looks: Iterator[Look]) -> Iterator[list[Look]]:
+    chunk: list[Look] = []
+    for look in looks:
+        chunk.append(look)
+        if len(chunk) >= _CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _prepare(
+    storage: Storage, row: Row, look: Look
+) -> tuple[Look, catalogue.Admitted | None, DlmError | None]:
+    """A payload ready to be let in with its metadata, or the reason why it is not."""
+    seen = look.observation
+    if seen is None:
+        return look, None, look.error
+    claimed = row["item_digest"]
+    if claimed is not None and claimed != seen.digest:
+        error = IntegrityError(
+            where=f"{storage.name}:{row['path']}", expected=claimed, found=seen.digest
+        )
+        return look, None, error
+    metadata = extract_all(storage, decode_path(row["path"]), seen)
+    return look, catalogue.Admitted(look.uid, row["oid"], seen, metadata), None
+
+
+def _write(
+    context: Context,
+    claim: Claim,
+    operations: Mapping[uuid.UUID, Row],
+    prepared: Sequence[tuple[Look, catalogue.Admitted | None, DlmError | None]],
+) -> list[tuple[Look, queue.Outcome]]:
+    def write(connection: Connection) -> list[tuple[Look, queue.Outcome]]:
+        now = context.clock()
+        ids = [look.operation_id for look, _, _ in prepared]
+        held = queue.lock_claimed(connection, claim.token, ids)
+        mine = [one for one in prepared if one[0].operation_id in held]
+        good = [admitted for _, admitted, _ in mine if admitted is not None]
+        let_in = catalogue.admit(connection, good, now) if good else set()
+        outcomes = [
+            (look, _outcome(context, operations[look.operation_id], look, let_in, error, now))
+            for look, _, error in mine
+        ]
+        queue.finish_operations(connection, claim.token, [o for _, o in outcomes], now)
+        return outcomes
+
+    return context.transact(write)
+
+
+def _outcome(
+    context: Context,
+    operation: Row,
+    look: Look,
+    let_in: set[uuid.UUID],
+    error: DlmError | None,
+    now: datetime,
+) -> queue.Outcome:
+    if error is None and look.uid not in let_in:
+        # another replica of the item was admitted meanwhile, with other bytes
+        found = look.observation.digest if look.observation else ""
+        error = IntegrityError(where=str(look.uid), expected="the item's digest", found=found)
+    return done(operation) if error is None else outcome_of_error(context, operation, error, now)

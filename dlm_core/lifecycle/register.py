@@ -1,0 +1,506 @@
+"""Registration: announce payloads where they lie, at the speed of the walk.
+
+Announcing makes INITIALISED items with PENDING replicas and queues their admission
+(:mod:`dlm_core.lifecycle.admit`), which reads the bytes.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import islice
+from typing import Any
+
+from psycopg.types.json import Jsonb
+from sqlalchemy import Connection
+
+from dlm_core.catalogue import items as catalogue
+from dlm_core.catalogue.engine import rows, run
+from dlm_core.catalogue.items import Announcement, Terms
+from dlm_core.errors import (
+    DigestConflictError,
+    DlmError,
+    IllegalTransitionError,
+    InvalidValueError,
+    NotFoundError,
+    PayloadNotFoundError,
+)
+from dlm_core.lifecycle.work import Context
+from dlm_core.storages.port import PRIVATE, Entry, Storage
+from dlm_core.transfers.checksums import observe
+from dlm_core.types import (
+    ItemState,
+    PayloadKind,
+    ReplicaState,
+    decode_path,
+    encode_path,
+    make_uri,
+    new_id,
+    uri_bucket,
+    uri_path,
+)
+
+_CHUNK = 10_000
+_DEFAULT_TERMS = Terms()
+_MAX_TOLD = 1000
+
+
+@dataclass(slots=True)
+class RegisterReport:
+    """What a registration did: numbers, and what was refused with its reason (the first 1000)."""
+
+    created: int = 0
+    replicated: int = 0
+    unchanged: int = 0
+    new_versions: int = 0
+    refused: int = 0
+    skipped: int = 0
+    reasons: list[tuple[str, str]] = field(default_factory=list)
+
+    def refuse(self, what: str, why: str) -> None:
+        """Count something that was not registered though it was asked for."""
+        self.refused += 1
+        if len(self.reasons) < _MAX_TOLD:
+            self.reasons.append((what, why))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """How paths on a storage become items: ``scheme:prefix + path``."""
+
+    storage: str
+    scheme: str = "file"
+    uri_prefix: str = ""
+    as_directory: Sequence[str] = ()
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    new_version: bool = False
+    terms: Terms = field(default_factory=Terms)
+
+
+def storage_by_name(context: Context, name: str) -> Mapping[str, Any]:
+    """A storage's row.
+
+    Raises
+    ------
+    NotFoundError
+    """
+    for row in context.transact(context.storages.load).values():
+        if row["name"] == name:
+            return row
+    raise NotFoundError("storage", name, "see 'dlm storage list'")
+
+
+def collection_id(context: Context, name: str) -> uuid.UUID:
+    """The collection of a name, made if there is none yet."""
+
+    def find(connection: Connection) -> uuid.UUID:
+        run(
+            connection,
+            "INSERT INTO collection (collection_id, name) VALUES (:id, :name) "
+            "ON CONFLICT (name) DO NOTHING",
+            id=new_id(),
+            name=name,
+        )
+        found = rows(
+            connection, "SELECT collection_id FROM collection WHERE name = :name", name=name
+        )
+        return found[0]["collection_id"]
+
+    return context.transact(find)
+
+
+def register_tree(
+    context: Context,
+    source: Source,
+    path: str = "",
+    progress: Callable[[RegisterReport], None] | None = None,
+) -> RegisterReport:
+    """Announce every file below ``path`` of a storage (and directories that match
+    ``as_directory`` as one payload each). Memory stays bounded; registering again changes nothing.
+
+    Raises
+    ------
+    NotFoundError
+        no such storage.
+    PayloadNotFoundError, StorageUnavailableError, AccessDeniedError
+        what the walk meets; chunks announced before stay announced.
+    """
+    row = storage_by_name(context, source.storage)
+    storage = context.storages.open(row)
+    storage.check()
+    report = RegisterReport()
+    if path:
+        entry = storage.stat(path)
+        if entry is None:
+            raise PayloadNotFoundError(storage=storage.name, path=path)
+        entries: Iterable[Entry] = storage.walk(path) if entry.kind == "directory" else [entry]
+        if entry.kind == "directory" and _matches(path, source.as_directory):
+            entries = [entry]
+    else:
+        entries = storage.walk()
+    payloads = _payloads(entries, source.as_directory, report)
+    return _announce(context, source, row, storage, payloads, report, progress)
+
+
+def register_list(
+    context: Context,
+    source: Source,
+    paths: Iterable[str],
+    progress: Callable[[RegisterReport], None] | None = None,
+) -> RegisterReport:
+    """Announce the payloads at ``paths`` of a storage; those that are not there are refused."""
+    row = storage_by_name(context, source.storage)
+    storage = context.storages.open(row)
+    storage.check()
+    report = RegisterReport()
+
+    def look() -> Iterator[Entry]:
+        for path in paths:
+            try:
+                entry = storage.stat(path)
+            except DlmError as error:
+                report.refuse(path, str(error))
+                continue
+            if entry is None:
+                report.refuse(path, str(PayloadNotFoundError(storage=storage.name, path=path)))
+            else:
+                yield entry
+
+    payloads = _payloads(look(), source.as_directory, report)
+    return _announce(context, source, row, storage, payloads, report, progress)
+
+
+def _payloads(
+    entries: Iterable[Entry], as_directory: Sequence[str], report: RegisterReport
+) -> Iterator[tuple[str, Entry, PayloadKind]]:
+    """(path, entry, kind) of each payload; what lies in a directory payload belongs to it."""
+    inside = ""
+    for entry in entries:
+        if inside and entry.path.startswith(inside):
+            continue
+        top = _directory_above(entry, as_directory)
+        if top is not None:
+            inside = f"{top}/"
+            yield top, entry, PayloadKind.DIRECTORY
+        elif entry.kind == "file":
+            yield entry.path, entry, PayloadKind.FILE
+        else:
+            # links are never followed: what they point to is registered where it lies
+            report.skipped += 1
+            if len(report.reasons) < _MAX_TOLD:
+                report.reasons.append((entry.path, f"a {entry.kind} is not registered"))
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    name = path.rpartition("/")[2]
+    return any(fnmatchcase(name, p) or fnmatchcase(path, p) for p in patterns)
+
+
+def _directory_above(entry: Entry, patterns: Sequence[str]) -> str | None:
+    if not patterns:
+        return None
+    parts = entry.path.split("/")
+    last = len(parts) if entry.kind == "directory" else len(parts) - 1
+    for depth in range(1, last + 1):
+        top = "/".join(parts[:depth])
+        if _matches(top, patterns):
+            return top
+    return None
+
+
+def _announce(
+    context: Context,
+    source: Source,
+    row: Mapping[str, Any],
+    storage: Storage,
+    payloads: Iterator[tuple[str, Entry, PayloadKind]],
+    report: RegisterReport,
+    progress: Callable[[RegisterReport], None] | None,
+) -> RegisterReport:
+    announcements = _announcements(source, payloads, report)
+    while chunk := list(islice(announcements, _CHUNK)):
+        merged = context.transact(
+            lambda c, part=chunk: catalogue.announce(
+                c, row["storage_id"], part, source.terms, context.actor, context.clock()
+            )
+        )
+        report.created += merged.created
+        report.replicated += max(merged.replicated, 0)
+        _look_closer(context, source, row, storage, merged.known, report)
+        if progress is not None:
+            progress(report)
+    return report
+
+
+def _announcements(
+    source: Source,
+    payloads: Iterable[tuple[str, Entry, PayloadKind]],
+    report: RegisterReport,
+) -> Iterator[Announcement]:
+    for path, entry, kind in payloads:
+        try:
+            uri = make_uri(source.scheme, source.uri_prefix + path)
+        except InvalidValueError as error:
+            report.refuse(path, str(error))
+            continue
+        if path.split("/", 1)[0] == PRIVATE:
+            report.refuse(path, f"{PRIVATE} is the DLM's own")
+            continue
+        is_file = kind is PayloadKind.FILE
+        yield Announcement(
+            uri,
+            encode_path(path),
+            entry.size if is_file else 0,
+            entry.mtime if is_file else None,
+            kind,
+            source.checksums.get(path),
+        )
+
+
+def _look_closer(
+    context: Context,
+    source: Source,
+    row: Mapping[str, Any],
+    storage: Storage,
+    known: Sequence[Mapping[str, Any]],
+    report: RegisterReport,
+) -> None:
+    """What was registered before: unchanged, touched, changed, or in conflict."""
+    touched: list[tuple[uuid.UUID, float | None]] = []
+    for one in known:
+        same_place = one["path"] == one["announced_path"] and one["owner_uri"] == one["uri"]
+        if not same_place:
+            report.refuse(one["uri"], _conflict(one, source.storage))
+        elif one["kind"] == PayloadKind.FILE and (one["size"], one["mtime"]) != (
+            one["announced_size"],
+            one["announced_mtime"],
+        ):
+            if _changed(context, source, row, storage, one, report):
+                continue
+            touched.append((one["uid"], one["announced_mtime"]))
+            report.unchanged += 1
+        else:
+            report.unchanged += 1
+    if touched:
+        context.transact(lambda c: catalogue.update_mtimes(c, touched))
+
+
+def _conflict(one: Mapping[str, Any], storage: str) -> str:
+    if one["owner_uri"] != one["uri"]:
+        return f"its place {one['announced_path']} on {storage} is that of {one['owner_uri']}"
+    return (
+        f"has a copy on {storage} already, at {one['path']}; "
+        f"one at {one['announced_path']} cannot be registered beside it"
+    )
+
+
+def _changed(
+    context: Context,
+    source: Source,
+    row: Mapping[str, Any],
+    storage: Storage,
+    one: Mapping[str, Any],
+    report: RegisterReport,
+) -> bool:
+    """Read a payload that looks changed; True if it is (refused, or a new version)."""
+    if one["state"] == ReplicaState.PENDING or one["item_state"] == ItemState.INITIALISED:
+        return False  # its admission reads it anyway
+    try:
+        seen = observe(storage, decode_path(one["path"]))
+    except DlmError as error:
+        report.refuse(one["uri"], str(error))
+        return True
+    if seen.digest == one["digest"]:
+        return False
+    if not source.new_version:
+        error = DigestConflictError(uri=one["uri"], registered=one["digest"], found=seen.digest)
+        report.refuse(one["uri"], str(error))
+        return True
+    announcement = Announcement(
+        one["uri"], one["path"], one["announced_size"], one["announced_mtime"]
+    )
+    context.transact(
+        lambda c: catalogue.add_version(
+            c,
+            row["storage_id"],
+            one["uid"],
+            announcement,
+            source.terms,
+            context.actor,
+            context.clock(),
+        )
+    )
+    report.new_versions += 1
+    return True
+
+
+_SUM_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
+
+
+def parse_checksums(text: str) -> dict[str, str]:
+    """Digests by path from the format of sha256sum(1), its escapes for odd names included.
+
+    Raises
+    ------
+    InvalidValueError
+        naming the first line that is none.
+    """
+    found = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        match = _SUM_LINE.fullmatch(line)
+        if match is None:
+            raise InvalidValueError(
+                what=f"checksums, line {number}", value=line[:80], expected="'<sha256>  <path>'"
+            )
+        escaped, digest, path = match.groups()
+        if escaped:
+            path = re.sub(r"\\([\\nr])", lambda m: {"\\": "\\", "n": "\n", "r": "\r"}[m[1]], path)
+        found[path.removeprefix("./")] = f"sha256:{digest.lower()}"
+    return found
+
+
+# --- the two-step form of the SKA's ingest --------------------------------------------------------
+
+
+def init_data_item(
+    context: Context, uri: str, *, metadata: Mapping[str, Any] | None = None, terms: Terms = _DEFAULT_TERMS
+) -> uuid.UUID:
+    """An INITIALISED item without a payload yet; its oid.
+
+    Raises
+    ------
+    InvalidValueError, CatalogueError
+        if the uri is malformed, or there already.
+    """
+    uri_path(uri)
+    oid = new_id()
+
+    def insert(connection: Connection) -> None:
+        run(
+            connection,
+            """INSERT INTO data_item (oid, uri, uri_bucket, target_phase, collection_id, owner,
+                                      metadata, expires_at, created_at)
+               VALUES (:oid, :uri, :bucket, :phase, CAST(:collection AS uuid), :owner,
+                       CAST(:metadata AS jsonb), CAST(:expires AS timestamptz), :now)""",
+            oid=oid,
+            uri=uri,
+            bucket=uri_bucket(uri),
+            phase=terms.target_phase,
+            collection=terms.collection_id,
+            owner=terms.owner,
+            metadata=_json(metadata),
+            expires=terms.item_expires_at,
+            now=context.clock(),
+        )
+
+    context.transact(insert)
+    return oid
+
+
+def set_uri(context: Context, oid: uuid.UUID, storage: str, path: str) -> uuid.UUID:
+    """Tell where the payload of an INITIALISED item lies, or will; the uid of its replica.
+
+    Raises
+    ------
+    NotFoundError, IllegalTransitionError
+    """
+    row = storage_by_name(context, storage)
+    uid = new_id()
+
+    def insert(connection: Connection) -> None:
+        item = _item(connection, oid)
+        if item["state"] != ItemState.INITIALISED:
+            raise IllegalTransitionError(
+                noun="item", key=item["uri"], old=item["state"], new="a first payload"
+            )
+        now = context.clock()
+        catalogue.insert_replica(
+            connection, oid, uid, row["storage_id"], encode_path(path), 0, None, None, now
+        )
+
+    context.transact(insert)
+    return uid
+
+
+def set_state(context: Context, oid: uuid.UUID, state: str) -> None:
+    """READY says that the payload has been written: its admission is queued, which reads it.
+
+    Raises
+    ------
+    NotFoundError
+        no such item, or no payload told by :func:`set_uri`.
+    IllegalTransitionError
+        for any other state or from any state but INITIALISED.
+    """
+
+    def queue_admission(connection: Connection) -> None:
+        item = _item(connection, oid)
+        if state != ItemState.READY or item["state"] != ItemState.INITIALISED:
+            raise IllegalTransitionError(noun="item", key=item["uri"], old=item["state"], new=state)
+        queued = run(
+            connection,
+            """INSERT INTO operation (operation_id, kind, oid, uid, reason, actor, due_at,
+                                      created_at)
+               SELECT :id, 'admit', oid, uid, 'said to be written', :actor, :now, :now FROM replica
+                WHERE oid = :oid AND state = 'PENDING' LIMIT 1""",
+            id=new_id(),
+            oid=oid,
+            actor=context.actor,
+            now=context.clock(),
+        )
+        if not queued:
+            raise NotFoundError("payload of", item["uri"], "tell its place with set_uri first")
+
+    context.transact(queue_admission)
+
+
+def ingest_data_item(
+    context: Context,
+    uri: str,
+    storage: str,
+    path: str,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    terms: Terms = _DEFAULT_TERMS,
+) -> uuid.UUID:
+    """Both steps for a payload that is there already: the item's oid."""
+    oid = init_data_item(context, uri, metadata=metadata, terms=terms)
+    set_uri(context, oid, storage, path)
+    set_state(context, oid, ItemState.READY)
+    return oid
+
+
+def set_metadata(context: Context, oid: uuid.UUID, metadata: Mapping[str, Any]) -> None:
+    """Merge ``metadata`` into an item's, key by key at the top.
+
+    Raises
+    ------
+    NotFoundError
+    """
+
+    def merge(connection: Connection) -> None:
+        _item(connection, oid)
+        run(
+            connection,
+            "UPDATE data_item SET metadata = metadata || CAST(:new AS jsonb) WHERE oid = :oid",
+            new=_json(metadata),
+            oid=oid,
+        )
+
+    context.transact(merge)
+
+
+def _item(connection: Connection, oid: uuid.UUID) -> Mapping[str, Any]:
+    found = rows(connection, "SELECT * FROM data_item WHERE oid = :oid FOR NO KEY UPDATE", oid=oid)
+    if not found:
+        raise NotFoundError("data item", oid)
+    return found[0]
+
+
+def _json(value: Mapping[str, Any] | None) -> Any:
+    return Jsonb(dict(value or {}))

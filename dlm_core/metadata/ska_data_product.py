@@ -1,0 +1,43 @@
+"""``ska-data-product.yaml`` (SKA ADR-55): the metadata file of a data product."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+from dlm_core.storages.port import Storage
+from dlm_core.types import Observation, PayloadKind
+
+_NAME = "ska-data-product.yaml"
+_LIMIT = 1 << 20
+
+
+def extract(storage: Storage, path: str, seen: Observation) -> dict[str, Any] | None:
+    """The file's content, of a directory payload that has one or of the file itself.
+
+    Raises
+    ------
+    ValueError
+        if it is no YAML mapping, or above 1 MiB.
+    """
+    if seen.kind is PayloadKind.DIRECTORY:
+        if not any(entry.path == _NAME for entry in seen.manifest):
+            return None
+        path = f"{path}/{_NAME}"
+    elif path.rpartition("/")[2] != _NAME:
+        return None
+    with storage.open_read(path) as stream:
+        data = b"".join(iter(lambda: stream.read(1 << 16), b""))
+    if len(data) > _LIMIT:
+        raise ValueError(f"{_NAME} is larger than {_LIMIT} bytes")
+    try:
+        content = yaml.safe_load(data)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError("not a mapping")
+    # dates and the like as text, and no NUL: what jsonb can hold
+    found: dict[str, Any] = json.loads(json.dumps(content, default=str).replace("\\u0000", ""))
+    return found

@@ -1,0 +1,322 @@
+"""Registration and admission of real files."""
+
+import hashlib
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dlm_core.errors import IllegalTransitionError, InvalidValueError, NotFoundError
+from dlm_core.lifecycle import register
+from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.register import (
+    Source,
+    Terms,
+    parse_checksums,
+    register_list,
+    register_tree,
+)
+from dlm_core.lifecycle.watch import add_watch, count_registration_due, scan_watches
+from dlm_core.lifecycle.work import drain
+from dlm_core.types import OperationKind, decode_path, make_uri, uri_path
+from tests.site import make_site
+
+
+@pytest.fixture
+def site(engine, tmp_path):
+    site = make_site(engine, tmp_path, max_attempts=2)
+    site.add_storage("in", "A")
+    return site
+
+
+def write(site, files, storage="in"):
+    for path, data in files.items():
+        file = os.path.join(os.fsencode(site.folder / storage), os.fsencode(path))
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        with open(file, "wb") as stream:
+            stream.write(data)
+
+
+def admit(site):
+    return drain(site.context, {OperationKind.ADMIT: execute_admit})
+
+
+def items(site):
+    return {
+        row["uri"]: row for row in site.query("SELECT * FROM data_item ORDER BY uri, version")
+    }
+
+
+ODD = ["plain", "a b", "quo'te\"", "new\nline", "ünï/星", "per%20cent", "n" * 255, b"\xff\xfe.dat"]
+
+
+def test_files_become_ready_items_with_size_digest_and_type(site):
+    """Announced at once as INITIALISED; read by the job; READY with what was seen."""
+    write(site, {"a/x.fits": b"SIMPLE  =" + bytes(100), "b.txt": b"text", "empty": b""})
+    report = register_tree(site.context, Source("in", "test"))
+    assert (report.created, report.refused) == (3, 0)
+    assert {row["state"] for row in items(site).values()} == {"INITIALISED"}
+    done = admit(site)
+    assert done.done["admit"] == 3 and done.bytes == 113
+    found = items(site)
+    assert found["test:b.txt"]["digest"] == "sha256:" + hashlib.sha256(b"text").hexdigest()
+    assert found["test:b.txt"]["content_type"] == "text/plain"
+    assert found["test:a/x.fits"]["content_type"] == "application/fits"
+    assert found["test:empty"]["size"] == 0
+    assert {row["state"] for row in found.values()} == {"READY"}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_any_file_name_is_told(site, name):
+    """Spaces, quotes, newlines, unicode, 255 octets, octets that are no UTF-8."""
+    write(site, {name: b"payload"})
+    assert register_tree(site.context, Source("in", "test")).created == 1
+    assert admit(site).done["admit"] == 1
+    (row,) = site.query("SELECT i.uri, r.path, r.state FROM data_item i JOIN replica r USING (oid)")
+    assert os.fsencode(uri_path(row["uri"])) == os.fsencode(name)
+    assert os.fsencode(decode_path(row["path"])) == os.fsencode(name)
+    assert row["state"] == "READY"
+
+
+def test_registering_again_changes_nothing(site):
+    """The same files a second time: no row, no event, no operation."""
+    write(site, {f"{n}": b"%d" % n for n in range(20)})
+    register_tree(site.context, Source("in", "test"))
+    admit(site)
+    before = site.query("SELECT count(*) AS n FROM event")
+    report = register_tree(site.context, Source("in", "test"))
+    assert (report.created, report.unchanged, report.refused) == (0, 20, 0)
+    assert site.query("SELECT count(*) AS n FROM event") == before
+    assert admit(site).total == 0
+
+
+def test_a_changed_payload_is_an_error_that_names_both_digests(site):
+    """Under the same uri; with new_version the old bytes are MISSING and a version 2 is there."""
+    write(site, {"x": b"first"})
+    register_tree(site.context, Source("in", "test"))
+    admit(site)
+    write(site, {"x": b"second"})
+    report = register_tree(site.context, Source("in", "test"))
+    (reason,) = [why for _, why in report.reasons]
+    for data in (b"first", b"second"):
+        assert hashlib.sha256(data).hexdigest() in reason
+    assert "--new-version" in reason
+    assert site.query("SELECT count(*) AS n FROM data_item")[0]["n"] == 1
+    report = register_tree(site.context, Source("in", "test", new_version=True))
+    assert report.new_versions == 1
+    admit(site)
+    found = site.query(
+        "SELECT i.version, i.size, r.state FROM data_item i JOIN replica r USING (oid) "
+        "ORDER BY version"
+    )
+    assert [tuple(row.values()) for row in found] == [(1, 5, "MISSING"), (2, 6, "READY")]
+
+
+def test_a_touched_file_is_not_a_changed_one(site):
+    """Another time, the same bytes: unchanged."""
+    write(site, {"x": b"first"})
+    register_tree(site.context, Source("in", "test"))
+    admit(site)
+    os.utime(site.folder / "in" / "x", (1, 1))
+    assert register_tree(site.context, Source("in", "test")).unchanged == 1
+    assert site.query("SELECT mtime FROM replica")[0]["mtime"] == 1
+
+
+def test_brought_checksums_are_compared_not_trusted(site):
+    """A wrong one keeps the item out, and the reason names both."""
+    write(site, {"good": b"1", "bad": b"2"})
+    sums = {"good": hashlib.sha256(b"1").hexdigest(), "bad": "0" * 64}
+    text = "".join(f"{digest}  {path}\n" for path, digest in sums.items())
+    register_tree(site.context, Source("in", "test", checksums=parse_checksums(text)))
+    report = admit(site)
+    assert report.done["admit"] == 1 and report.failed["DLM-400"] == 1
+    found = items(site)
+    assert found["test:good"]["state"] == "READY"
+    assert found["test:bad"]["state"] == "INITIALISED"
+    (failed,) = site.query("SELECT error FROM operation WHERE state = 'FAILED'")
+    assert "0" * 64 in failed["error"] and hashlib.sha256(b"2").hexdigest() in failed["error"]
+
+
+def test_checksum_files_are_read_as_sha256sum_writes_them():
+    """Binary marks, leading ./ and escaped names; a line that is none is named."""
+    digest = "a" * 64
+    text = f"{digest}  ./x\n{digest} *y z\n\\{digest}  a\\nb\\\\c\n"
+    assert list(parse_checksums(text)) == ["x", "y z", "a\nb\\c"]
+    with pytest.raises(InvalidValueError, match="line 2"):
+        parse_checksums(f"{digest}  x\nnonsense\n")
+
+
+def test_a_directory_payload_is_one_item_with_a_manifest(site):
+    """--as-directory '*.ms': its files are no items of their own."""
+    write(site, {"d/obs.ms/table.dat": b"1", "d/obs.ms/sub/t.f0": b"22", "d/log.txt": b"3"})
+    report = register_tree(site.context, Source("in", "test", as_directory=("*.ms",)))
+    assert report.created == 2
+    admit(site)
+    found = items(site)
+    assert found["test:d/obs.ms"]["kind"] == "directory"
+    assert found["test:d/obs.ms"]["size"] == 3
+    manifest = site.query("SELECT path, size FROM manifest_file ORDER BY path")
+    assert [tuple(row.values()) for row in manifest] == [("sub/t.f0", 2), ("table.dat", 1)]
+
+
+def test_a_directory_payload_is_copied_whole(site):
+    """Registered, admitted, replicated as one operation."""
+    site.add_storage("b", "B")
+    write(site, {"obs.ms/table.dat": b"1", "obs.ms/sub/t.f0": b"22"})
+    register_tree(site.context, Source("in", "test", as_directory=("*.ms",)))
+    admit(site)
+    site.settle()
+    assert site.visible("b") == {
+        "test/obs.ms/sub/t.f0": b"22",
+        "test/obs.ms/table.dat": b"1",
+    }
+
+
+def test_links_are_skipped_and_never_followed(site, tmp_path):
+    """A link is told as skipped, what it points to outside is not read."""
+    outside = tmp_path / "secret"
+    outside.write_bytes(b"secret")
+    write(site, {"x": b"1"})
+    (site.folder / "in" / "link").symlink_to(outside)
+    (site.folder / "in" / "folder").symlink_to(tmp_path)
+    report = register_tree(site.context, Source("in", "test"))
+    assert (report.created, report.skipped) == (1, 2)
+
+
+def test_a_vanished_payload_is_not_admitted(site):
+    """The item stays INITIALISED and the reason is visible."""
+    write(site, {"x": b"1"})
+    register_tree(site.context, Source("in", "test"))
+    os.unlink(site.folder / "in" / "x")
+    assert admit(site).failed["DLM-303"] == 1
+    assert items(site)["test:x"]["state"] == "INITIALISED"
+
+
+def test_a_copy_elsewhere_is_a_second_replica(site):
+    """The same uri on another storage joins the item if its bytes are the item's."""
+    site.add_storage("b", "B")
+    write(site, {"x": b"1", "y": b"1"})
+    write(site, {"x": b"1", "y": b"2"}, "b")
+    register_tree(site.context, Source("in", "test"))
+    admit(site)
+    report = register_tree(site.context, Source("b", "test"))
+    assert (report.created, report.replicated) == (0, 2)
+    done = admit(site)
+    assert done.done["admit"] == 1 and done.failed["DLM-400"] == 1
+    states = site.query("SELECT state, count(*) AS n FROM replica GROUP BY state ORDER BY state")
+    assert [tuple(row.values()) for row in states] == [("PENDING", 1), ("READY", 3)]
+
+
+def test_lists_name_what_is_not_there(site):
+    """register_list refuses absent paths and registers the others."""
+    write(site, {"x": b"1"})
+    report = register_list(site.context, Source("in", "test"), ["x", "absent"])
+    assert report.created == 1 and report.refused == 1
+    assert report.reasons[0][0] == "absent"
+
+
+def test_terms_are_kept(site):
+    """Target phase, owner, tags, collection and both expiries."""
+    write(site, {"x": b"1"})
+    site.advance(seconds=1)
+    terms = Terms(
+        "LIQUID", register.collection_id(site.context, "survey"), "me", {"k": "v"}, site.now, None
+    )
+    register_tree(site.context, Source("in", "test", terms=terms))
+    row = items(site)["test:x"]
+    assert (row["target_phase"], row["owner"], row["tags"]) == ("LIQUID", "me", {"k": "v"})
+    assert row["expires_at"] == site.now and row["collection_id"] is not None
+
+
+def test_the_two_steps_of_the_ska_ingest(site):
+    """init_data_item, write, set_uri, set_state READY; then the job admits it."""
+    oid = register.init_data_item(site.context, "test:late", metadata={"eb": "1"})
+    with pytest.raises(NotFoundError):
+        register.set_state(site.context, oid, "READY")
+    register.set_uri(site.context, oid, "in", "late")
+    write(site, {"late": b"payload"})
+    register.set_state(site.context, oid, "READY")
+    assert admit(site).done["admit"] == 1
+    assert site.item(oid)["state"] == "READY" and site.item(oid)["metadata"]["eb"] == "1"
+    with pytest.raises(IllegalTransitionError):
+        register.set_state(site.context, oid, "INITIALISED")
+    write(site, {"other": b"payload"})
+    register.ingest_data_item(site.context, "test:other", "in", "other")
+    assert admit(site).done["admit"] == 1
+
+
+def test_watched_folders_register_what_has_settled(site):
+    """New files wait until they stop growing; *.part and dotfiles are left alone."""
+    add_watch(site.context, "in", "drop", scheme="test")
+    write(site, {"drop/x": b"1", "drop/y.part": b"1", "drop/.hidden": b"1"})
+    assert scan_watches(site.context).created == 0
+    site.advance(seconds=31)
+    write(site, {"drop/growing": b"12"})
+    assert site.context.transact(lambda c: count_registration_due(c, site.now)) == 1
+    assert scan_watches(site.context).created == 1
+    site.advance(seconds=31)
+    write(site, {"drop/growing": b"123"})
+    assert scan_watches(site.context).created == 0
+    site.advance(seconds=31)
+    assert scan_watches(site.context).created == 1
+    admit(site)
+    assert set(items(site)) == {"test:drop/x", "test:drop/growing"}
+    site.advance(seconds=31)
+    assert scan_watches(site.context).created == 0
+
+
+def test_metadata_come_from_the_plug_ins(site):
+    """FITS headers by astropy, ska-data-product.yaml by YAML; broken ones do not keep bytes out."""
+    from astropy.io import fits
+
+    write(site, {"p/ska-data-product.yaml": b"execution_block: eb-1\n", "bad.fits": b"nonsense"})
+    header = fits.Header([("OBJECT", "M31"), ("EXPTIME", 2.5)])
+    fits.PrimaryHDU(header=header).writeto(site.folder / "in" / "m31.fits")
+    register_tree(site.context, Source("in", "test"))
+    assert admit(site).done["admit"] == 3
+    found = items(site)
+    assert found["test:m31.fits"]["metadata"]["fits"]["primary"]["OBJECT"] == "M31"
+    product = found["test:p/ska-data-product.yaml"]["metadata"]["ska_data_product"]
+    assert product == {"execution_block": "eb-1"}
+    assert "error" in found["test:bad.fits"]["metadata"]["fits"]
+
+
+def test_two_drainers_admit_each_item_once(site, engine):
+    """Operations are claimed by one of them."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    write(site, {f"{n}": b"%d" % n for n in range(300)})
+    register_tree(site.context, Source("in", "test"))
+    site.context.settings = site.context.settings.model_copy(update={"batch_size": 20})
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda _: admit(site), range(2)))
+    assert sum(report.done["admit"] for report in reports) == 300
+    assert site.query("SELECT max(attempts) AS n FROM operation")[0]["n"] == 1
+
+
+_octets = st.binary(min_size=1, max_size=40).filter(
+    lambda b: b"\0" not in b and b"/" not in b and b not in (b".", b"..")
+)
+
+
+@given(st.lists(_octets, min_size=1, max_size=4))
+def test_uris_tell_paths_and_back(parts):
+    """Any octets: make_uri and uri_path are each other's inverse, and a uri has no spaces."""
+    path = b"/".join(parts)
+    uri = make_uri("test", path)
+    assert os.fsencode(uri_path(uri)) == path
+    assert uri.isascii() and not any(char.isspace() for char in uri)
+
+
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.sets(_octets, min_size=1, max_size=5))
+def test_any_set_of_names_is_registered_once(site, names):
+    """Whatever the names: registering twice changes nothing the second time."""
+    write(site, {name: b"x" for name in names})
+    register_tree(site.context, Source("in", "test"))
+    count = site.query("SELECT count(*) AS n FROM data_item")
+    assert register_tree(site.context, Source("in", "test")).created == 0
+    assert site.query("SELECT count(*) AS n FROM data_item") == count

@@ -1,2 +1,454 @@
-from sqlalchemy import MetaData
-metadata = MetaData()
+"""The catalogue's tables for SQLAlchemy and Alembic.
+
+The truth is ``schema/sql``; ``tests/schema/test_agreement.py`` proves that these agree with it in
+columns, types, keys, unique constraints and indexes. CHECKs, triggers and functions are there only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Computed,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    Sequence,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import DOMAIN, INTERVAL, JSONB, TIMESTAMP
+from sqlalchemy.types import UserDefinedType
+
+
+class Xid8(UserDefinedType[int]):
+    """A transaction id that does not wrap (PostgreSQL's xid8)."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "XID8"
+
+
+#: the names PostgreSQL itself gives
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+    }
+)
+
+Moment = DOMAIN("moment", TIMESTAMP(timezone=True), metadata=metadata)
+Label = DOMAIN("label", Text(), metadata=metadata)
+PhaseName = DOMAIN("phase", Text(), metadata=metadata)
+Digest = DOMAIN("sha256_digest", Text(), metadata=metadata)
+
+_NOW = text("now()")
+
+
+def _key(name: str) -> Column[Any]:
+    return Column(name, Uuid, primary_key=True)
+
+
+def _to(name: str, table: str, **options: Any) -> Column[Any]:
+    cascade = options.pop("ondelete", None)
+    return Column(name, Uuid, ForeignKey(f"{table}.{_KEYS[table]}", ondelete=cascade), **options)
+
+
+_KEYS = {
+    "location": "location_id",
+    "storage": "storage_id",
+    "collection": "collection_id",
+    "data_item": "oid",
+    "replica": "uid",
+    "policy_version": "policy_version_id",
+    "plan": "plan_id",
+    "principal": "principal_id",
+    "watch": "watch_id",
+}
+
+
+def _required(name: str, kind: Any, default: str | None = None) -> Column[Any]:
+    return Column(name, kind, nullable=False, server_default=text(default) if default else None)
+
+
+def _created() -> Column[Any]:
+    return Column("created_at", Moment, nullable=False, server_default=_NOW)
+
+
+location = Table(
+    "location",
+    metadata,
+    _key("location_id"),
+    Column("name", Label, nullable=False, unique=True),
+    Column("facility", Text),
+    Column("city", Text),
+    Column("country", Text),
+    _created(),
+)
+
+storage = Table(
+    "storage",
+    metadata,
+    _key("storage_id"),
+    Column("name", Label, nullable=False, unique=True),
+    _to("location_id", "location", nullable=False),
+    _required("interface", Text),
+    _required("class", Text),
+    _required("root", Text),
+    _required("config", JSONB, "'{}'::jsonb"),
+    _required("phase", PhaseName),
+    _required("mode", Text, "'read_write'::text"),
+    _required("managed", Boolean, "true"),
+    Column("capacity_bytes", BigInteger),
+    _required("high_watermark", Double, "0.9"),
+    _required("low_watermark", Double, "0.8"),
+    Column("concurrency", Integer),
+    Column("trash_grace", INTERVAL),
+    Column("observed_total_bytes", BigInteger),
+    Column("observed_used_bytes", BigInteger),
+    Column("observed_at", Moment),
+    Column("rebalance_after", Moment),
+    _created(),
+    Column("retired_at", Moment),
+    UniqueConstraint("interface", "root", "config"),
+)
+
+collection = Table(
+    "collection",
+    metadata,
+    _key("collection_id"),
+    Column("name", Text, nullable=False, unique=True),
+    _to("parent_id", "collection"),
+    _required("metadata", JSONB, "'{}'::jsonb"),
+    _created(),
+)
+
+data_item = Table(
+    "data_item",
+    metadata,
+    _key("oid"),
+    _required("uri", Text(collation="C")),
+    _required("version", Integer, "1"),
+    _required("uri_bucket", Text),
+    Column("name", Text, Computed(r"""substring(uri FROM '[^/:]*$')""", True), nullable=False),
+    _required("state", Text, "'INITIALISED'::text"),
+    _required("kind", Text, "'file'::text"),
+    Column("size", BigInteger),
+    Column("digest", Digest),
+    Column("content_type", Text),
+    _required("target_phase", PhaseName, "'SOLID'::text"),
+    _required("phase_weight", SmallInteger, "0"),
+    Column("shortfall", Text),
+    _to("collection_id", "collection"),
+    Column("owner", Text),
+    _required("metadata", JSONB, "'{}'::jsonb"),
+    _required("tags", JSONB, "'{}'::jsonb"),
+    _created(),
+    Column("expires_at", Moment),
+    Column("expiry_reason", Text),
+    UniqueConstraint("uri", "version"),
+    Index(
+        "data_item_expiring",
+        "expires_at",
+        postgresql_where=text("expires_at IS NOT NULL AND state IN ('READY', 'CORRUPTED')"),
+    ),
+    Index("data_item_below_target", "oid", postgresql_where=text("shortfall IS NOT NULL")),
+    Index(
+        "data_item_collection",
+        "collection_id",
+        postgresql_where=text("collection_id IS NOT NULL"),
+    ),
+    Index("data_item_expired", "oid", postgresql_where=text("state = 'EXPIRED'")),
+)
+
+manifest_file = Table(
+    "manifest_file",
+    metadata,
+    _to("oid", "data_item", primary_key=True),
+    Column("path", Text, primary_key=True),
+    _required("size", BigInteger),
+    _required("digest", Digest),
+)
+
+item_relation = Table(
+    "item_relation",
+    metadata,
+    _to("subject_oid", "data_item", primary_key=True),
+    Column("relation", Text, primary_key=True),
+    _to("object_oid", "data_item", primary_key=True),
+    _created(),
+    Index("item_relation_object", "object_oid"),
+)
+
+_UNGONE = "state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')"
+replica = Table(
+    "replica",
+    metadata,
+    _key("uid"),
+    _to("oid", "data_item", nullable=False),
+    _to("storage_id", "storage", nullable=False),
+    _required("path", Text),
+    _required("state", Text, "'PENDING'::text"),
+    _required("size", BigInteger),
+    Column("digest", Digest),
+    Column("mtime", Double),
+    _created(),
+    Column("checked_at", Moment),
+    _required("accessed_at", Moment, "now()"),
+    Column("expires_at", Moment),
+    Column("expiry_reason", Text),
+    Column("delete_after", Moment),
+    Column("excluded_until", Moment),
+    Column("deletion_id", Uuid),
+    Column("trashed_at", Moment),
+    Column("absent_at", Moment),
+    Column("released_at", Moment),
+    Index("replica_oid", "oid"),
+    Index(
+        "replica_item_storage",
+        "oid",
+        "storage_id",
+        unique=True,
+        postgresql_where=text("state NOT IN ('TRASHED', 'DELETED')"),
+    ),
+    Index(
+        "replica_storage_path",
+        "storage_id",
+        "path",
+        unique=True,
+        postgresql_where=text("state <> 'DELETED' AND trashed_at IS NULL"),
+    ),
+    Index(
+        "replica_expiring",
+        "delete_after",
+        postgresql_where=text(f"delete_after IS NOT NULL AND {_UNGONE}"),
+    ),
+    Index(
+        "replica_leaving",
+        "storage_id",
+        postgresql_where=text(f"expires_at IS NOT NULL AND {_UNGONE}"),
+    ),
+    Index(
+        "replica_coldest",
+        "storage_id",
+        "accessed_at",
+        postgresql_where=text(f"expires_at IS NULL AND {_UNGONE}"),
+    ),
+)
+
+policy_version = Table(
+    "policy_version",
+    metadata,
+    _key("policy_version_id"),
+    Column("content_hash", Text, nullable=False, unique=True),
+    _required("content", Text),
+    _required("actor", Text),
+    _created(),
+)
+
+rule = Table(
+    "rule",
+    metadata,
+    _key("rule_id"),
+    _to("policy_version_id", "policy_version", nullable=False),
+    _required("line", Integer),
+    _required("name", Text),
+    _required("definition", JSONB),
+    UniqueConstraint("policy_version_id", "name"),
+)
+
+hold = Table(
+    "hold",
+    metadata,
+    _key("hold_id"),
+    _to("oid", "data_item"),
+    _to("collection_id", "collection"),
+    Column("uri_prefix", Text),
+    _required("reason", Text),
+    _required("actor", Text),
+    _created(),
+    Column("ends_at", Moment),
+    Index("hold_oid", "oid"),
+    Index("hold_collection", "collection_id"),
+)
+
+plan = Table(
+    "plan",
+    metadata,
+    _key("plan_id"),
+    _required("kind", Text),
+    _required("content_hash", Text),
+    _required("operations", BigInteger),
+    _required("bytes", BigInteger),
+    _required("actor", Text),
+    _created(),
+    Column("applied_at", Moment),
+)
+
+operation = Table(
+    "operation",
+    metadata,
+    _key("operation_id"),
+    _required("kind", Text),
+    _required("state", Text, "'QUEUED'::text"),
+    _to("oid", "data_item", nullable=False),
+    _to("uid", "replica", nullable=False),
+    Column("source_uid", Uuid),
+    _to("plan_id", "plan"),
+    _required("reason", Text),
+    _required("actor", Text),
+    _required("priority", SmallInteger, "0"),
+    _required("due_at", Moment),
+    _required("attempts", Integer, "0"),
+    Column("lease_token", Uuid),
+    Column("lease_until", Moment),
+    Column("worker", Text),
+    Column("error_code", Text),
+    Column("error", Text),
+    _created(),
+    Column("finished_at", Moment),
+    Index("operation_due", "kind", "priority", "due_at", postgresql_where=text("state = 'QUEUED'")),
+    Index("operation_lease", "lease_until", postgresql_where=text("state = 'RUNNING'")),
+    Index("operation_failed", "kind", "finished_at", postgresql_where=text("state = 'FAILED'")),
+    Index("operation_uid", "uid"),
+    postgresql_partition_by="RANGE (operation_id)",
+)
+
+deletion = Table(
+    "deletion",
+    metadata,
+    _key("deletion_id"),
+    _required("step", Text),
+    _required("basis", Text),
+    _required("uid", Uuid),
+    _required("oid", Uuid),
+    _required("storage_id", Uuid),
+    _required("from_state", Text),
+    _required("survivors", JSONB),
+    _required("survivor_weight", SmallInteger),
+    _required("target_phase", PhaseName),
+    _required("holds_examined", Integer),
+    _required("reason", Text),
+    _to("plan_id", "plan"),
+    _required("actor", Text),
+    _required("proved_at", Moment),
+    _required("valid_until", Moment),
+    _required("xid", Xid8, "pg_current_xact_id()"),
+    Index("deletion_uid", "uid"),
+    postgresql_partition_by="RANGE (deletion_id)",
+)
+
+event_seq = Sequence("event_seq", metadata=metadata)
+event = Table(
+    "event",
+    metadata,
+    Column("seq", BigInteger, server_default=event_seq.next_value(), autoincrement=False),
+    _required("xid", Xid8, "pg_current_xact_id()"),
+    Column("at", TIMESTAMP(timezone=True), server_default=text("clock_timestamp()")),
+    _required("noun", Text),
+    _required("action", Text),
+    Column("oid", Uuid),
+    Column("uid", Uuid),
+    Column("storage_id", Uuid),
+    Column("old_state", Text),
+    Column("new_state", Text),
+    _required("actor", Text),
+    Column("detail", JSONB),
+    PrimaryKeyConstraint("seq", "at"),
+    Index("event_oid", "oid"),
+    postgresql_partition_by="RANGE (at)",
+)
+
+delivery = Table(
+    "delivery",
+    metadata,
+    _key("delivery_id"),
+    _required("state", Text, "'QUEUED'::text"),
+    _required("destination", Text),
+    _required("request", JSONB),
+    _required("actor", Text),
+    _created(),
+    Column("finished_at", Moment),
+)
+
+principal = Table(
+    "principal",
+    metadata,
+    _key("principal_id"),
+    Column("name", Text, nullable=False, unique=True),
+    _required("kind", Text),
+    _created(),
+)
+
+grant = Table(
+    "grant",
+    metadata,
+    _to("principal_id", "principal", nullable=False),
+    _required("role", Text),
+    _to("collection_id", "collection"),
+    UniqueConstraint("principal_id", "role", "collection_id", postgresql_nulls_not_distinct=True),
+)
+
+evaluation = Table(
+    "evaluation",
+    metadata,
+    _to("oid", "data_item", primary_key=True),
+    _required("due_at", Moment),
+    _required("attempts", Integer, "0"),
+    Index("evaluation_due", "due_at"),
+)
+
+tally = Table(
+    "tally",
+    metadata,
+    _required("noun", Text),
+    Column("storage_id", Uuid),
+    _required("state", Text),
+    _required("n", BigInteger),
+    _required("bytes", BigInteger),
+    Index("tally_storage", "storage_id", "state"),
+)
+
+watch = Table(
+    "watch",
+    metadata,
+    _key("watch_id"),
+    _to("storage_id", "storage", nullable=False),
+    _required("path", Text, "''::text"),
+    _required("scheme", Text),
+    _required("options", JSONB, "'{}'::jsonb"),
+    _required("interval", INTERVAL, "'00:00:30'::interval"),
+    _required("scan_at", Moment),
+    _created(),
+    UniqueConstraint("storage_id", "path"),
+)
+
+watch_entry = Table(
+    "watch_entry",
+    metadata,
+    _to("watch_id", "watch", primary_key=True, ondelete="CASCADE"),
+    Column("path", Text, primary_key=True),
+    _required("size", BigInteger),
+    _required("mtime", Double),
+    _required("since", Moment),
+)
+
+state_transition = Table(
+    "state_transition",
+    metadata,
+    Column("noun", Text, primary_key=True),
+    Column("old_state", Text, primary_key=True),
+    Column("new_state", Text, primary_key=True),
+)

@@ -58,7 +58,8 @@ CREATE TABLE collection (
 
 CREATE TABLE data_item (
   oid           uuid PRIMARY KEY,
-  uri           text NOT NULL CHECK (uri ~ '^[a-z][a-z0-9+.-]*:[^/\s]' AND uri !~ '[\s\x01-\x1f]'),
+  -- compared bytewise, so that prefixes are ranges of the index everywhere
+  uri           text COLLATE "C" NOT NULL CHECK (uri ~ '^[a-z][a-z0-9+.-]*:[^/\s]' AND uri !~ '[\s\x01-\x1f]'),
   version       integer NOT NULL DEFAULT 1 CHECK (version >= 1),
   uri_bucket    text NOT NULL CHECK (uri_bucket ~ '^[0-9a-f]{5}$'),
   name          text NOT NULL GENERATED ALWAYS AS (substring(uri FROM '[^/:]*$')) STORED,

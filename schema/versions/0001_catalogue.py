@@ -13,7 +13,7 @@ SQL = Path(__file__).resolve().parent.parent / "sql"
 def upgrade() -> None:
     # the driver's own cursor: the files are plain SQL, their % signs are no placeholders
     cursor = op.get_bind().connection.cursor()
-    for name in ("0001_tables.sql", "0001_functions.sql"):
+    for name in ("0001_tables.sql", "0001_functions.sql", "0001_comments.sql"):
         cursor.execute((SQL / name).read_text(encoding="utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""Settings from the environment (prefix ``DLM_``); every field is documented in docs/settings.md."""
+"""Settings from the environment (prefix ``DLM_``), all told in docs/settings.md."""
 
 from __future__ import annotations
 
@@ -59,6 +59,9 @@ class Settings(BaseSettings):
     )
     max_delete_bytes: int = Field(
         100 * 2**40, ge=0, description="One run may trash at most this many bytes."
+    )
+    dagster_retention_days: float = Field(
+        30, gt=0, description="Ended Dagster runs and their events are pruned after this, days."
     )
     watch_settle_seconds: float = Field(
         10, ge=0, description="A watched file is registered when unchanged for this long."

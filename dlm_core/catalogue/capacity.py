@@ -59,12 +59,13 @@ def put_off_rebalance(connection: Connection, storage_id: uuid.UUID, until: date
 
 
 def storages_to_observe(connection: Connection, before: datetime) -> list[dict[str, Any]]:
-    """Storages without a given capacity that were asked for it last before ``before``."""
+    """Storages without a given capacity, not asked yet or, if they could tell, last asked before
+    ``before``."""
     return rows(
         connection,
         """SELECT * FROM storage WHERE capacity_bytes IS NULL AND managed
               AND mode IN ('read_write', 'draining')
-              AND (observed_at IS NULL OR observed_at < :before)""",
+              AND (observed_at IS NULL OR (observed_total_bytes IS NOT NULL AND observed_at < :before))""",
         before=before,
     )
 

@@ -25,7 +25,8 @@ from dlm_core.lifecycle.work import Context
 from dlm_core.types import ItemState
 
 _BATCH = 2000
-_ASK_AGAIN = timedelta(minutes=1)
+#: a storage without a given capacity is asked for it this often
+ASK_AGAIN = timedelta(minutes=10)
 _STUCK = timedelta(minutes=5)
 
 
@@ -60,9 +61,9 @@ def propose_rebalance(context: Context) -> list[Leaving]:
 
 
 def observe_usage(context: Context) -> None:
-    """Ask storages without a given capacity how full they are, at most once a minute each."""
+    """Ask storages without a given capacity how full they are, at most every ten minutes each."""
     now = context.clock()
-    for row in context.transact(lambda c: catalogue.storages_to_observe(c, now - _ASK_AGAIN)):
+    for row in context.transact(lambda c: catalogue.storages_to_observe(c, now - ASK_AGAIN)):
         try:
             usage = context.storages.open(row).usage()
         except StorageError:

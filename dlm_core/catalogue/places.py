@@ -1,0 +1,242 @@
+"""Locations and storages: add, look at, change."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from psycopg.types.json import Jsonb
+from sqlalchemy import Connection
+
+from dlm_core.catalogue.engine import rows, run
+from dlm_core.errors import AlreadyExistsError, DeletionRefusedError, NotFoundError
+from dlm_core.types import StorageMode, new_id
+
+#: what 'dlm storage set' may change
+CHANGEABLE = (
+    "mode",
+    "phase",
+    "capacity_bytes",
+    "high_watermark",
+    "low_watermark",
+    "concurrency",
+    "trash_grace",
+)
+
+
+def add_location(
+    connection: Connection,
+    name: str,
+    *,
+    now: datetime,
+    facility: str | None = None,
+    city: str | None = None,
+    country: str | None = None,
+) -> uuid.UUID:
+    """A new location; ``country`` is its ISO 3166-1 alpha-2 code.
+
+    Raises
+    ------
+    AlreadyExistsError, CatalogueError
+    """
+    _must_be_new(connection, "location", name)
+    location_id = new_id()
+    run(
+        connection,
+        """INSERT INTO location (location_id, name, facility, city, country, created_at)
+           VALUES (:id, :name, :facility, :city, :country, :now)""",
+        id=location_id,
+        name=name,
+        facility=facility,
+        city=city,
+        country=country,
+        now=now,
+    )
+    return location_id
+
+
+def _must_be_new(connection: Connection, noun: str, name: str) -> None:
+    if rows(connection, f"SELECT FROM {noun} WHERE name = :name", name=name):
+        raise AlreadyExistsError(noun=noun, key=name)
+
+
+def list_locations(connection: Connection) -> list[dict[str, Any]]:
+    """All locations with their number of storages, by name."""
+    return rows(
+        connection,
+        """SELECT l.name, l.facility, l.city, l.country, l.created_at, count(s.storage_id) AS storages
+             FROM location l LEFT JOIN storage s USING (location_id) GROUP BY l.location_id
+            ORDER BY l.name""",
+    )
+
+
+def add_storage(
+    connection: Connection,
+    name: str,
+    *,
+    location: str,
+    interface: str,
+    root: str,
+    phase: str,
+    now: datetime,
+    storage_class: str = "disk",
+    config: Mapping[str, Any] | None = None,
+    managed: bool = True,
+    mode: str = StorageMode.READ_WRITE,
+    options: Mapping[str, Any] | None = None,
+) -> uuid.UUID:
+    """A new storage; ``options`` are of :data:`CHANGEABLE` (capacity in bytes, watermarks as
+    fractions, trash_grace as a timedelta).
+
+    Raises
+    ------
+    AlreadyExistsError, NotFoundError
+        the name is taken; there is no such location.
+    CatalogueError
+        a value makes no sense.
+    """
+    _must_be_new(connection, "storage", name)
+    found = rows(connection, "SELECT location_id FROM location WHERE name = :name", name=location)
+    if not found:
+        raise NotFoundError("location", location, "add it with 'dlm location add'")
+    chosen = {key: value for key, value in (options or {}).items() if value is not None}
+    columns = "".join(f", {key}" for key in chosen if key in CHANGEABLE)
+    values = "".join(f", :{key}" for key in chosen if key in CHANGEABLE)
+    storage_id = new_id()
+    run(
+        connection,
+        f"""INSERT INTO storage (storage_id, name, location_id, interface, class, root, config, phase,
+                                 mode, managed, created_at{columns})
+            VALUES (:id, :name, :location, :interface, :class, :root, CAST(:config AS jsonb),
+                    :phase_, :mode_, :managed, :now{values})""",
+        id=storage_id,
+        name=name,
+        location=found[0]["location_id"],
+        interface=interface,
+        **{"class": storage_class},
+        root=root,
+        config=Jsonb(dict(config or {})),
+        phase_=phase,
+        mode_=mode,
+        managed=managed,
+        now=now,
+        **chosen,
+    )
+    return storage_id
+
+
+def list_storages(connection: Connection) -> list[dict[str, Any]]:
+    """All storages with location, bytes used, capacity and fill, by name.
+
+    With a capacity given, use is the catalogue's own count (trash included); else it is what the
+    storage last told.
+    """
+    return rows(
+        connection,
+        """SELECT s.storage_id, s.name, l.name AS location, s.interface, s.class, s.root, s.config,
+                  s.phase, s.mode, s.managed, s.high_watermark, s.low_watermark, s.concurrency,
+                  s.trash_grace, s.created_at, s.retired_at, u.replicas, u.trashed_bytes,
+                  CASE WHEN s.capacity_bytes IS NULL AND s.observed_total_bytes IS NOT NULL
+                       THEN s.observed_used_bytes ELSE u.used_bytes END AS used_bytes,
+                  coalesce(s.capacity_bytes, s.observed_total_bytes) AS capacity_bytes,
+                  CASE WHEN s.capacity_bytes IS NOT NULL
+                       THEN u.used_bytes::double precision / s.capacity_bytes
+                       WHEN s.observed_total_bytes > 0
+                       THEN s.observed_used_bytes::double precision / s.observed_total_bytes
+                  END AS fill_fraction
+             FROM storage s JOIN location l USING (location_id) JOIN storage_usage u USING (storage_id)
+            ORDER BY s.name""",
+    )
+
+
+def get_storage(connection: Connection, name: str) -> dict[str, Any]:
+    """One storage as :func:`list_storages` tells it, with its replicas by state.
+
+    Raises
+    ------
+    NotFoundError
+    """
+    for row in list_storages(connection):
+        if row["name"] == name:
+            states = rows(
+                connection,
+                """SELECT state, sum(n)::bigint AS n, sum(bytes)::bigint AS bytes FROM tally
+                    WHERE noun = 'replica' AND storage_id = :id GROUP BY state
+                   HAVING sum(n) <> 0 ORDER BY state""",
+                id=row["storage_id"],
+            )
+            row["replicas_by_state"] = {one["state"]: one["n"] for one in states}
+            return row
+    raise NotFoundError("storage", name, "see 'dlm storage list'")
+
+
+def set_storage(connection: Connection, name: str, changes: Mapping[str, Any]) -> None:
+    """Change what may be changed of a storage (:data:`CHANGEABLE`).
+
+    A storage that is no longer drained keeps what was to leave it for that reason.
+
+    Raises
+    ------
+    NotFoundError, CatalogueError
+    """
+    storage = get_storage(connection, name)
+    wanted = {key: value for key, value in changes.items() if key in CHANGEABLE}
+    if not wanted:
+        return
+    assignments = ", ".join(f"{key} = :{key}" for key in wanted)
+    run(
+        connection,
+        f"UPDATE storage SET {assignments}, rebalance_after = NULL WHERE storage_id = :id",
+        id=storage["storage_id"],
+        **wanted,
+    )
+    left_drain = storage["mode"] == StorageMode.DRAINING and "mode" in wanted
+    if left_drain and wanted["mode"] != StorageMode.DRAINING:
+        run(
+            connection,
+            """UPDATE replica SET expires_at = NULL, expiry_reason = NULL
+                WHERE storage_id = :id AND expires_at IS NOT NULL
+                  AND expiry_reason LIKE 'drain:%'
+                  AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')""",
+            id=storage["storage_id"],
+        )
+    if "mode" in wanted or "capacity_bytes" in wanted:
+        _ask_planner_again(connection)
+
+
+def _ask_planner_again(connection: Connection) -> None:
+    """Items that could not get their copies may now: look at them at once."""
+    run(
+        connection,
+        """INSERT INTO evaluation (oid, due_at)
+           SELECT oid, dlm_now() FROM data_item
+            WHERE shortfall IS NOT NULL AND state IN ('READY', 'CORRUPTED') ORDER BY oid
+           ON CONFLICT (oid) DO UPDATE SET due_at = EXCLUDED.due_at, attempts = 0""",
+    )
+
+
+def retire_storage(connection: Connection, name: str, now: datetime) -> None:
+    """Take an empty storage out of use for good.
+
+    Raises
+    ------
+    NotFoundError
+    DeletionRefusedError
+        while replicas remain on it, with their number.
+    """
+    storage = get_storage(connection, name)
+    left = {s: n for s, n in storage["replicas_by_state"].items() if s != "DELETED"}
+    if left:
+        told = ", ".join(f"{n} {state}" for state, n in left.items())
+        raise DeletionRefusedError(
+            key=f"storage {name}",
+            reason=f"it still has replicas ({told}); drain it first: dlm storage drain {name}",
+        )
+    run(
+        connection,
+        "UPDATE storage SET mode = 'retired', retired_at = :now WHERE storage_id = :id",
+        now=now,
+        id=storage["storage_id"],
+    )

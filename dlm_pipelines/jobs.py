@@ -1,0 +1,245 @@
+"""The jobs: each one op that drains what is due, in batches, and tells what it did in aggregate."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+from dagster._core.errors import DagsterExecutionInterruptedError
+from pydantic import Field
+
+from dlm_core.errors import DlmError
+from dlm_core.lifecycle import expire, rebalance, replicate
+from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.replicate import execute_copy, plan_replication
+from dlm_core.lifecycle.trash import execute_purge, execute_restore, execute_trash
+from dlm_core.lifecycle.verify import execute_verify
+from dlm_core.lifecycle.watch import plan_registration
+from dlm_core.lifecycle.work import Context, Executor, Planner, Report, drain
+from dlm_core.settings import Settings
+from dlm_core.types import OperationKind
+from dlm_pipelines.metadata import proposals_metadata, report_metadata
+from dlm_pipelines.resources import Catalogue
+
+
+class DrainConfig(dg.Config):
+    """What can be set for one run."""
+
+    dry_run: bool = Field(False, description="Show what would be done, and change nothing.")
+    linger_seconds: float | None = Field(
+        None, ge=0, description="Wait this long for new work once dry; unset: DLM_LINGER_SECONDS."
+    )
+    batch_size: int | None = Field(
+        None, ge=1, le=10_000, description="Operations claimed at a time; unset: DLM_BATCH_SIZE."
+    )
+
+
+class ExpiryConfig(DrainConfig):
+    """As for any drainer, and how much this run may delete."""
+
+    max_delete_items: int | None = Field(
+        None, ge=0, description="Replicas this run may trash; unset: DLM_MAX_DELETE_ITEMS."
+    )
+    max_delete_bytes: int | None = Field(
+        None, ge=0, description="Bytes this run may trash; unset: DLM_MAX_DELETE_BYTES."
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job does: its executors by kind, its planner, and what its dry run shows."""
+
+    executors: Mapping[OperationKind, Executor]
+    planner: Callable[[Settings], Planner] | None
+    propose: Callable[[Context], list[Mapping[str, Any]]]
+
+
+def _nothing(_: Context) -> list[Mapping[str, Any]]:
+    return []
+
+
+def _propose_copies(context: Context) -> list[Mapping[str, Any]]:
+    return [
+        {"item": p.uri, "what": p.copy.reason, "bytes": p.copy.size}
+        for p in replicate.propose_replication(context)
+    ]
+
+
+def _propose_deletions(context: Context) -> list[Mapping[str, Any]]:
+    return [
+        {
+            "item": p.uri,
+            "what": f"refused: {p.refusal}" if p.refusal else f"trash a copy: {p.reason}",
+            "bytes": p.size,
+        }
+        for p in expire.propose_expiry(context)
+    ]
+
+
+def _propose_leaving(context: Context) -> list[Mapping[str, Any]]:
+    return [
+        {"item": str(one.oid), "what": one.reason, "bytes": one.size}
+        for one in rebalance.propose_rebalance(context)
+    ]
+
+
+WORK: dict[str, Work] = {
+    "registration": Work(
+        {OperationKind.ADMIT: execute_admit}, lambda _: plan_registration, _nothing
+    ),
+    "replication": Work(
+        {OperationKind.COPY: execute_copy}, lambda _: plan_replication, _propose_copies
+    ),
+    "verification": Work({OperationKind.VERIFY: execute_verify}, None, _nothing),
+    "expiry": Work(
+        {
+            OperationKind.RESTORE: execute_restore,
+            OperationKind.TRASH: execute_trash,
+            OperationKind.PURGE: execute_purge,
+        },
+        lambda s: expire.ExpiryPlanner(s.max_delete_items, s.max_delete_bytes),
+        _propose_deletions,
+    ),
+    "rebalance": Work({}, lambda _: rebalance.plan_rebalance, _propose_leaving),
+}
+
+
+def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: Catalogue) -> Any:
+    """Run one drainer in this process and tell what it did."""
+    overrides = {
+        key: value
+        for key, value in config.model_dump(exclude={"dry_run"}).items()
+        if value is not None
+    }
+    work = WORK[name]
+    try:
+        settings = site.settings().model_copy(update=overrides)
+        core = site.context(f"run:{context.run_id}", settings)
+        if config.dry_run:
+            proposals = work.propose(core)
+            context.log.info(f"dry run: {len(proposals)} proposed, nothing changed")
+            return dg.Output(len(proposals), metadata=proposals_metadata(proposals))
+        with _progress(context):
+            report = _drain(core, work, settings)
+        _tell_failures(context, report)
+        return dg.Output(report.total, metadata=report_metadata(core, report))
+    except DlmError as error:
+        raise dg.Failure(f"{error.code}: {error}", allow_retries=error.retryable) from None
+
+
+def _drain(core: Context, work: Work, settings: Settings) -> Report:
+    """Drain in a thread of its own, so that an interrupt (a cancelled run, SIGTERM) reaches this
+    one, which then lets the work in hand end or be given back."""
+    result: list[Report] = []
+    failure: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            planner = work.planner(settings) if work.planner else None
+            linger = settings.linger_seconds if work.executors else 0.0
+            result.append(drain(core, work.executors, planner, linger_seconds=linger))
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=body, name="dlm-drain")
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    except (KeyboardInterrupt, DagsterExecutionInterruptedError):
+        core.stop.set()
+        thread.join()
+        raise
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+def _tell_failures(context: dg.OpExecutionContext, report: Report) -> None:
+    failed = sum(report.failed.values())
+    if failed:
+        context.log.warning(
+            f"{failed} operations FAILED for good: see 'failures' in the metadata, "
+            "'dlm item why URI' for one of them, and 'dlm retry' to try them again"
+        )
+
+
+class _Forward(logging.Handler):
+    def __init__(self, context: dg.OpExecutionContext) -> None:
+        super().__init__(logging.INFO)
+        self._context = context
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._context.log.log(record.levelno, record.getMessage())
+
+
+@contextmanager
+def _progress(context: dg.OpExecutionContext) -> Iterator[None]:
+    """The core's progress lines, in the run's log."""
+    logger, handler = logging.getLogger("dlm"), _Forward(context)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _job(name: str, config: type[DrainConfig], description: str) -> dg.JobDefinition:
+    def body(context: dg.OpExecutionContext, config: Any, catalogue: Catalogue) -> Any:
+        return _run(name, context, config, catalogue)
+
+    # dagster reads the config's type from the annotation
+    body.__annotations__ = {
+        "context": dg.OpExecutionContext, "config": config, "catalogue": Catalogue,
+    }  # fmt: skip
+    operation = dg.op(
+        name=f"drain_{name}",
+        description=description,
+        out=dg.Out(int, description="operations worked on, or proposals of a dry run"),
+    )(body)
+
+    @dg.job(
+        name=f"{name}_job",
+        description=description,
+        executor_def=dg.in_process_executor,
+        tags={"dlm/job": name},
+    )
+    def job() -> None:
+        operation()
+
+    return job
+
+
+JOBS = {
+    "registration": _job(
+        "registration",
+        DrainConfig,
+        "Read announced payloads, let them in, and look at watched folders.",
+    ),
+    "replication": _job(
+        "replication",
+        DrainConfig,
+        "Make and verify the copies that items need to reach their target phase.",
+    ),
+    "verification": _job(
+        "verification",
+        DrainConfig,
+        "Read replicas again; damage is noticed, set aside, and mended by replication.",
+    ),
+    "expiry": _job(
+        "expiry",
+        ExpiryConfig,
+        "Trash what is past its time, with a certificate; purge it after its grace; restore.",
+    ),
+    "rebalance": _job(
+        "rebalance",
+        DrainConfig,
+        "Choose what leaves storages that are too full or being drained.",
+    ),
+}

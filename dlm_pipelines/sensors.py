@@ -1,0 +1,128 @@
+"""The sensors: each asks the catalogue one cheap question and requests at most a few drainers."""
+
+from collections.abc import Callable
+from datetime import datetime
+
+import dagster as dg
+from sqlalchemy import Connection
+
+from dlm_core.catalogue.capacity import storages_to_observe, storages_to_relieve
+from dlm_core.catalogue.deletions import count_expiry_due
+from dlm_core.catalogue.operations import count_due
+from dlm_core.catalogue.replicas import count_evaluations_due
+from dlm_core.errors import DlmError
+from dlm_core.lifecycle.rebalance import ASK_AGAIN
+from dlm_core.lifecycle.watch import count_registration_due
+from dlm_core.settings import Settings, load_settings
+from dlm_core.types import OperationKind
+from dlm_pipelines.jobs import JOBS
+from dlm_pipelines.resources import Catalogue
+
+#: a question: how much is due, and in words
+Due = tuple[int, str]
+Question = Callable[[Connection, Settings, datetime], Due]
+
+_ACTIVE = [
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+
+class Blocked(Exception):
+    """Work is due, but an operator has to look first."""
+
+
+def registration_due(connection: Connection, _: Settings, now: datetime) -> Due:
+    """Announced payloads to admit, and watched folders to look at."""
+    due = count_registration_due(connection, now)
+    return due, f"{due} admissions and watched folders"
+
+
+def replication_due(connection: Connection, _: Settings, now: datetime) -> Due:
+    """Items to plan, and copies to make."""
+    items = count_evaluations_due(connection, now)
+    copies = count_due(connection, [OperationKind.COPY], now)
+    return items + copies, f"{items} items to plan, {copies} copies to make"
+
+
+def verification_due(connection: Connection, _: Settings, now: datetime) -> Due:
+    """Replicas to read again."""
+    due = count_due(connection, [OperationKind.VERIFY], now)
+    return due, f"{due} replicas to verify"
+
+
+def expiry_due(connection: Connection, settings: Settings, now: datetime) -> Due:
+    """Replicas past their time, and trash to move, purge or restore.
+
+    Raises
+    ------
+    Blocked
+        if more is past its time than one run may delete, and there is no other work.
+    """
+    files = count_due(
+        connection, [OperationKind.TRASH, OperationKind.PURGE, OperationKind.RESTORE], now
+    )
+    due = count_expiry_due(connection, now, settings.max_delete_items + 1)
+    too_much = due.replicas > settings.max_delete_items or due.bytes > settings.max_delete_bytes
+    if too_much and not files:
+        raise Blocked(
+            f"at least {due.replicas} replicas ({due.bytes} bytes) are past their time, more than "
+            f"one run may delete ({settings.max_delete_items}, {settings.max_delete_bytes} bytes): "
+            "look at a dry run of expiry_job, then launch it with max_delete_items and "
+            "max_delete_bytes raised if it is meant"
+        )
+    return due.replicas + files, f"{due.replicas} replicas past their time, {files} file operations"
+
+
+def rebalance_due(connection: Connection, _: Settings, now: datetime) -> Due:
+    """Storages too full or being drained, and storages to be asked how full they are."""
+    relieve = storages_to_relieve(connection, now)
+    ask = storages_to_observe(connection, now - ASK_AGAIN)
+    names = ", ".join(row["name"] for row in relieve) or "none"
+    return len(relieve) + len(ask), f"storages to relieve: {names}; to be asked: {len(ask)}"
+
+
+def _sensor(name: str, question: Question, most: int | None = None) -> dg.SensorDefinition:
+    settings = load_settings()
+
+    def evaluate(context: dg.SensorEvaluationContext, catalogue: Catalogue) -> dg.SensorResult:
+        try:
+            current = catalogue.settings()
+            core = catalogue.context(f"sensor:{name}", current)
+            due, words = core.transact(lambda c: question(c, current, core.clock()))
+        except (DlmError, Blocked) as error:
+            return dg.SensorResult(skip_reason=str(error))
+        if not due:
+            return dg.SensorResult(skip_reason="nothing is due")
+        active = context.instance.get_runs_count(
+            dg.RunsFilter(job_name=f"{name}_job", statuses=_ACTIVE)
+        )
+        drainers = min(most or current.max_drainers, -(-due // current.batch_size))
+        wanted = drainers - active
+        if wanted <= 0:
+            return dg.SensorResult(skip_reason=f"{words}; {active} runs are at it")
+        return dg.SensorResult(
+            run_requests=[dg.RunRequest(tags={"dlm/due": words}) for _ in range(wanted)]
+        )
+
+    return dg.SensorDefinition(
+        name=f"{name}_sensor",
+        job=JOBS[name],
+        evaluation_fn=evaluate,
+        minimum_interval_seconds=settings.sensor_interval_seconds,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description=question.__doc__.split("\n")[0] if question.__doc__ else None,
+    )
+
+
+SENSORS = [
+    _sensor("registration", registration_due),
+    _sensor("replication", replication_due),
+    _sensor("verification", verification_due),
+    _sensor("expiry", expiry_due),
+    # it only marks; two at once would choose the same replicas
+    _sensor("rebalance", rebalance_due, most=1),
+]

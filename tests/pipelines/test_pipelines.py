@@ -1,0 +1,158 @@
+"""Jobs and sensors on a real catalogue and real files, without daemon."""
+
+import dagster as dg
+import pytest
+
+from dlm_core.catalogue.browse import set_item_expiry
+from dlm_core.lifecycle.register import Source, register_tree
+from dlm_pipelines import sensors
+from dlm_pipelines.definitions import defs
+from dlm_pipelines.jobs import JOBS
+from dlm_pipelines.resources import Catalogue
+from tests.site import make_site
+
+
+@pytest.fixture
+def site(engine, database_url, tmp_path, monkeypatch):
+    monkeypatch.setenv("DLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DLM_DATABASE_URL", database_url)
+    monkeypatch.setenv("DLM_LINGER_SECONDS", "0")
+    monkeypatch.setenv("DLM_TRASH_GRACE_SECONDS", "0")
+    site = make_site(engine, tmp_path)
+    from dlm_core.clock import utc_now
+
+    site.context.clock = utc_now
+    for name, location in (("a", "A"), ("b", "B")):
+        site.add_storage(name, location)
+    return site
+
+
+@pytest.fixture
+def instance():
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield instance
+
+
+def execute(instance, name, **config):
+    ops = {"ops": {f"drain_{name}": {"config": config}}} if config else {}
+    return JOBS[name].execute_in_process(
+        run_config=ops, instance=instance, resources={"catalogue": Catalogue()},
+        raise_on_error=False,
+    )  # fmt: skip
+
+
+def metadata(result, name):
+    (event,) = [e for e in result.all_events if e.event_type_value == "STEP_OUTPUT"]
+    return {key: value.value for key, value in event.event_specific_data.metadata.items()}
+
+
+def sensor(instance, name):
+    context = dg.build_sensor_context(instance=instance, resources={"catalogue": Catalogue()})
+    (definition,) = [s for s in sensors.SENSORS if s.name == f"{name}_sensor"]
+    return definition.evaluate_tick(context)
+
+
+def register(site, files):
+    for path, data in files.items():
+        (site.folder / "a" / path).write_bytes(data)
+    return register_tree(site.context, Source("a", "test"))
+
+
+def test_definitions_load():
+    """The code location has the jobs, a sensor for each, and the housekeeping."""
+    names = {job.name for job in defs.resolve_all_job_defs()}
+    assert {f"{name}_job" for name in JOBS} | {"maintenance_job"} <= names
+    assert {s.name for s in sensors.SENSORS} == {f"{name}_sensor" for name in JOBS}
+    assert all(s.default_status is dg.DefaultSensorStatus.RUNNING for s in sensors.SENSORS)
+
+
+def test_the_jobs_take_an_item_through_its_life(site, instance):
+    """Registered, admitted, copied, expired, purged; each run tells what it did in numbers."""
+    register(site, {"x": b"one", "y": b"two"})
+    result = execute(instance, "registration")
+    assert result.success and metadata(result, "registration")["done_admit"] == 2
+    result = execute(instance, "replication")
+    told = metadata(result, "replication")
+    assert (told["done_copy"], told["bytes"], told["failed"]) == (2, 6, 0)
+    assert "dlm item why 'test:" in told["slowest"]
+    site.context.transact(
+        lambda c: set_item_expiry(c, "test:x", site.context.clock(), "no longer wanted")
+    )
+    told = metadata(execute(instance, "expiry"), "expiry")
+    assert told["done_trash"] == 2
+    execute(instance, "expiry")
+    states = site.query("SELECT uri, state FROM data_item ORDER BY uri")
+    assert [tuple(row.values()) for row in states] == [("test:x", "DELETED"), ("test:y", "READY")]
+
+
+@pytest.mark.parametrize("name", ["replication", "expiry", "rebalance"])
+def test_a_dry_run_shows_and_changes_nothing(site, instance, name):
+    """Proposals are a table in the run's metadata."""
+    register(site, {"x": b"one"})
+    execute(instance, "registration")
+    if name != "replication":
+        execute(instance, "replication")
+        site.set_storage("a", capacity_bytes=3)
+        site.add_storage("c", "C")
+    if name == "expiry":
+        site.context.transact(
+            lambda c: set_item_expiry(c, "test:x", site.context.clock(), "no longer wanted")
+        )
+    before = site.query("SELECT (SELECT count(*) FROM event) AS e, (SELECT count(*) FROM operation)")
+    told = metadata(execute(instance, name, dry_run=True), name)
+    assert told["dry_run"] is True and told["proposed"] >= 1
+    after = site.query("SELECT (SELECT count(*) FROM event) AS e, (SELECT count(*) FROM operation)")
+    assert after == before
+
+
+def test_sensors_ask_for_runs_only_when_work_is_due(site, instance):
+    """Nothing due: skipped, in words. Work due: a run. Runs at it already: none more."""
+    for name in JOBS:
+        if name != "rebalance":
+            assert sensor(instance, name).skip_message == "nothing is due"
+    register(site, {"x": b"one"})
+    assert len(sensor(instance, "registration").run_requests) == 1
+    for _ in range(2):
+        instance.create_run_for_job(
+            JOBS["registration"], status=dg.DagsterRunStatus.STARTED
+        )
+    result = sensor(instance, "registration")
+    assert not result.run_requests and "2 runs are at it" in result.skip_message
+
+
+def test_a_catalogue_that_is_down_is_told_not_failed(site, instance, monkeypatch):
+    """The tick is skipped with the reason."""
+    monkeypatch.setenv("DLM_DATABASE_URL", "postgresql://dlm@127.0.0.1:1/none")
+    result = sensor(instance, "replication")
+    assert not result.run_requests and "cannot be reached" in result.skip_message
+
+
+def test_too_much_to_delete_waits_for_an_operator(site, instance, monkeypatch):
+    """The sensor says so, the job fails in one line, a run with a raised limit goes on."""
+    register(site, {"x": b"one", "y": b"two"})
+    execute(instance, "registration")
+    execute(instance, "replication")
+    monkeypatch.setenv("DLM_MAX_DELETE_ITEMS", "3")
+    for uri in ("test:x", "test:y"):
+        site.context.transact(
+            lambda c, u=uri: set_item_expiry(c, u, site.context.clock(), "no longer wanted")
+        )
+    assert "more than one run may delete" in sensor(instance, "expiry").skip_message
+    result = execute(instance, "expiry")
+    assert not result.success
+    assert site.query("SELECT count(*) AS n FROM deletion")[0]["n"] == 0
+    assert execute(instance, "expiry", max_delete_items=4).success
+    assert site.query("SELECT count(*) AS n FROM deletion")[0]["n"] >= 4
+
+
+def test_housekeeping_runs(site, instance):
+    """Partitions, tally, temporary files, old runs."""
+    from dlm_pipelines.maintenance import maintenance_job
+
+    register(site, {"x": b"one"})
+    before = site.query("SELECT noun, state, sum(n) AS n FROM tally GROUP BY 1, 2 ORDER BY 1, 2")
+    assert maintenance_job.execute_in_process(
+        instance=instance, resources={"catalogue": Catalogue()}
+    ).success
+    after = site.query("SELECT noun, state, sum(n) AS n FROM tally GROUP BY 1, 2 ORDER BY 1, 2")
+    assert after == before

@@ -1,0 +1,57 @@
+"""``dlm doctor``: look at everything that has to work."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+
+from dlm_cli.session import catalogue
+from dlm_core.errors import DlmError
+from dlm_core.settings import load_settings
+
+_LEAST_FREE_BYTES = 1 << 30
+
+
+def examine() -> Iterator[tuple[str, str | None]]:
+    """(what was looked at, the problem and what to do, or None), one after the other."""
+    settings = load_settings()
+    yield f"settings, DLM_HOME={settings.home}", None
+    if settings.database_url is None:
+        from dlm_core.catalogue.embedded import find_binaries
+
+        yield "PostgreSQL's programs", _problem(lambda: find_binaries(settings.pg_bindir))
+    yield "free space below DLM_HOME", _space()
+    from dlm_cli.services import read_services
+
+    running = read_services(settings.home)
+    yield "services", None if running else "not running: start them with 'dlm up'"
+    problem = _problem(_open)
+    yield "the catalogue and its schema", problem
+    if problem:
+        return
+    with catalogue() as context:
+        for row in context.transact(context.storages.load).values():
+            if row["mode"] not in ("retired", "offline"):
+                check = context.storages.open(row).check
+                yield f"storage {row['name']}", _problem(check)
+
+
+def _open() -> None:
+    with catalogue():
+        pass
+
+
+def _space() -> str | None:
+    home = load_settings().home
+    while not home.exists():
+        home = home.parent
+    free = shutil.disk_usage(home).free
+    return None if free > _LEAST_FREE_BYTES else f"only {free} bytes are left"
+
+
+def _problem(look: Callable[[], object]) -> str | None:
+    try:
+        look()
+    except DlmError as error:
+        return f"{error.code}: {error}"
+    return None

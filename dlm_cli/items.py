@@ -1,0 +1,343 @@
+"""``dlm register``, ``dlm item …``, ``dlm expire``, ``dlm restore``, ``dlm verify``, ``dlm retry``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dlm_cli.session import (
+    catalogue,
+    human,
+    parse_choice,
+    parse_duration,
+    parse_pairs,
+    parse_time,
+    plain_errors,
+    show_json,
+    show_table,
+)
+from dlm_core.errors import EmptySelectorError, InvalidValueError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Uri = Annotated[str, typer.Argument(help="e.g. ska:eb-1/scan-3.ms")]
+Version = Annotated[int | None, typer.Option(help="Another than the newest version.")]
+_PHASES = ("PLASMA", "GAS", "LIQUID", "SOLID")
+
+item_app = typer.Typer(no_args_is_help=True, help="Data items: look, and ask why.")
+watch_app = typer.Typer(no_args_is_help=True, help="Folders whose new files are registered.")
+
+
+@plain_errors
+def register(
+    storage: Annotated[str, typer.Argument(help="Name of the storage the payloads lie on.")],
+    path: Annotated[str, typer.Argument(help="File or folder below its root.")] = "",
+    scheme: Annotated[str, typer.Option(help="Scheme of the uris.")] = "file",
+    prefix: Annotated[str, typer.Option(help="Put before each path in the uri.")] = "",
+    as_directory: Annotated[
+        list[str], typer.Option(help="Pattern of folders that are one payload each, '*.ms'.")
+    ] = [],  # noqa: B006
+    list_file: Annotated[
+        Path | None, typer.Option("--list", help="File with one path a line; - is stdin.")
+    ] = None,
+    checksums: Annotated[
+        Path | None, typer.Option(help="A SHA256SUMS file; compared, not trusted.")
+    ] = None,
+    collection: Annotated[str | None, typer.Option()] = None,
+    target_phase: Annotated[str, typer.Option(help="PLASMA, GAS, LIQUID or SOLID.")] = "SOLID",
+    expires: Annotated[str | None, typer.Option(help="Of the items: 90d, or a time.")] = None,
+    replica_expires: Annotated[str | None, typer.Option(help="Of these copies only.")] = None,
+    owner: Annotated[str | None, typer.Option()] = None,
+    tag: Annotated[list[str], typer.Option(help="key=value")] = [],  # noqa: B006
+    new_version: Annotated[
+        bool, typer.Option("--new-version", help="Changed payloads become new versions.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Announce payloads where they lie; the registration job reads and admits them."""
+    from dlm_core.lifecycle.register import (
+        Source,
+        Terms,
+        collection_id,
+        parse_checksums,
+        register_list,
+        register_tree,
+    )
+
+    sums = parse_checksums(_read(checksums)) if checksums else {}
+    paths = [line for line in _read(list_file).splitlines() if line] if list_file else None
+    if paths == []:
+        raise EmptySelectorError(expected="--list names no path")
+    with catalogue() as context:
+        now = context.clock()
+        terms = Terms(
+            parse_choice("target phase", target_phase, _PHASES) or "",
+            collection_id(context, collection) if collection else None,
+            owner,
+            parse_pairs(tag, "--tag"),
+            parse_time(expires, now),
+            parse_time(replica_expires, now),
+        )
+        source = Source(storage, scheme, prefix, tuple(as_directory), sums, new_version, terms)
+        if paths is not None:
+            report = register_list(context, source, paths, _progress)
+        else:
+            report = register_tree(context, source, path.strip("/"), _progress)
+    _tell(report, as_json)
+
+
+def _read(path: Path) -> str:
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise InvalidValueError(
+            what="file", value=str(path), expected=f"a readable file ({error.strerror})"
+        ) from None
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _progress(report: Any) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{report.created + report.unchanged} announced", end="\r", file=sys.stderr)
+
+
+def _tell(report: Any, as_json: bool) -> None:
+    numbers = {
+        key: getattr(report, key)
+        for key in ("created", "replicated", "unchanged", "new_versions", "refused", "skipped")
+    }
+    if as_json:
+        reasons = [{"path": path, "reason": reason} for path, reason in report.reasons]
+        show_json({**numbers, "reasons": reasons})
+    else:
+        print(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in numbers.items()))
+        for path, reason in report.reasons[:20]:
+            print(f"  {path!r}: {reason}", file=sys.stderr)
+    if report.refused:
+        raise SystemExit(2)
+
+
+@item_app.command("list")
+@plain_errors
+def item_list(
+    state: Annotated[str | None, typer.Option(help="READY, INITIALISED, …")] = None,
+    prefix: Annotated[str | None, typer.Option(help="Uris that begin so.")] = None,
+    collection: Annotated[str | None, typer.Option()] = None,
+    below_target: Annotated[bool, typer.Option("--below-target")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=10_000)] = 100,
+    after: Annotated[str | None, typer.Option(help="The last uri of the page before.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List items by uri, a page at a time."""
+    from dlm_core.catalogue.browse import list_items
+    from dlm_core.types import ItemState
+
+    chosen = parse_choice("state", state, [one.value for one in ItemState])
+    with catalogue() as context:
+        found = context.transact(
+            lambda c: list_items(
+                c, state=chosen, prefix=prefix, collection=collection, below_target=below_target,
+                limit=limit, after=after,
+            )
+        )  # fmt: skip
+    columns = {"uri": "URI", "version": "V", "state": "STATE", "size": "SIZE",
+               "target_phase": "TARGET", "shortfall": "SHORTFALL"}  # fmt: skip
+    show_json(found) if as_json else show_table(found, columns)
+
+
+@item_app.command("show")
+@plain_errors
+def item_show(uri: Uri, version: Version = None, as_json: Json = False) -> None:
+    """Show an item with its metadata and replicas."""
+    from dlm_core.catalogue.browse import get_item
+
+    with catalogue() as context:
+        found = context.transact(lambda c: get_item(c, uri, version))
+    if as_json:
+        show_json(found)
+        return
+    plain = [{"k": k, "v": human(v, k)} for k, v in found.items() if k != "replicas"]
+    show_table(plain, {"k": "", "v": ""})
+    columns = {"storage": "STORAGE", "state": "STATE", "phase": "PHASE", "size": "SIZE",
+               "path": "PATH", "checked_at": "CHECKED"}  # fmt: skip
+    show_table(found["replicas"], columns)
+
+
+@item_app.command("events")
+@plain_errors
+def item_events(uri: Uri, version: Version = None, as_json: Json = False) -> None:
+    """Show what happened to an item and its replicas."""
+    from dlm_core.catalogue import browse
+
+    with catalogue() as context:
+        found = context.transact(
+            lambda c: browse.item_events(c, browse.get_item(c, uri, version)["oid"])
+        )
+    columns = {"at": "AT", "noun": "NOUN", "action": "ACTION", "storage": "STORAGE",
+               "old_state": "FROM", "new_state": "TO", "actor": "WHO", "detail": "DETAIL"}  # fmt: skip
+    show_json(found) if as_json else show_table(found, columns)
+
+
+@item_app.command("why")
+@plain_errors
+def item_why(uri: Uri, version: Version = None, as_json: Json = False) -> None:
+    """Tell why an item has the copies it has, and what is planned."""
+    from dlm_core.catalogue.browse import explain_item
+
+    with catalogue() as context:
+        found = context.transact(lambda c: explain_item(c, uri, version))
+    show_json(found) if as_json else _explain(found)
+
+
+def _explain(found: dict[str, Any]) -> None:
+    from dlm_core.types import Phase
+
+    reached = Phase.from_weight(found["reached_weight"])
+    print(f"{found['uri']} (version {found['version']}) is {found['state']}", end="")
+    print(f", {human(found['size'], 'size')}, {found['digest'] or 'no digest yet'}")
+    print(f"wanted: {found['target_phase']}; reached: {reached}", end="")
+    print(f"; {found['shortfall']}" if found["shortfall"] else "; nothing is missing")
+    if found["expires_at"]:
+        print(f"expires {human(found['expires_at'])}: {found['expiry_reason'] or 'as registered'}")
+    for replica in found["replicas"]:
+        checked = f", read and matched {human(replica['checked_at'])}" if replica["checked_at"] else ""
+        leaving = f"; leaves: {replica['expiry_reason']}" if replica["expiry_reason"] else ""
+        print(
+            f"  {replica['state']:9} {replica['storage']} at {replica['location']} "
+            f"({replica['phase']}, {replica['mode']}){checked}{leaving}"
+        )
+    for hold in found["holds"]:
+        print(f"  hold by {hold['actor']}: {hold['reason']}")
+    for one in found["operations"]:
+        error = f" [{one['error_code']}: {one['error']}]" if one["error"] else ""
+        print(f"  {one['state']:9} {one['kind']} on {one['storage']}: {one['reason']}{error}")
+    for one in found["certificates"]:
+        names = ", ".join(s["storage"] for s in one["survivors"]) or "none needed"
+        print(
+            f"  {one['step']} certificate {one['deletion_id']} for {one['storage']}: "
+            f"{one['reason']}; survivors: {names}; by {one['actor']} at {human(one['proved_at'])}"
+        )
+    if found["looked_at_again"]:
+        print(f"  looked at again at {human(found['looked_at_again'])}")
+
+
+@plain_errors
+def expire(
+    uri: Annotated[str | None, typer.Argument(help="The item that is to go.")] = None,
+    reason: Annotated[str | None, typer.Option(help="Why; stands in the certificate.")] = None,
+    at: Annotated[str, typer.Option(help="now, 30d, or a time with its zone.")] = "now",
+    never: Annotated[bool, typer.Option("--never", help="It is not to expire after all.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="What expiry would do now.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Let an item expire: its copies go through the trash, with certificates."""
+    from dlm_core.catalogue.browse import set_item_expiry
+    from dlm_core.lifecycle.expire import propose_expiry
+
+    with catalogue() as context:
+        if dry_run:
+            _show_proposals(propose_expiry(context), as_json)
+            return
+        if not uri:
+            raise EmptySelectorError(expected="name the item that is to expire, or use --dry-run")
+        if not reason:
+            raise InvalidValueError(what="--reason", value="", expected="why the item may go")
+        moment = None if never else parse_time(at, context.clock())
+        context.transact(lambda c: set_item_expiry(c, uri, moment, reason))
+    print(f"{uri} expires {human(moment) if moment else 'never'}")
+
+
+def _show_proposals(proposals: Any, as_json: bool) -> None:
+    rows = [
+        {"uri": p.uri, "state": p.state, "bytes": p.size, "reason": p.reason,
+         "refusal": p.refusal, "survivors": len(p.survivors)}
+        for p in proposals
+    ]  # fmt: skip
+    columns = {"uri": "URI", "state": "STATE", "bytes": "BYTES", "reason": "REASON",
+               "refusal": "REFUSED", "survivors": "SURVIVORS"}  # fmt: skip
+    show_json(rows) if as_json else show_table(rows, columns)
+
+
+@plain_errors
+def restore(
+    uri: Uri,
+    storage: Annotated[str | None, typer.Option(help="Only the copy there.")] = None,
+    version: Version = None,
+) -> None:
+    """Bring an item back from the trash, as long as its grace lasts."""
+    from dlm_core.catalogue.browse import get_item
+    from dlm_core.catalogue.places import get_storage
+    from dlm_core.lifecycle.trash import request_restore
+
+    def ask(connection: Any) -> int:
+        where = get_storage(connection, storage)["storage_id"] if storage else None
+        oid = get_item(connection, uri, version)["oid"]
+        return request_restore(
+            connection, oid=oid, storage_id=where, actor=context.actor, now=context.clock()
+        )
+
+    with catalogue() as context:
+        count = context.transact(ask)
+    print(f"{count} copies of {uri} are on their way back; see: dlm item why '{uri}'")
+
+
+@plain_errors
+def verify(
+    uri: Annotated[str | None, typer.Argument(help="An item.")] = None,
+    storage: Annotated[str | None, typer.Option(help="All copies on a storage.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All copies everywhere.")] = False,
+) -> None:
+    """Ask for copies to be read again."""
+    from dlm_core.catalogue.browse import get_item
+    from dlm_core.catalogue.places import get_storage
+    from dlm_core.lifecycle.verify import request_verification
+
+    if not (uri or storage or everything):
+        raise EmptySelectorError(expected="name an item or --storage, or say --all")
+
+    def ask(connection: Any) -> int:
+        return request_verification(
+            connection,
+            actor=context.actor,
+            now=context.clock(),
+            storage_id=get_storage(connection, storage)["storage_id"] if storage else None,
+            oid=get_item(connection, uri)["oid"] if uri else None,
+        )
+
+    with catalogue() as context:
+        print(f"{context.transact(ask)} copies will be read again")
+
+
+@plain_errors
+def retry() -> None:
+    """Try FAILED operations again."""
+    from dlm_core.catalogue.operations import retry_failed
+
+    with catalogue() as context:
+        print(f"{context.transact(lambda c: retry_failed(c, context.clock()))} queued again")
+
+
+@watch_app.command("add")
+@plain_errors
+def watch_add(
+    storage: Annotated[str, typer.Argument()],
+    path: Annotated[str, typer.Argument(help="Folder below its root.")] = "",
+    scheme: Annotated[str, typer.Option()] = "file",
+    prefix: Annotated[str, typer.Option()] = "",
+    every: Annotated[str, typer.Option(help="e.g. 30s")] = "30s",
+) -> None:
+    """Register what appears in a folder and has stopped growing."""
+    from datetime import timedelta
+
+    from dlm_core.lifecycle.watch import add_watch
+
+    interval = parse_duration(every) or timedelta(seconds=30)
+    with catalogue() as context:
+        add_watch(
+            context, storage, path.strip("/"), scheme=scheme, uri_prefix=prefix, interval=interval
+        )
+    print(f"watching {storage}:{path or '/'}")
+
+

@@ -1,0 +1,191 @@
+"""The command line ``dlm``. Exit codes are those of the errors (docs/cli.md)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dlm_cli import items, places
+from dlm_cli.session import catalogue, fail, parse_pairs, plain_errors, show_json, show_table
+from dlm_core.errors import DlmError, ServiceUnavailableError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Keep the verified copies that policy asks for, and prove that nothing is lost.",
+)
+db_app = typer.Typer(no_args_is_help=True, help="The catalogue database.")
+app.add_typer(places.location_app, name="location")
+app.add_typer(places.storage_app, name="storage")
+app.add_typer(items.item_app, name="item")
+app.add_typer(items.watch_app, name="watch")
+app.add_typer(db_app, name="db")
+app.command("register")(items.register)
+app.command("expire")(items.expire)
+app.command("restore")(items.restore)
+app.command("verify")(items.verify)
+app.command("retry")(items.retry)
+
+
+@app.command()
+@plain_errors
+def up() -> None:
+    """Start the services on DLM_HOME: PostgreSQL, the Dagster daemon and UI. Ctrl-C stops them."""
+    import threading
+
+    from dlm_cli.services import run_services, stop_on_signals
+    from dlm_core.settings import load_settings
+
+    settings = load_settings()
+    stop = threading.Event()
+
+    def ready(ui_url: str) -> None:
+        print(f"the DLM is up on {settings.home}\n  UI: {ui_url}\n  Ctrl-C stops it", flush=True)
+
+    print("starting PostgreSQL, the Dagster daemon and the UI ...", flush=True)
+    with stop_on_signals(stop):
+        run_services(settings, ready, stop)
+    print("all services have stopped")
+
+
+@app.command()
+@plain_errors
+def demo() -> None:
+    """Show the lifecycle on real files (DEMO_PATH: yours, only read; KEEP=1: leave it running)."""
+    from dlm_cli.demo import run_demo
+
+    path = os.environ.get("DEMO_PATH") or None
+    keep = os.environ.get("KEEP", "") not in ("", "0")
+    raise SystemExit(run_demo(Path(path) if path else None, keep, Path("demo-report.json")))
+
+
+@app.command()
+@plain_errors
+def status(as_json: Json = False) -> None:
+    """Show items, replicas, operations and storages in numbers."""
+    from dlm_core.catalogue.status import status as load
+
+    with catalogue() as context:
+        found = context.transact(lambda c: load(c, context.clock()))
+    if as_json:
+        show_json(found)
+        return
+    for noun in ("items", "replicas"):
+        told = ", ".join(f"{n} {state}" for state, n in found[noun].items()) or "none"
+        print(f"{noun}: {told}")
+    print(f"items below their target phase: {found['items_below_target_phase']}")
+    for kind, states in found["operations"].items():
+        print(f"{kind}: " + ", ".join(f"{n} {state}" for state, n in states.items()))
+    columns = {"name": "STORAGE", "location": "LOCATION", "phase": "PHASE", "mode": "MODE",
+               "replicas": "REPLICAS", "used_bytes": "USED", "capacity_bytes": "CAPACITY",
+               "fill_fraction": "FILL"}  # fmt: skip
+    show_table(found["storages"], columns)
+
+
+@app.command()
+@plain_errors
+def run(
+    job: Annotated[str, typer.Argument(help="registration, replication, verification, …")],
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, tell the result.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show, and change nothing.")] = False,
+    config: Annotated[
+        list[str], typer.Option(help="key=value of the job's config, e.g. max_delete_items=10")
+    ] = [],  # noqa: B006
+    timeout: Annotated[float | None, typer.Option(help="Seconds to wait at most.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Launch a job as the UI does."""
+    import json
+
+    from dlm_cli.services import read_services
+    from dlm_core.settings import load_settings
+    from dlm_pipelines.launch import launch_job
+
+    found = read_services(load_settings().home)
+    if found is None:
+        raise ServiceUnavailableError(service="the Dagster UI", reason="no 'dlm up' on this home")
+    options: dict[str, Any] = {"dry_run": True} if dry_run else {}
+    for key, value in parse_pairs(config, "--config").items():
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    launched = launch_job(found["ui_url"], job, options, wait=wait or dry_run, timeout=timeout)
+    if as_json:
+        show_json({key: getattr(launched, key) for key in launched.__slots__})
+    else:
+        print(f"{launched.status} {launched.url}")
+        for key, value in launched.metadata.items():
+            print(f"{key}: {value}" if "\n" not in str(value) else f"{key}:\n{value}")
+    if launched.status in ("FAILURE", "CANCELED"):
+        print(f"dlm: error DLM-600: {launched.error or 'the run failed'}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+@app.command()
+@plain_errors
+def env() -> None:
+    """Print the variables with which Dagster's own commands find this home."""
+    import shlex
+
+    from dlm_core.settings import load_settings
+
+    settings = load_settings()
+    print(f"export DLM_HOME={shlex.quote(str(settings.home))}")
+    print(f"export DAGSTER_HOME={shlex.quote(str(settings.home / 'dagster'))}")
+
+
+@app.command()
+@plain_errors
+def doctor() -> None:
+    """Look at everything that has to work, and tell what to do where it does not."""
+    from dlm_cli.doctor import examine
+
+    problems = 0
+    for name, problem in examine():
+        print(f"{'PROBLEM' if problem else 'ok':8} {name}{': ' + problem if problem else ''}")
+        problems += bool(problem)
+    raise SystemExit(1 if problems else 0)
+
+
+@db_app.command("upgrade")
+@plain_errors
+def db_upgrade() -> None:
+    """Bring the catalogue's schema up to date, all or nothing."""
+    from dlm_core.catalogue import schema
+    from dlm_core.catalogue.dsn import catalogue_url
+    from dlm_core.settings import load_settings
+
+    schema.upgrade(catalogue_url(load_settings()))
+    print(f"the catalogue is at {schema.expected_revision()}")
+
+
+@db_app.command("check")
+@plain_errors
+def db_check() -> None:
+    """Tell whether the catalogue's schema is the one this software needs."""
+    from dlm_core.catalogue import schema
+
+    with catalogue() as context:
+        print(f"the catalogue is at {context.transact(schema.check)}, as it should be")
+
+
+def main() -> None:
+    """Run the command line; no traceback reaches a user."""
+    try:
+        app()
+    except DlmError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # the reader went away (dlm … | head): not an error of ours
+        sys.stderr.close()
+        raise SystemExit(0) from None

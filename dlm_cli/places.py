@@ -1,0 +1,204 @@
+"""``dlm location …`` and ``dlm storage …``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from dlm_cli.session import (
+    catalogue,
+    parse_choice,
+    parse_duration,
+    parse_pairs,
+    parse_size,
+    plain_errors,
+    show_json,
+    show_table,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Name = Annotated[str, typer.Argument(help="Name of the storage.")]
+_PHASES = ("PLASMA", "GAS", "LIQUID", "SOLID")
+
+location_app = typer.Typer(no_args_is_help=True, help="Places with a failure domain of their own.")
+storage_app = typer.Typer(no_args_is_help=True, help="Volumes that hold replicas.")
+
+
+@location_app.command("add")
+@plain_errors
+def location_add(
+    name: Annotated[str, typer.Argument(help="e.g. observatory")],
+    facility: Annotated[str | None, typer.Option()] = None,
+    city: Annotated[str | None, typer.Option()] = None,
+    country: Annotated[str | None, typer.Option(help="Two letters, e.g. ZA.")] = None,
+) -> None:
+    """Add a location."""
+    from dlm_core.catalogue.places import add_location
+
+    with catalogue() as context:
+        context.transact(
+            lambda c: add_location(
+                c, name, facility=facility, city=city, country=country, now=context.clock()
+            )
+        )
+    print(f"location {name} added")
+
+
+@location_app.command("list")
+@plain_errors
+def location_list(as_json: Json = False) -> None:
+    """List locations."""
+    from dlm_core.catalogue.places import list_locations
+
+    with catalogue() as context:
+        found = context.transact(list_locations)
+    columns = {"name": "NAME", "facility": "FACILITY", "city": "CITY", "country": "COUNTRY",
+               "storages": "STORAGES"}  # fmt: skip
+    show_json(found) if as_json else show_table(found, columns)
+
+
+@storage_app.command("add")
+@plain_errors
+def storage_add(
+    name: Name,
+    location: Annotated[str, typer.Option(help="Name of its location.")],
+    root: Annotated[str, typer.Option(help="Absolute folder (posix), or bucket/prefix (s3).")],
+    phase: Annotated[str, typer.Option(help="PLASMA, GAS, LIQUID or SOLID.")] = "LIQUID",
+    interface: Annotated[str, typer.Option(help="posix or s3.")] = "posix",
+    storage_class: Annotated[str | None, typer.Option("--class", help="disk, object, tape.")] = None,
+    config: Annotated[
+        list[str], typer.Option(help="key=value; secrets only by name of a variable.")
+    ] = [],  # noqa: B006
+    capacity: Annotated[str | None, typer.Option(help="e.g. 2TB; unset: ask the storage.")] = None,
+    high_watermark: Annotated[float | None, typer.Option(help="Fraction, 0.9.")] = None,
+    low_watermark: Annotated[float | None, typer.Option(help="Fraction, 0.8.")] = None,
+    trash_grace: Annotated[str | None, typer.Option(help="e.g. 7d")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Transfers at once.")] = None,
+    unmanaged: Annotated[
+        bool, typer.Option("--unmanaged", help="Others' files: only read, never changed.")
+    ] = False,
+    read_only: Annotated[bool, typer.Option("--read-only")] = False,
+) -> None:
+    """Add a storage; it is looked at first."""
+    from dlm_core.catalogue.places import add_storage
+    from dlm_core.storages.open import open_storage
+
+    options = _options(capacity, high_watermark, low_watermark, trash_grace, concurrency)
+    chosen = parse_pairs(config, "--config")
+    default_class = "object" if interface == "s3" else "disk"
+    kind = parse_choice("class", storage_class or default_class, ("disk", "object", "tape"))
+    open_storage(name, interface, root, chosen).check()
+    with catalogue() as context:
+        context.transact(
+            lambda c: add_storage(
+                c,
+                name,
+                location=location,
+                interface=interface,
+                root=root,
+                phase=parse_choice("phase", phase, _PHASES) or "",
+                storage_class=kind or "",
+                config=chosen,
+                managed=not unmanaged,
+                mode="read_only" if read_only or unmanaged else "read_write",
+                options=options,
+                now=context.clock(),
+            )
+        )
+    print(f"storage {name} added at {location}")
+
+
+def _options(
+    capacity: str | None,
+    high: float | None,
+    low: float | None,
+    grace: str | None,
+    concurrency: int | None,
+) -> dict[str, Any]:
+    return {
+        "capacity_bytes": parse_size(capacity),
+        "high_watermark": high,
+        "low_watermark": low,
+        "trash_grace": parse_duration(grace),
+        "concurrency": concurrency,
+    }
+
+
+@storage_app.command("list")
+@plain_errors
+def storage_list(as_json: Json = False) -> None:
+    """List storages with their fill."""
+    from dlm_core.catalogue.places import list_storages
+
+    with catalogue() as context:
+        found = context.transact(list_storages)
+    columns = {
+        "name": "NAME", "location": "LOCATION", "interface": "INTERFACE", "phase": "PHASE",
+        "mode": "MODE", "replicas": "REPLICAS", "used_bytes": "USED", "capacity_bytes": "CAPACITY",
+        "fill_fraction": "FILL",
+    }  # fmt: skip
+    show_json(found) if as_json else show_table(found, columns)
+
+
+@storage_app.command("show")
+@plain_errors
+def storage_show(name: Name, as_json: Json = False) -> None:
+    """Show all of one storage."""
+    from dlm_core.catalogue.places import get_storage
+
+    with catalogue() as context:
+        found = context.transact(lambda c: get_storage(c, name))
+    if as_json:
+        show_json(found)
+    else:
+        from dlm_cli.session import human
+
+        rows = [{"key": key, "value": human(value, key)} for key, value in found.items()]
+        show_table(rows, {"key": "", "value": ""})
+
+
+@storage_app.command("set")
+@plain_errors
+def storage_set(
+    name: Name,
+    mode: Annotated[str | None, typer.Option(help="read_write, read_only or offline.")] = None,
+    phase: Annotated[str | None, typer.Option()] = None,
+    capacity: Annotated[str | None, typer.Option(help="e.g. 2TB")] = None,
+    high_watermark: Annotated[float | None, typer.Option()] = None,
+    low_watermark: Annotated[float | None, typer.Option()] = None,
+    trash_grace: Annotated[str | None, typer.Option(help="e.g. 7d")] = None,
+    concurrency: Annotated[int | None, typer.Option()] = None,
+) -> None:
+    """Change a storage; what is not named stays."""
+    options = _options(capacity, high_watermark, low_watermark, trash_grace, concurrency)
+    options["mode"] = parse_choice("mode", mode, ("read_write", "read_only", "offline"))
+    options["phase"] = parse_choice("phase", phase, _PHASES)
+    _change(name, {key: value for key, value in options.items() if value is not None})
+    print(f"storage {name} changed")
+
+
+@storage_app.command("drain")
+@plain_errors
+def storage_drain(name: Name) -> None:
+    """Move everything off a storage; nothing goes before its replacement is verified."""
+    _change(name, {"mode": "draining"})
+    print(f"storage {name} is being drained; watch it with: dlm storage show {name}")
+
+
+def _change(name: str, changes: dict[str, Any]) -> None:
+    from dlm_core.catalogue.places import set_storage
+
+    with catalogue() as context:
+        context.transact(lambda c: set_storage(c, name, changes))
+
+
+@storage_app.command("retire")
+@plain_errors
+def storage_retire(name: Name) -> None:
+    """Take an empty storage out of use for good."""
+    from dlm_core.catalogue.places import retire_storage
+
+    with catalogue() as context:
+        context.transact(lambda c: retire_storage(c, name, context.clock()))
+    print(f"storage {name} is retired")

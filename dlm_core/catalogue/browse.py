@@ -191,10 +191,12 @@ def set_item_expiry(
         )
     run(
         connection,
-        """UPDATE data_item SET expires_at = greatest(CAST(:at AS timestamptz), created_at),
-                  expiry_reason = :reason WHERE oid = :oid""",
+        """UPDATE data_item SET expiry_reason = :reason, expires_at = CASE
+                  -- greatest() passes over NULL: 'never' would become 'at once'
+                  WHEN CAST(:at AS timestamptz) IS NULL THEN NULL
+                  ELSE greatest(CAST(:at AS timestamptz), created_at) END WHERE oid = :oid""",
         at=expires_at,
-        reason=reason,
+        reason=reason if expires_at else None,
         oid=item["oid"],
     )
     oid: uuid.UUID = item["oid"]

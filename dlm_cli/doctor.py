@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
+import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 
 from dlm_cli.session import catalogue
@@ -10,10 +13,12 @@ from dlm_core.errors import DlmError
 from dlm_core.settings import load_settings
 
 _LEAST_FREE_BYTES = 1 << 30
+_OLDEST = (3, 11)
 
 
 def examine() -> Iterator[tuple[str, str | None]]:
     """(what was looked at, the problem and what to do, or None), one after the other."""
+    yield f"Python {platform.python_version()}", _python()
     settings = load_settings()
     yield f"settings, DLM_HOME={settings.home}", None
     if settings.database_url is None:
@@ -25,6 +30,8 @@ def examine() -> Iterator[tuple[str, str | None]]:
 
     running = read_services(settings.home)
     yield "services", None if running else "not running: start them with 'dlm up'"
+    if running:
+        yield f"the Dagster UI at {running['ui_url']}", _answers(running["ui_url"])
     problem = _problem(_open)
     yield "the catalogue and its schema", problem
     if problem:
@@ -39,6 +46,19 @@ def examine() -> Iterator[tuple[str, str | None]]:
 def _open() -> None:
     with catalogue():
         pass
+
+
+def _python() -> str | None:
+    return None if sys.version_info >= _OLDEST else "3.11 or newer is needed"
+
+
+def _answers(url: str) -> str | None:
+    try:
+        with urllib.request.urlopen(f"{url}/server_info", timeout=5) as answer:
+            answer.read()
+    except OSError as error:
+        return f"it does not answer ({error}); see log/ in DLM_HOME, or start 'dlm up' again"
+    return None
 
 
 def _space() -> str | None:

@@ -123,11 +123,16 @@ def _tell(report: Any, as_json: bool) -> None:
 @plain_errors
 def item_list(
     state: Annotated[str | None, typer.Option(help="READY, INITIALISED, …")] = None,
-    prefix: Annotated[str | None, typer.Option(help="Uris that begin so.")] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="Uris that begin so; with * or ? a whole pattern.")
+    ] = None,
     collection: Annotated[str | None, typer.Option()] = None,
+    storage: Annotated[str | None, typer.Option(help="Items with a copy there.")] = None,
     below_target: Annotated[bool, typer.Option("--below-target")] = False,
     limit: Annotated[int, typer.Option(min=1, max=10_000)] = 100,
-    after: Annotated[str | None, typer.Option(help="The last uri of the page before.")] = None,
+    after: Annotated[
+        str | None, typer.Option(help="uri#version of the last item of the page before.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List items by uri, a page at a time."""
@@ -138,13 +143,16 @@ def item_list(
     with catalogue() as context:
         found = context.transact(
             lambda c: list_items(
-                c, state=chosen, prefix=prefix, collection=collection, below_target=below_target,
-                limit=limit, after=after,
+                c, state=chosen, prefix=prefix, collection=collection, storage=storage,
+                below_target=below_target, limit=limit, after=after,
             )
         )  # fmt: skip
     columns = {"uri": "URI", "version": "V", "state": "STATE", "size": "SIZE",
                "target_phase": "TARGET", "shortfall": "SHORTFALL"}  # fmt: skip
     show_json(found) if as_json else show_table(found, columns)
+    if len(found) == limit:
+        last = f"{found[-1]['uri']}#{found[-1]['version']}"
+        print(f"there may be more: --after '{last}'", file=sys.stderr)
 
 
 @item_app.command("show")
@@ -202,7 +210,9 @@ def _explain(found: dict[str, Any]) -> None:
     if found["expires_at"]:
         print(f"expires {human(found['expires_at'])}: {found['expiry_reason'] or 'as registered'}")
     for replica in found["replicas"]:
-        checked = f", read and matched {human(replica['checked_at'])}" if replica["checked_at"] else ""
+        checked = (
+            f", read and matched {human(replica['checked_at'])}" if replica["checked_at"] else ""
+        )
         leaving = f"; leaves: {replica['expiry_reason']}" if replica["expiry_reason"] else ""
         print(
             f"  {replica['state']:9} {replica['storage']} at {replica['location']} "
@@ -227,13 +237,17 @@ def _explain(found: dict[str, Any]) -> None:
 def expire(
     uri: Annotated[str | None, typer.Argument(help="The item that is to go.")] = None,
     reason: Annotated[str | None, typer.Option(help="Why; stands in the certificate.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Only the copy there, once the others suffice.")
+    ] = None,
+    version: Version = None,
     at: Annotated[str, typer.Option(help="now, 30d, or a time with its zone.")] = "now",
     never: Annotated[bool, typer.Option("--never", help="It is not to expire after all.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="What expiry would do now.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Let an item expire: its copies go through the trash, with certificates."""
-    from dlm_core.catalogue.browse import set_item_expiry
+    """Let an item (or one copy of it) expire: it goes through the trash, with certificates."""
+    from dlm_core.catalogue.browse import set_item_expiry, set_replica_expiry
     from dlm_core.lifecycle.expire import propose_expiry
 
     with catalogue() as context:
@@ -242,11 +256,16 @@ def expire(
             return
         if not uri:
             raise EmptySelectorError(expected="name the item that is to expire, or use --dry-run")
-        if not reason:
-            raise InvalidValueError(what="--reason", value="", expected="why the item may go")
+        if not reason and not never:
+            raise InvalidValueError(what="--reason", value="", expected="why it may go")
+        why = reason or ""
         moment = None if never else parse_time(at, context.clock())
-        context.transact(lambda c: set_item_expiry(c, uri, moment, reason))
-    print(f"{uri} expires {human(moment) if moment else 'never'}")
+        if storage:
+            context.transact(lambda c: set_replica_expiry(c, uri, storage, moment, why, version))
+        else:
+            context.transact(lambda c: set_item_expiry(c, uri, moment, why, version))
+    which = f"the copy of {uri} on {storage}" if storage else uri
+    print(f"{which} expires {human(moment) if moment else 'never'}")
 
 
 def _show_proposals(proposals: Any, as_json: bool) -> None:
@@ -341,3 +360,31 @@ def watch_add(
     print(f"watching {storage}:{path or '/'}")
 
 
+@watch_app.command("list")
+@plain_errors
+def watch_list(as_json: Json = False) -> None:
+    """List watched folders."""
+    from dlm_core.catalogue.items import list_watches
+
+    with catalogue() as context:
+        found = context.transact(list_watches)
+    columns = {"storage": "STORAGE", "path": "PATH", "scheme": "SCHEME", "interval": "EVERY",
+               "scan_at": "NEXT LOOK", "waiting": "NOT SETTLED"}  # fmt: skip
+    show_json(found) if as_json else show_table(found, columns)
+
+
+@watch_app.command("remove")
+@plain_errors
+def watch_remove(
+    storage: Annotated[str, typer.Argument()],
+    path: Annotated[str, typer.Argument(help="Folder below its root.")] = "",
+) -> None:
+    """Watch a folder no longer; what was registered stays."""
+    from dlm_core.catalogue.items import remove_watch
+    from dlm_core.types import encode_path
+
+    folder = path.strip("/")
+    encoded = encode_path(folder) if folder else ""
+    with catalogue() as context:
+        context.transact(lambda c: remove_watch(c, storage, encoded))
+    print(f"{storage}:{path or '/'} is watched no longer")

@@ -11,7 +11,7 @@ import typer
 
 from dlm_cli import items, places
 from dlm_cli.session import catalogue, fail, parse_pairs, plain_errors, show_json, show_table
-from dlm_core.errors import DlmError, ServiceUnavailableError
+from dlm_core.errors import DlmError, InputError, ServiceUnavailableError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -93,7 +93,9 @@ def status(as_json: Json = False) -> None:
 @plain_errors
 def run(
     job: Annotated[str, typer.Argument(help="registration, replication, verification, …")],
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the end, tell the result.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for the end, tell the result.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show, and change nothing.")] = False,
     config: Annotated[
         list[str], typer.Option(help="key=value of the job's config, e.g. max_delete_items=10")
@@ -178,14 +180,32 @@ def db_check() -> None:
 
 
 def main() -> None:
-    """Run the command line; no traceback reaches a user."""
+    """Run the command line; no traceback reaches a user, and an error is one line."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except DlmError as error:
         fail(error)
-    except KeyboardInterrupt:
+    except _UsageError as error:
+        _usage(error)
+    except (KeyboardInterrupt, typer.Abort):
         raise SystemExit(130) from None
     except BrokenPipeError:
         # the reader went away (dlm … | head): not an error of ours
         sys.stderr.close()
         raise SystemExit(0) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+#: Click's, by whatever name this version of Typer keeps it
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def _usage(error: Any) -> None:
+    """What Typer found wrong with the arguments, in one line; without arguments, the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.ctx.get_help())
+        raise SystemExit(2)
+    context = error.ctx
+    hint = f"; see '{context.command_path} --help'" if context is not None else ""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    fail(InputError(message=message + hint))

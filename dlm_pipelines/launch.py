@@ -98,6 +98,17 @@ def launch_job(
     return _wait(ui_url, run_id, url, timeout, on_update)
 
 
+def count_runs(ui_url: str) -> int:
+    """How many runs Dagster has a record of.
+
+    Raises
+    ------
+    ServiceUnavailableError
+    """
+    found = _ask(ui_url, "{ runsOrError { ... on Runs { count } } }", {})
+    return int(found["runsOrError"].get("count") or 0)
+
+
 def _wait(
     ui_url: str,
     run_id: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Sequence
 from datetime import datetime
@@ -11,6 +12,10 @@ from sqlalchemy import Connection, text
 
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.errors import IllegalTransitionError, NotFoundError
+
+#: above every character that may follow a prefix, in bytewise order
+_END = "\U0010ffff"
+_LAST_VERSION = 2**31 - 1
 
 # one round trip: the newest version (or the one asked for) and its replicas as JSON
 _ITEM = text(
@@ -42,12 +47,19 @@ def get_item(connection: Connection, uri: str, version: int | None = None) -> di
 
 
 def _hint(connection: Connection, uri: str) -> str:
-    near = rows(
-        connection,
-        "SELECT uri FROM data_item WHERE uri >= :uri ORDER BY uri LIMIT 1",
-        uri=uri.rpartition("/")[0] or uri.partition(":")[0],
-    )
-    return f"did you mean {near[0]['uri']!r}?" if near else "see 'dlm item list'"
+    """The first item below the uri, or else below one of the folders above it."""
+    prefix = uri
+    while prefix:
+        near = rows(
+            connection,
+            "SELECT uri FROM data_item WHERE uri >= :low AND uri < :high ORDER BY uri LIMIT 1",
+            low=prefix,
+            high=prefix + _END,
+        )
+        if near:
+            return f"did you mean {near[0]['uri']!r}?"
+        prefix = re.sub(r"[^/:]*[/:]?$", "", prefix)
+    return "see 'dlm item list'"
 
 
 def list_items(
@@ -56,33 +68,83 @@ def list_items(
     state: str | None = None,
     prefix: str | None = None,
     collection: str | None = None,
+    storage: str | None = None,
     below_target: bool = False,
     limit: int = 100,
     after: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Items by uri, ``limit`` at a time from the one that follows ``after`` on (a keyset page)."""
-    conditions, values = ["uri > :after"], {"after": after or "", "limit": limit}
-    for condition, key, value in (
-        ("state = :state", "state", state),
-        ("starts_with(uri, :prefix) AND uri >= :prefix", "prefix", prefix),
-        (
-            "collection_id = (SELECT collection_id FROM collection WHERE name = :collection)",
-            "collection",
-            collection,
-        ),
-    ):
-        if value is not None:
-            conditions.append(condition)
-            values[key] = value
+    """Items by uri and version, ``limit`` at a time (a keyset page).
+
+    Parameters
+    ----------
+    prefix : how the uri begins; with ``*`` (anything) or ``?`` (one character) a whole pattern
+    collection, storage : names; items with a replica there that is not DELETED
+    after : ``uri`` or ``uri#version`` of the last item of the page before
+
+    Raises
+    ------
+    NotFoundError
+        no such collection or storage.
+    """
+    conditions, values = _conditions(connection, state, prefix, collection, storage)
     if below_target:
         conditions.append("shortfall IS NOT NULL")
+    if after:
+        uri, _, version = after.partition("#")
+        conditions.append("(uri, version) > (:after, :after_version)")
+        values["after"] = uri
+        values["after_version"] = int(version) if version.isdecimal() else _LAST_VERSION
     return rows(
         connection,
         f"""SELECT oid, uri, version, state, kind, size, digest, target_phase, phase_weight,
-                   shortfall, expires_at FROM data_item WHERE {" AND ".join(conditions)}
+                   shortfall, expires_at FROM data_item i
+             WHERE {" AND ".join(conditions) or "true"}
              ORDER BY uri, version LIMIT :limit""",
         **values,
+        limit=limit,
     )
+
+
+def _conditions(
+    connection: Connection,
+    state: str | None,
+    prefix: str | None,
+    collection: str | None,
+    storage: str | None,
+) -> tuple[list[str], dict[str, Any]]:
+    conditions: list[str] = []
+    values: dict[str, Any] = {}
+    if state is not None:
+        conditions.append("state = :state")
+        values["state"] = state
+    if prefix:
+        literal = re.split(r"[*?]", prefix, maxsplit=1)[0]
+        # a range of the index on both sides: a page that is not full ends where the prefix does
+        conditions.append("uri >= :low AND uri < :high")
+        values |= {"low": literal, "high": literal + _END}
+        if literal != prefix:
+            escaped = re.sub(r"([\\%_])", r"\\\1", prefix)
+            conditions.append("uri LIKE :pattern")
+            values["pattern"] = escaped.replace("*", "%").replace("?", "_")
+    if collection is not None:
+        conditions.append("collection_id = :collection")
+        values["collection"] = _id_of(connection, "collection", collection)
+    if storage is not None:
+        conditions.append(
+            """EXISTS (SELECT FROM replica r WHERE r.oid = i.oid AND r.storage_id = :storage
+                          AND r.state <> 'DELETED')"""
+        )
+        values["storage"] = _id_of(connection, "storage", storage)
+    return conditions, values
+
+
+def _id_of(connection: Connection, noun: str, name: str) -> uuid.UUID:
+    # the noun is ours, never a user's
+    found = rows(connection, f"SELECT {noun}_id AS id FROM {noun} WHERE name = :name", name=name)
+    if not found:
+        raise NotFoundError(noun, name)
+    key: uuid.UUID = found[0]["id"]
+    return key
 
 
 def uris_of(connection: Connection, oids: Sequence[str | uuid.UUID]) -> dict[str, str]:
@@ -203,6 +265,42 @@ def set_item_expiry(
     return oid
 
 
+def set_replica_expiry(
+    connection: Connection,
+    uri: str,
+    storage: str,
+    expires_at: datetime | None,
+    reason: str,
+    version: int | None = None,
+) -> uuid.UUID:
+    """When the copy of an item on a storage is to leave (None: never), and why; its uid.
+
+    It leaves once the other copies suffice.
+
+    Raises
+    ------
+    NotFoundError
+        no such item or storage, or no copy there that is neither trashed nor deleted.
+    """
+    item = get_item(connection, uri, version)
+    found = rows(
+        connection,
+        """UPDATE replica SET expiry_reason = :reason, expires_at = CASE
+                  WHEN CAST(:at AS timestamptz) IS NULL THEN NULL
+                  ELSE greatest(CAST(:at AS timestamptz), created_at) END
+            WHERE oid = :oid AND storage_id = :storage AND state NOT IN ('TRASHED', 'DELETED')
+           RETURNING uid""",
+        at=expires_at,
+        reason=reason if expires_at else None,
+        oid=item["oid"],
+        storage=_id_of(connection, "storage", storage),
+    )
+    if not found:
+        raise NotFoundError("copy on", storage, f"see 'dlm item show {uri}'")
+    uid: uuid.UUID = found[0]["uid"]
+    return uid
+
+
 def failed_operations(connection: Connection, limit: int = 50) -> list[dict[str, Any]]:
     """The newest FAILED operations, with their item."""
     return rows(
@@ -214,5 +312,3 @@ def failed_operations(connection: Connection, limit: int = 50) -> list[dict[str,
             WHERE o.state = 'FAILED' ORDER BY o.finished_at DESC LIMIT :limit""",
         limit=limit,
     )
-
-

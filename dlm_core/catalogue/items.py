@@ -12,6 +12,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import copy_rows, rows, run
+from dlm_core.errors import NotFoundError
 from dlm_core.types import Observation, PayloadKind, encode_path, new_id, uri_bucket
 
 _STAGED = {
@@ -415,3 +416,31 @@ def add_watch(
         now=now,
     )
     return watch_id
+
+
+def list_watches(connection: Connection) -> list[dict[str, Any]]:
+    """Watched folders (``path`` encoded) with how many entries there have not settled yet."""
+    return rows(
+        connection,
+        """SELECT s.name AS storage, w.path, w.scheme, w.options, w.interval, w.scan_at,
+                  (SELECT count(*) FROM watch_entry e WHERE e.watch_id = w.watch_id) AS waiting
+             FROM watch w JOIN storage s USING (storage_id) ORDER BY s.name, w.path""",
+    )
+
+
+def remove_watch(connection: Connection, storage: str, path: str) -> None:
+    """Watch a folder (encoded path) of a storage no longer; what it brought stays.
+
+    Raises
+    ------
+    NotFoundError
+    """
+    removed = run(
+        connection,
+        """DELETE FROM watch w USING storage s
+            WHERE s.storage_id = w.storage_id AND s.name = :storage AND w.path = :path""",
+        storage=storage,
+        path=path,
+    )
+    if not removed:
+        raise NotFoundError("watch", f"{storage}:{path or '/'}", "see 'dlm watch list'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,7 +12,13 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import rows, run
-from dlm_core.errors import AlreadyExistsError, DeletionRefusedError, NotFoundError
+from dlm_core.errors import (
+    AlreadyExistsError,
+    DeletionRefusedError,
+    IllegalTransitionError,
+    InvalidValueError,
+    NotFoundError,
+)
 from dlm_core.types import StorageMode, new_id
 
 #: what 'dlm storage set' may change
@@ -39,9 +46,11 @@ def add_location(
 
     Raises
     ------
-    AlreadyExistsError, CatalogueError
+    InvalidValueError, AlreadyExistsError
     """
     _must_be_new(connection, "location", name)
+    if country is not None and not re.fullmatch("[A-Z]{2}", country):
+        raise InvalidValueError(what="country", value=country, expected="two capitals, e.g. ZA")
     location_id = new_id()
     run(
         connection,
@@ -58,6 +67,7 @@ def add_location(
 
 
 def _must_be_new(connection: Connection, noun: str, name: str) -> None:
+    _check_name(noun, name)
     if rows(connection, f"SELECT FROM {noun} WHERE name = :name", name=name):
         raise AlreadyExistsError(noun=noun, key=name)
 
@@ -93,15 +103,17 @@ def add_storage(
     Raises
     ------
     AlreadyExistsError, NotFoundError
-        the name is taken; there is no such location.
-    CatalogueError
+        the name or the place is taken; there is no such location.
+    InvalidValueError, CatalogueError
         a value makes no sense.
     """
     _must_be_new(connection, "storage", name)
     found = rows(connection, "SELECT location_id FROM location WHERE name = :name", name=location)
     if not found:
         raise NotFoundError("location", location, "add it with 'dlm location add'")
+    _must_be_elsewhere(connection, interface, root, config)
     chosen = {key: value for key, value in (options or {}).items() if value is not None}
+    _check(chosen)
     columns = "".join(f", {key}" for key in chosen if key in CHANGEABLE)
     values = "".join(f", :{key}" for key in chosen if key in CHANGEABLE)
     storage_id = new_id()
@@ -124,7 +136,44 @@ def add_storage(
         now=now,
         **chosen,
     )
+    _ask_planner_again(connection)
     return storage_id
+
+
+def _must_be_elsewhere(
+    connection: Connection, interface: str, root: str, config: Mapping[str, Any] | None
+) -> None:
+    found = rows(
+        connection,
+        """SELECT name FROM storage
+            WHERE (interface, root, config) = (:interface, :root, CAST(:config AS jsonb))""",
+        interface=interface,
+        root=root,
+        config=Jsonb(dict(config or {})),
+    )
+    if found:
+        raise AlreadyExistsError(noun="this place as storage", key=found[0]["name"])
+
+
+def _check(row: Mapping[str, Any]) -> None:
+    """Say in words what the database would refuse by the name of a constraint."""
+    high, low = row.get("high_watermark"), row.get("low_watermark")
+    high, low = (0.9 if high is None else high), (0.8 if low is None else low)
+    if not 0 < low < high <= 1:
+        raise InvalidValueError(
+            what="watermarks (low, high)", value=(low, high), expected="0 < low < high <= 1"
+        )
+    for key, lowest, highest in (("capacity_bytes", 1, 2**63 - 1), ("concurrency", 1, 1024)):
+        value = row.get(key)
+        if value is not None and not lowest <= value <= highest:
+            raise InvalidValueError(what=key, value=value, expected=f"{lowest} to {highest}")
+
+
+def _check_name(noun: str, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+        raise InvalidValueError(
+            what=noun, value=name, expected="up to 63 letters, digits, dots, dashes, underscores"
+        )
 
 
 def list_storages(connection: Connection) -> list[dict[str, Any]]:
@@ -138,6 +187,7 @@ def list_storages(connection: Connection) -> list[dict[str, Any]]:
         """SELECT s.storage_id, s.name, l.name AS location, s.interface, s.class, s.root, s.config,
                   s.phase, s.mode, s.managed, s.high_watermark, s.low_watermark, s.concurrency,
                   s.trash_grace, s.created_at, s.retired_at, u.replicas, u.trashed_bytes,
+                  u.used_bytes AS replica_bytes,
                   CASE WHEN s.capacity_bytes IS NULL AND s.observed_total_bytes IS NOT NULL
                        THEN s.observed_used_bytes ELSE u.used_bytes END AS used_bytes,
                   coalesce(s.capacity_bytes, s.observed_total_bytes) AS capacity_bytes,
@@ -179,12 +229,17 @@ def set_storage(connection: Connection, name: str, changes: Mapping[str, Any]) -
 
     Raises
     ------
-    NotFoundError, CatalogueError
+    NotFoundError, InvalidValueError, CatalogueError
+    IllegalTransitionError
+        if it is retired.
     """
     storage = get_storage(connection, name)
     wanted = {key: value for key, value in changes.items() if key in CHANGEABLE}
     if not wanted:
         return
+    if storage["mode"] == StorageMode.RETIRED:
+        raise IllegalTransitionError(noun="storage", key=name, old="retired", new="anything else")
+    _check({**storage, **wanted})
     assignments = ", ".join(f"{key} = :{key}" for key in wanted)
     run(
         connection,
@@ -202,8 +257,22 @@ def set_storage(connection: Connection, name: str, changes: Mapping[str, Any]) -
                   AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')""",
             id=storage["storage_id"],
         )
-    if "mode" in wanted or "capacity_bytes" in wanted:
-        _ask_planner_again(connection)
+    if wanted.get("phase", storage["phase"]) != storage["phase"]:
+        _weigh_again(connection, storage["storage_id"])
+    _ask_planner_again(connection)
+
+
+def _weigh_again(connection: Connection, storage_id: uuid.UUID) -> None:
+    """The phase of the items on a storage has changed with its own."""
+    run(
+        connection,
+        """INSERT INTO evaluation (oid, due_at)
+           SELECT DISTINCT oid, dlm_now() FROM replica WHERE storage_id = :id
+              AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING') ORDER BY oid
+           ON CONFLICT (oid) DO UPDATE SET due_at = least(evaluation.due_at, EXCLUDED.due_at),
+                  attempts = 0""",
+        id=storage_id,
+    )
 
 
 def _ask_planner_again(connection: Connection) -> None:
@@ -226,7 +295,11 @@ def retire_storage(connection: Connection, name: str, now: datetime) -> None:
     DeletionRefusedError
         while replicas remain on it, with their number.
     """
+    # against replicas that are planned here at this moment: their foreign key waits for us
+    run(connection, "SELECT FROM storage WHERE name = :name FOR UPDATE", name=name)
     storage = get_storage(connection, name)
+    if storage["mode"] == StorageMode.RETIRED:
+        return
     left = {s: n for s, n in storage["replicas_by_state"].items() if s != "DELETED"}
     if left:
         told = ", ".join(f"{n} {state}" for state, n in left.items())

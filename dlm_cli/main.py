@@ -193,6 +193,11 @@ def main() -> None:
         # the reader went away (dlm … | head): not an error of ours
         sys.stderr.close()
         raise SystemExit(0) from None
+    except Exception as error:
+        if os.environ.get("DLM_TRACEBACK"):
+            raise
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        fail(DlmError(message=f"unexpected {words}; DLM_TRACEBACK=1 shows where"))
     raise SystemExit(code if isinstance(code, int) else 0)
 
 

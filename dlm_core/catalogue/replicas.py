@@ -320,3 +320,15 @@ def put_off_deletion(
         uids=list(uids),
         until=now + delay,
     )
+
+
+def resume_deletions(connection: Connection, oids: Sequence[uuid.UUID], now: datetime) -> int:
+    """Items that have what they need again: deletions refused for want of it are due at once."""
+    return run(
+        connection,
+        """UPDATE replica SET delete_after = expires_at
+            WHERE oid = ANY(:oids) AND expires_at <= :now AND delete_after > :now
+              AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')""",
+        oids=list(oids),
+        now=now,
+    )

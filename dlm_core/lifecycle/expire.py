@@ -17,8 +17,9 @@ from dlm_core.lifecycle.work import Context
 from dlm_core.types import OperationKind
 
 _PLAN_BATCH = 5000
-#: a refused deletion is asked for again after this long; replication gets the time to help
-_REFUSED = timedelta(seconds=30)
+#: a refused deletion is asked for again after this long, or as soon as replication has made what
+#: was missing
+_REFUSED = timedelta(minutes=10)
 _REFUSED_HELD = timedelta(hours=1)
 
 

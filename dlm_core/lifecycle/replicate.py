@@ -231,6 +231,8 @@ def _apply(
             now,
         )
     _write_phases(connection, decided, now)
+    content = [item["oid"] for item, decision in decided if decision.shortfall is None]
+    catalogue.resume_deletions(connection, content, now)
     planned = {copy.oid for copy, _ in pairs}
     _look_again(connection, decided, planned, tries, now)
 

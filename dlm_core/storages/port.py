@@ -9,9 +9,9 @@ Errors are those of ``dlm_core.errors``: ``StorageUnavailableError`` (retry), ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import Any, Protocol, Self
 
 #: Everything of the DLM's own on a storage lies below this folder and is never a payload.
 PRIVATE = ".dlm"
@@ -55,6 +55,31 @@ class Usage:
     used: int
 
 
+class Readable(Protocol):
+    """What bytes are written from."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """At most ``size`` bytes, all of them if it is negative; empty at the end only."""
+        ...
+
+
+class ReadStream(Readable, Protocol):
+    """The bytes of one file, read once from front to back; raises the port's errors."""
+
+    #: bytes the file had when it was opened
+    size: int
+
+    def stamp(self) -> Hashable:
+        """Something that is the same before and after reading unless the file changed between."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
 class Storage(Protocol):
     """One volume. Implementations are thread-safe and cheap to keep."""
 
@@ -78,19 +103,23 @@ class Storage(Protocol):
         """All entries below ``path`` but directories, in path order within a directory.
 
         Symbolic links come as 'symlink' and are never followed. ``.dlm`` is left out. Raises
-        rather than leave something out silently.
+        rather than leave something out silently; ``PayloadNotFoundError`` if ``path`` is not there.
         """
         ...
 
-    def open_read(self, path: str) -> BinaryIO:
-        """A stream over the bytes of a file. Closing it is the caller's."""
+    def open_read(self, path: str) -> ReadStream:
+        """A stream over the bytes of a file; closing it is the caller's.
+
+        ``PathRefusedError`` for what is no file (a directory, a symbolic link, a device).
+        """
         ...
 
-    def write(self, path: str, source: BinaryIO, size: int) -> str | None:
+    def write(self, path: str, source: Readable, size: int) -> str | None:
         """Write ``size`` bytes from ``source`` to a *new* file; make parent folders.
 
         Returns the etag if the storage has one. When it returns the bytes are durable or will be
         by :meth:`flush`. If it raises, nothing is visible at ``path`` or :meth:`remove` clears it.
+        What ``source`` raises goes through; ``PayloadNotFoundError`` is never said of ``path``.
         """
         ...
 
@@ -103,7 +132,8 @@ class Storage(Protocol):
 
         Fails with ``PayloadExistsError`` if the destination is there and ``PayloadNotFoundError``
         if the source is not. On an object store it is copy, check, delete: a crash leaves the
-        source, or both, never neither.
+        source, or both, never neither; doing it again completes it, for a file after the
+        destination was removed.
         """
         ...
 
@@ -116,5 +146,5 @@ class Storage(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise unless the root is there, reachable, and (unless read-only) writable."""
+        """Raise unless the root is there, reachable and readable."""
         ...

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
+import io
 import os
+import posixpath
 import shutil
 import stat as stat_module
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from itertools import groupby
 
 from dlm_core.errors import (
     AccessDeniedError,
@@ -19,75 +20,71 @@ from dlm_core.errors import (
     StorageFullError,
     StorageUnavailableError,
 )
-from dlm_core.storages.port import PRIVATE, Entry, Usage
+from dlm_core.storages.kernel import open_without_links, rename_noreplace, sync_filesystem
+from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage
 
 _BLOCK = 1 << 20
-_AT_FDCWD = -100
-_RENAME_NOREPLACE = 1
-_libc = ctypes.CDLL(None, use_errno=True)
+# a fifo must not keep us waiting for somebody to write into it
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_REFUSED = {errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EILSEQ}
+_REFUSED = {errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EXDEV, errno.EFBIG}
 _OCCUPIED = {errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR}
+_ABSENT = {errno.ENOENT, errno.ENOTDIR}
 
 
 class PosixStorage:
     """A folder as a storage; see :class:`dlm_core.storages.port.Storage` for the contract.
 
-    Confinement: the folder that holds a path must resolve to itself below the root, so no symbolic
-    link on the way is followed, and files are opened with ``O_NOFOLLOW``. Folders that were found
-    good are remembered for as long as their inode stays.
+    No symbolic link is followed in any part of a path: the kernel is told so where it can be
+    (openat2), and what is looked at, renamed or removed is named relative to its open folder.
+
+    Parameters
+    ----------
+    root : an absolute folder; links in the root itself are resolved once, here.
+    concurrency : transfers at once; by default one a processor, between 2 and 4.
+    mount : a mount point. Unless something is mounted there the storage counts as unreachable, so
+        that the empty folder below a disk that went is not taken for an empty storage.
     """
 
     atomic_write = False
 
-    def __init__(self, name: str, root: str, concurrency: int = 4) -> None:
+    def __init__(
+        self, name: str, root: str, concurrency: int | None = None, mount: str | None = None
+    ) -> None:
         self.name = name
         self.root = os.path.realpath(root)
-        self.concurrency = concurrency
-        self._parents: dict[str, tuple[int, int]] = {}
+        self.concurrency = concurrency or max(2, min(4, os.cpu_count() or 2))
+        self._mount = mount
 
-    # --- paths -----------------------------------------------------------------------------------
+    # --- paths and errors ------------------------------------------------------------------------
 
     def _full(self, path: str) -> str:
-        parts = path.split("/")
-        if any(part in ("", ".", "..") for part in parts) or "\0" in path:
-            raise PathRefusedError(
-                storage=self.name, path=path, message="want relative, without '.', '..' or ''"
-            )
-        full = f"{self.root}/{path}"
-        self._check_parent(os.path.dirname(full), path)
-        return full
+        framed = f"/{path}/"
+        if "//" in framed or "/./" in framed or "/../" in framed or "\0" in path:
+            raise self._refused(path, "want relative, without '.', '..' or ''")
+        return f"{self.root}/{path}"
 
-    def _check_parent(self, parent: str, path: str) -> None:
-        try:
-            status = os.lstat(parent)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                # what is not there yet cannot lead out; the nearest folder that is there decides
-                above = os.path.dirname(parent)
-                if len(parent) > len(self.root):
-                    self._check_parent(above, path)
-                return
-            raise self._translate(error, path) from error
-        stamp = (status.st_dev, status.st_ino)
-        if self._parents.get(parent) == stamp:
-            return
-        if os.path.realpath(parent) != parent:
-            raise PathRefusedError(
-                storage=self.name, path=path, message="a symbolic link stands in the way"
-            )
-        if len(self._parents) > 100_000:
-            self._parents.clear()
-        self._parents[parent] = stamp
+    def _refused(self, path: str, message: str) -> PathRefusedError:
+        return PathRefusedError(storage=self.name, path=path, message=message)
+
+    def _unavailable(self, message: str) -> StorageUnavailableError:
+        return StorageUnavailableError(storage=self.name, message=message)
+
+    def _open_folder(self, full: str) -> tuple[int, str]:
+        """A descriptor of the folder that holds ``full``, and the name therein."""
+        parent, _, name = full.rpartition("/")
+        return open_without_links(parent, _FOLDER), name
 
     def _check_root(self) -> None:
         """A root that is gone is an outage, not an empty storage."""
+        if self._mount is not None and not os.path.ismount(self._mount):
+            raise self._unavailable(f"nothing is mounted at {self._mount}")
         if not os.path.isdir(self.root):
-            raise StorageUnavailableError(
-                storage=self.name, message=f"its root {self.root} is not there"
-            )
+            raise self._unavailable(f"its root {self.root} is not there")
 
     def _translate(self, error: OSError, path: str) -> StorageError:
         reason = error.strerror or str(error)
@@ -95,149 +92,239 @@ class PosixStorage:
             return StorageFullError(storage=self.name, message=reason)
         if error.errno in _DENIED:
             return AccessDeniedError(storage=self.name, path=path, message=reason)
+        if error.errno == errno.ELOOP:
+            return self._refused(path, "a symbolic link stands in the way")
         if error.errno in _REFUSED:
-            return PathRefusedError(storage=self.name, path=path, message=reason)
+            return self._refused(path, reason)
         if error.errno in _OCCUPIED:
             return PayloadExistsError(storage=self.name, path=path)
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            if not os.path.isdir(self.root):
-                return StorageUnavailableError(
-                    storage=self.name, message=f"its root {self.root} is not there"
-                )
+        if error.errno in _ABSENT:
+            try:
+                self._check_root()
+            except StorageUnavailableError as outage:
+                return outage
             return PayloadNotFoundError(storage=self.name, path=path)
-        return StorageUnavailableError(storage=self.name, message=f"{path}: {reason}")
+        return self._unavailable(f"{path}: {reason}")
+
+    def _translate_making(self, error: OSError, path: str) -> StorageError:
+        """As _translate where something was to be made, which cannot be "not found"."""
+        translated = self._translate(error, path)
+        if not isinstance(translated, PayloadNotFoundError):
+            return translated
+        if error.errno == errno.ENOTDIR:
+            return self._refused(path, "a file stands where a folder is wanted")
+        return self._unavailable(f"the folder of {path} went while it was used")
 
     # --- looking ---------------------------------------------------------------------------------
 
     def stat(self, path: str) -> Entry | None:
-        try:
-            return _entry(path, os.lstat(self._full(path)))
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                self._check_root()
-                return None
-            raise self._translate(error, path) from error
+        return self.stat_many([path])[path]
 
     def stat_many(self, paths: Iterable[str]) -> dict[str, Entry | None]:
-        return {path: self.stat(path) for path in paths}
+        found: dict[str, Entry | None] = {}
+        for parent, group in groupby(sorted(set(paths)), posixpath.dirname):
+            self._stat_in_folder(parent, list(group), found)
+        return found
 
-    def walk(self, path: str = "") -> Iterator[Entry]:
-        top = self._full(path) if path else self.root
+    def _stat_in_folder(
+        self, parent: str, paths: list[str], found: dict[str, Entry | None]
+    ) -> None:
+        fulls = [self._full(path) for path in paths]
         try:
-            yield from self._scan(top, path)
+            folder, _ = self._open_folder(fulls[0])
         except OSError as error:
-            translated = self._translate(error, path)
-            raise translated from error
-
-    def _scan(self, folder: str, prefix: str) -> Iterator[Entry]:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: os.fsencode(entry.name))
-        for entry in entries:
-            relative = f"{prefix}/{entry.name}" if prefix else entry.name
-            if relative == PRIVATE:
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from self._scan(entry.path, relative)
-            else:
-                yield _entry(relative, entry.stat(follow_symlinks=False))
-
-    def open_read(self, path: str) -> BinaryIO:
+            if error.errno not in _ABSENT:
+                raise self._translate(error, parent) from error
+            self._check_root()
+            found.update(dict.fromkeys(paths))
+            return
         try:
-            descriptor = os.open(self._full(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            for path in paths:
+                found[path] = self._stat_at(folder, path)
+        finally:
+            os.close(folder)
+
+    def _stat_at(self, folder: int, path: str) -> Entry | None:
+        name = path.rpartition("/")[2]
+        try:
+            return _entry(path, os.stat(name, dir_fd=folder, follow_symlinks=False))
+        except FileNotFoundError:
+            self._check_root()
+            return None
         except OSError as error:
             raise self._translate(error, path) from error
-        if not stat_module.S_ISREG(os.fstat(descriptor).st_mode):
+
+    def walk(self, path: str = "") -> Iterator[Entry]:
+        self._check_root()
+        top = self._full(path) if path else self.root
+        levels = [(path, iter(self._scan(top, path, top=True)))]
+        while levels:
+            prefix, entries = levels[-1]
+            for found in entries:
+                relative = f"{prefix}/{found.name}" if prefix else found.name
+                if not found.is_dir(follow_symlinks=False):
+                    entry = self._scanned(found, relative)
+                    if entry is not None:
+                        yield entry
+                elif relative != PRIVATE:
+                    levels.append((relative, iter(self._scan(found.path, relative))))
+                    break
+            else:
+                levels.pop()
+
+    def _scan(self, full: str, path: str, top: bool = False) -> list[os.DirEntry[str]]:
+        try:
+            descriptor = open_without_links(full, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            if top:
+                raise self._translate(error, path) from error
+            self._check_root()  # else it was removed since its folder was listed
+            return []
+        except OSError as error:
+            raise self._translate(error, path) from error
+        os.close(descriptor)
+        try:
+            with os.scandir(full) as found:
+                return sorted(found, key=lambda entry: os.fsencode(entry.name))
+        except OSError as error:
+            raise self._translate(error, path) from error
+
+    def _scanned(self, found: os.DirEntry[str], path: str) -> Entry | None:
+        try:
+            return _entry(path, found.stat(follow_symlinks=False))
+        except FileNotFoundError:
+            self._check_root()
+            return None  # removed since its folder was listed
+        except OSError as error:
+            raise self._translate(error, path) from error
+
+    def open_read(self, path: str) -> PosixStream:
+        try:
+            descriptor = open_without_links(self._full(path), _READ)
+        except OSError as error:
+            raise self._translate(error, path) from error
+        status = os.fstat(descriptor)
+        if not stat_module.S_ISREG(status.st_mode):
             os.close(descriptor)
-            raise PathRefusedError(storage=self.name, path=path, message="not a regular file")
-        return os.fdopen(descriptor, "rb", buffering=0)
+            raise self._refused(path, "not a regular file")
+        return PosixStream(self, path, descriptor, status.st_size)
+
+    def read_back(self, path: str) -> PosixStream:
+        """As :meth:`open_read`, but from the medium where the kernel lets go of its cache."""
+        stream = self.open_read(path)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return stream
 
     # --- changing --------------------------------------------------------------------------------
 
-    def write(self, path: str, source: BinaryIO, size: int) -> str | None:
+    def write(self, path: str, source: Readable, size: int) -> str | None:
         full = self._full(path)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            try:
-                descriptor = os.open(full, flags, 0o644)
-            except FileNotFoundError:
-                self._make_parent(full)
-                descriptor = os.open(full, flags, 0o644)
-        except OSError as error:
-            raise self._translate(error, path) from error
+        descriptor = self._create(full, path)
         try:
             self._pour(source, descriptor, path)
         except BaseException:
             # the medium or the source failed, or we were interrupted: nothing may stay
-            _unlink_quietly(full)
+            _quietly(os.close, descriptor)
+            _quietly(os.unlink, full)
             raise
-        finally:
-            os.close(descriptor)
+        try:
+            os.close(descriptor)  # where NFS tells that the quota is used up
+        except OSError as error:
+            _quietly(os.unlink, full)
+            raise self._translate_making(error, path) from error
         return None
 
-    def _pour(self, source: BinaryIO, descriptor: int, path: str) -> None:
+    def _create(self, full: str, path: str) -> int:
+        try:
+            try:
+                return open_without_links(full, _CREATE, 0o644)
+            except FileNotFoundError:
+                self._make_parent(full)
+                return open_without_links(full, _CREATE, 0o644)
+        except OSError as error:
+            raise self._translate_making(error, path) from error
+
+    def _pour(self, source: Readable, descriptor: int, path: str) -> None:
         while block := source.read(_BLOCK):
             view = memoryview(block)
             try:
                 while view:
                     view = view[os.write(descriptor, view) :]
             except OSError as error:
-                raise self._translate(error, path) from error
+                raise self._translate_making(error, path) from error
 
     def _make_parent(self, full: str) -> None:
         self._check_root()
         os.makedirs(os.path.dirname(full), mode=0o755, exist_ok=True)
 
-    def read_back(self, path: str) -> BinaryIO:
-        """As :meth:`open_read`, but from the medium where the kernel lets go of its cache."""
-        stream = self.open_read(path)
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return stream
-
     def flush(self) -> None:
         try:
             descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                sync_filesystem(descriptor)
+            finally:
+                os.close(descriptor)
         except OSError as error:
-            raise self._translate(error, "") from error
-        try:
-            if _libc.syncfs(descriptor) != 0:
-                code = ctypes.get_errno()
-                raise self._translate(OSError(code, os.strerror(code)), "")
-        finally:
-            os.close(descriptor)
+            raise self._translate_making(error, "") from error
 
     def rename(self, source: str, destination: str) -> None:
         old, new = self._full(source), self._full(destination)
         try:
-            try:
-                _rename_noreplace(old, new)
-            except FileNotFoundError:
-                os.lstat(old)  # is it the source that is missing?
-                self._make_parent(new)
-                _rename_noreplace(old, new)
-        except FileExistsError as error:
-            if not os.path.lexists(old):
-                raise PayloadNotFoundError(storage=self.name, path=source) from error
-            raise PayloadExistsError(storage=self.name, path=destination) from error
+            folder, name = self._open_folder(old)
         except OSError as error:
             raise self._translate(error, source) from error
-        self._parents.pop(old, None)
+        try:
+            self._rename_from(folder, name, new)
+        except OSError as error:
+            # the kernel's one answer may be about either name: look which
+            if self._stat_at(folder, source) is None:
+                raise PayloadNotFoundError(storage=self.name, path=source) from error
+            raise self._translate_making(error, destination) from error
+        finally:
+            os.close(folder)
+
+    def _rename_from(self, folder: int, name: str, new: str) -> None:
+        try:
+            target, new_name = self._open_folder(new)
+        except FileNotFoundError:
+            os.stat(name, dir_fd=folder, follow_symlinks=False)  # nothing is made for no source
+            self._make_parent(new)
+            target, new_name = self._open_folder(new)
+        try:
+            rename_noreplace(folder, name, target, new_name)
+        finally:
+            os.close(target)
 
     def remove(self, path: str) -> None:
-        full = self._full(path)
         try:
-            try:
-                os.unlink(full)
-            except (IsADirectoryError, PermissionError):
-                if not os.path.isdir(full):
-                    raise
-                shutil.rmtree(full)
+            folder, name = self._open_folder(self._full(path))
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                self._check_root()
-                return
+            if error.errno not in _ABSENT:
+                raise self._translate(error, path) from error
+            self._check_root()
+            return
+        try:
+            self._remove_at(folder, name)
+        except FileNotFoundError:
+            if self._stat_at(folder, path) is not None:
+                raise self._unavailable(f"{path} changed while it was removed") from None
+        except OSError as error:
             raise self._translate(error, path) from error
+        finally:
+            os.close(folder)
+
+    def _remove_at(self, folder: int, name: str) -> None:
+        try:
+            os.unlink(name, dir_fd=folder)
+        except (IsADirectoryError, PermissionError):
+            status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if not stat_module.S_ISDIR(status.st_mode):
+                raise
+            shutil.rmtree(name, dir_fd=folder)
 
     def usage(self) -> Usage | None:
+        self._check_root()
         try:
             found = os.statvfs(self.root)
         except OSError as error:
@@ -251,6 +338,28 @@ class PosixStorage:
             raise AccessDeniedError(storage=self.name, path="", message="not readable")
 
 
+class PosixStream(io.FileIO):
+    """A file being read; its faults are told in the port's words."""
+
+    def __init__(self, storage: PosixStorage, path: str, descriptor: int, size: int) -> None:
+        super().__init__(descriptor, "rb")
+        self._storage, self._path = storage, path
+        self.size = size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most ``size`` bytes; all of them if negative."""
+        try:
+            return super().read(size)
+        except OSError as error:
+            raise self._storage._translate(error, self._path) from error
+
+    def stamp(self) -> Hashable:
+        """Size, time of change and whether the file has a name: one that another was renamed over
+        has none."""
+        status = os.fstat(self.fileno())
+        return status.st_size, status.st_mtime_ns, status.st_nlink > 0
+
+
 def _entry(path: str, status: os.stat_result) -> Entry:
     mode = status.st_mode
     if stat_module.S_ISREG(mode):
@@ -261,27 +370,9 @@ def _entry(path: str, status: os.stat_result) -> Entry:
     return Entry(path, status.st_size, status.st_mtime, kind)
 
 
-def _rename_noreplace(old: str, new: str) -> None:
-    """renameat2(2) with RENAME_NOREPLACE; link and unlink where the file system lacks it."""
-    code = _libc.renameat2(
-        _AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE
-    )
-    if code == 0:
-        return
-    number = ctypes.get_errno()
-    if number not in (errno.EINVAL, errno.ENOSYS):
-        raise OSError(number, os.strerror(number), old)
-    if os.path.isdir(old):
-        # no atomic way there: mkdir claims the name, rename then replaces only an empty folder
-        os.mkdir(new)
-        os.rename(old, new)
-    else:
-        os.link(old, new, follow_symlinks=False)
-        os.unlink(old)
-
-
-def _unlink_quietly(full: str) -> None:
+def _quietly(call: Callable[..., None], argument: int | str) -> None:
+    """Clearing up after an error that is being told; the sweep finds what stays."""
     try:
-        os.unlink(full)
+        call(argument)
     except OSError:
-        pass  # the sweep of temporary files finds it
+        pass

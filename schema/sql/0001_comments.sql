@@ -169,7 +169,7 @@ COMMENT ON COLUMN deletion.xid IS 'The transaction that wrote it.';
 
 COMMENT ON TABLE event IS 'The append-only feed of changes; partitioned by month. Read it through the view event_feed.';
 COMMENT ON COLUMN event.seq IS 'Order of writing, not of commit.';
-COMMENT ON COLUMN event.xid IS 'The transaction; the feed shows only what lies below the oldest one running.';
+COMMENT ON COLUMN event.xid IS 'The transaction; the feed shows only what lies below the oldest one running. A reader''s place is (xid, seq).';
 COMMENT ON COLUMN event.at IS 'When it was written.';
 COMMENT ON COLUMN event.noun IS 'item, replica, storage, hold or operation.';
 COMMENT ON COLUMN event.action IS 'created, state, changed, mode, …';

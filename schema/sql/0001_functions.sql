@@ -32,7 +32,17 @@ BEGIN
     EXECUTE format('CREATE TABLE IF NOT EXISTS event_%s PARTITION OF event FOR VALUES FROM (%L) TO (%L)', suffix, a, b);
     EXECUTE format('CREATE TABLE IF NOT EXISTS operation_%s PARTITION OF operation FOR VALUES FROM (%L) TO (%L)', suffix, uuid7_floor(a), uuid7_floor(b));
     EXECUTE format('CREATE TABLE IF NOT EXISTS deletion_%s PARTITION OF deletion FOR VALUES FROM (%L) TO (%L)', suffix, uuid7_floor(a), uuid7_floor(b));
+    PERFORM dlm_keep_partition('event_' || suffix), dlm_keep_partition('deletion_' || suffix);
   END LOOP;
+END $$;
+
+-- A parent's statement triggers do not fire for a statement that names a partition.
+CREATE FUNCTION dlm_keep_partition(p_name text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = p_name::regclass AND tgname = 'kept') THEN
+    EXECUTE format('CREATE TRIGGER kept BEFORE UPDATE OR DELETE OR TRUNCATE ON %I
+                    FOR EACH STATEMENT EXECUTE FUNCTION dlm_refuse_change()', p_name);
+  END IF;
 END $$;
 CREATE TABLE event_default PARTITION OF event DEFAULT;
 CREATE TABLE operation_default PARTITION OF operation DEFAULT;
@@ -262,6 +272,7 @@ CREATE TRIGGER data_item_kept BEFORE DELETE OR TRUNCATE ON data_item FOR EACH ST
 CREATE TRIGGER replica_kept BEFORE DELETE OR TRUNCATE ON replica FOR EACH STATEMENT EXECUTE FUNCTION dlm_refuse_change();
 CREATE TRIGGER deletion_kept BEFORE UPDATE OR DELETE OR TRUNCATE ON deletion FOR EACH STATEMENT EXECUTE FUNCTION dlm_refuse_change();
 CREATE TRIGGER event_kept BEFORE UPDATE OR DELETE OR TRUNCATE ON event FOR EACH STATEMENT EXECUTE FUNCTION dlm_refuse_change();
+SELECT dlm_keep_partition('event_default'), dlm_keep_partition('deletion_default');
 CREATE TRIGGER hold_kept BEFORE DELETE OR TRUNCATE ON hold FOR EACH STATEMENT EXECUTE FUNCTION dlm_refuse_change();
 
 -- --- reading -------------------------------------------------------------------------------------
@@ -273,7 +284,8 @@ CREATE VIEW item_phase AS
      WHERE r.state = 'READY' AND s.mode NOT IN ('retired') GROUP BY r.oid, s.location_id) b
   GROUP BY oid;
 
--- What a reader of the feed may take: below the oldest transaction still running.
+-- What a reader of the feed may take: below the oldest transaction still running. Its place in the
+-- feed is (xid, seq), in that order: a later transaction may have drawn a lower seq.
 CREATE VIEW event_feed AS
   SELECT * FROM event WHERE xid < pg_snapshot_xmin(pg_current_snapshot());
 

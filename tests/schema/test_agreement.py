@@ -31,7 +31,8 @@ _COLUMNS = f"""
 _CONSTRAINTS = f"""
   WITH mine AS ({_MINE})
   SELECT m.relname, c.conname, pg_get_constraintdef(c.oid) AS body FROM mine m
-    JOIN pg_constraint c ON c.conrelid = m.oid AND c.contype IN ('p', 'u', 'f') AND c.conparentid = 0
+    JOIN pg_constraint c ON c.conrelid = m.oid AND c.contype IN ('p', 'u', 'f')
+     AND c.conparentid = 0
    ORDER BY 1, 2"""
 _INDEXES = f"""
   WITH mine AS ({_MINE})

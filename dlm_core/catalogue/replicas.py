@@ -323,7 +323,7 @@ def put_off_deletion(
 
 
 def resume_deletions(connection: Connection, oids: Sequence[uuid.UUID], now: datetime) -> int:
-    """Items that have what they need again: deletions refused for want of it are due at once."""
+    """Items that have got another copy: deletions refused for want of it are due at once."""
     return run(
         connection,
         """UPDATE replica SET delete_after = expires_at

@@ -231,8 +231,6 @@ def _apply(
             now,
         )
     _write_phases(connection, decided, now)
-    content = [item["oid"] for item, decision in decided if decision.shortfall is None]
-    catalogue.resume_deletions(connection, content, now)
     planned = {copy.oid for copy, _ in pairs}
     _look_again(connection, decided, planned, tries, now)
 
@@ -433,6 +431,8 @@ def _write_copies_in(
             written.append((result, _copy_failed(context, operation, result.error, now)))
     if good:
         catalogue.mark_ready(connection, good, now)
+        oids = {by_id[outcome.operation_id]["oid"] for r, outcome in written if r.error is None}
+        catalogue.resume_deletions(connection, list(oids), now)
     _write_suspects(connection, context, by_id, written, now)
     _give_up(connection, by_id, written, now)
     queue.finish_operations(connection, claim.token, [o for _, o in written], now)

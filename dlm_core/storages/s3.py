@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import posixpath
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import obstore
 from obstore import exceptions
@@ -24,16 +24,19 @@ from dlm_core.errors import (
     PayloadNotFoundError,
     StorageUnavailableError,
 )
-from dlm_core.storages.port import PRIVATE, Entry, Usage
+from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage
 
 #: objects up to this size are one PUT with If-None-Match; larger ones are uploaded in such parts
 PART_SIZE = 8 << 20
+# of an upload; S3's limit is 10,000
+_MAX_PARTS = 9_000
 _PARTS_AT_ONCE = 4
 _MULTIPARTS_AT_ONCE = 4
+_BLOCK = 1 << 20
 _READ_SIZE = 4 << 20
 _HEADS_INSTEAD_OF_LIST = 16
 _LISTED_FOR_ONE = 20
-#: CopyObject's limit (S3 API reference); a rename is a copy
+# CopyObject's limit (S3 API reference)
 _COPY_LIMIT = 5 << 30
 
 
@@ -87,7 +90,9 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
         client_options={
             "allow_http": bool(parsed.endpoint and parsed.endpoint.startswith("http://")),
             "connect_timeout": "5s",
-            "timeout": "300s",
+            # a whole request may take long, its silence may not
+            "read_timeout": "120s",
+            "timeout": "86400s",
         },
         retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=20)},
         **options,
@@ -108,13 +113,13 @@ class S3Storage:
     """A bucket, or a prefix of one; see :class:`dlm_core.storages.port.Storage`.
 
     A PUT becomes visible whole or not at all, with a sha-256 that the server checks on the wire;
-    objects up to ``part_size`` bytes are created with If-None-Match. Larger ones are uploaded in
+    objects up to ``PART_SIZE`` bytes are created with If-None-Match. Larger ones are uploaded in
     parts, which S3 does not combine with that precondition for every server: the key is looked at
-    just before, and the catalogue gives every path one owner.
+    just before, and the catalogue gives every path one owner. Names that not every server keeps as
+    they are (no UTF-8, control characters, backslashes) are refused.
     """
 
     atomic_write = True
-    part_size = PART_SIZE
 
     def __init__(self, name: str, store: S3Store, concurrency: int = 32) -> None:
         self.name, self.concurrency = name, concurrency
@@ -125,8 +130,11 @@ class S3Storage:
         parts = path.split("/")
         if any(part in ("", ".", "..") for part in parts):
             raise self._refused(path, "want relative, without '.', '..' or ''")
-        if any(ord(char) < 32 or ord(char) == 127 for char in path):
+        if not path.isprintable() and any(ord(char) < 32 or ord(char) == 127 for char in path):
             raise self._refused(path, "control characters cannot stand in an object's key")
+        if "\\" in path:
+            # SeaweedFS makes a slash of it
+            raise self._refused(path, "a backslash in a key is not kept by every server")
         try:
             octets = len(path.encode("utf-8"))
         except UnicodeEncodeError:
@@ -142,16 +150,25 @@ class S3Storage:
     def _translated(self, path: str) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise self._unavailable(_first_line(error)) from None
             raise PayloadNotFoundError(storage=self.name, path=path) from None
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
             raise PayloadExistsError(storage=self.name, path=path) from None
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-            raise AccessDeniedError(
-                storage=self.name, path=path, message=_first_line(error)
-            ) from None
+            raise self._denied(path, error) from None
         except exceptions.BaseError as error:
-            raise StorageUnavailableError(storage=self.name, message=_first_line(error)) from None
+            # object_store tells apart what a listing fails of only in its text
+            if "403 Forbidden" in str(error) or "401 Unauthorized" in str(error):
+                raise self._denied(path, error) from None
+            raise self._unavailable(_first_line(error)) from None
+
+    def _denied(self, path: str, error: BaseException) -> AccessDeniedError:
+        return AccessDeniedError(storage=self.name, path=path, message=_first_line(error))
+
+    def _unavailable(self, message: str) -> StorageUnavailableError:
+        return StorageUnavailableError(storage=self.name, message=message)
 
     # --- looking ---------------------------------------------------------------------------------
 
@@ -187,7 +204,10 @@ class S3Storage:
         folder = prefix.rpartition("/")[0]
         names, found, seen = set(wanted), {}, 0
         with self._translated(folder):
-            for batch in obstore.list(self._store, prefix=folder or None, chunk_size=1000):
+            listing = obstore.list(
+                self._store, prefix=folder or None, offset=wanted[0][:-1], chunk_size=1000
+            )
+            for batch in listing:
                 seen += len(batch)
                 found.update({m["path"]: _entry(m) for m in batch if m["path"] in names})
                 past = bool(batch) and batch[-1]["path"] > wanted[-1]
@@ -196,40 +216,72 @@ class S3Storage:
         return found
 
     def walk(self, path: str = "") -> Iterator[Entry]:
+        found = False
+        for entry in self._below(path):
+            found = True
+            if path.startswith(PRIVATE) or entry.path.split("/", 1)[0] != PRIVATE:
+                yield entry
+        if path and not found:
+            raise PayloadNotFoundError(storage=self.name, path=path)
+
+    def _below(self, path: str) -> Iterator[Entry]:
         prefix = f"{self._key(path)}/" if path else None
         with self._translated(path):
             for batch in obstore.list(self._store, prefix=prefix, chunk_size=1000):
-                for meta in batch:
-                    hidden = not path.startswith(PRIVATE) and (
-                        meta["path"].split("/", 1)[0] == PRIVATE
-                    )
-                    if not hidden:
-                        yield _entry(meta)
+                yield from map(_entry, batch)
 
-    def open_read(self, path: str) -> BinaryIO:
-        with self._translated(path):
-            result = obstore.get(self._store, self._key(path))
-            return cast(BinaryIO, _Stream(self, path, result))
+    def open_read(self, path: str) -> S3Stream:
+        key = self._key(path)
+        try:
+            with self._translated(path):
+                return S3Stream(self, path, obstore.get(self._store, key))
+        except PayloadNotFoundError:
+            if self._directory(path) is not None:
+                raise self._refused(path, "it is a directory, not a file") from None
+            raise
 
     # --- changing --------------------------------------------------------------------------------
 
-    def write(self, path: str, source: BinaryIO, size: int) -> str | None:
+    def write(self, path: str, source: Readable, size: int) -> str | None:
         key = self._key(path)
         if size <= PART_SIZE:
             body = b"".join(iter(lambda: source.read(PART_SIZE), b""))
-            with self._translated(path):
+            with self._translated_making(path):
                 return obstore.put(self._store, key, body, mode="create")["e_tag"]
         if self.stat(path) is not None:
             raise PayloadExistsError(storage=self.name, path=path)
-        with self._large, self._translated(path):
+        return self._upload(path, source, size)
+
+    def _upload(self, path: str, source: Readable, size: int) -> str | None:
+        part = self.part_size(size)
+        with self._large, self._translated_making(path):
             return obstore.put(
                 self._store,
-                key,
-                _parts(source),
+                self._key(path),
+                iter(lambda: source.read(_BLOCK), b""),
                 use_multipart=True,
-                chunk_size=PART_SIZE,
-                max_concurrency=_PARTS_AT_ONCE,
+                chunk_size=part,
+                # what waits in memory stays within some hundred megabytes
+                max_concurrency=max(1, _PARTS_AT_ONCE * PART_SIZE // part),
             )["e_tag"]
+
+    @contextmanager
+    def _translated_making(self, path: str) -> Iterator[None]:
+        """As _translated where something is made, which cannot be "not found"."""
+        try:
+            with self._translated(path):
+                yield
+        except PayloadNotFoundError as error:
+            if error.details.get("storage") != self.name or error.details.get("path") != path:
+                raise  # said of the source, whose stream is read here
+            raise self._unavailable("the bucket is not there") from None
+
+    @staticmethod
+    def part_size(size: int) -> int:
+        """Bytes in each part but the last of an object of ``size`` bytes; at most PART_SIZE bytes
+        are one part."""
+        least = -(-size // _MAX_PARTS)
+        return max(PART_SIZE, -(-least // _BLOCK) * _BLOCK)
 
     def flush(self) -> None:
         """Nothing to do: S3 answers a PUT once the object is durable."""
@@ -238,30 +290,41 @@ class S3Storage:
         entry = self.stat(source)
         if entry is None:
             raise PayloadNotFoundError(storage=self.name, path=source)
-        if self.stat(destination) is not None:
-            raise PayloadExistsError(storage=self.name, path=destination)
         if entry.kind == "file":
-            self._move(entry, destination)
+            if self.stat(destination) is not None:
+                raise PayloadExistsError(storage=self.name, path=destination)
+            self._move([entry], source, destination, {})
             return
-        for one in list(self.walk(source)):
-            self._move(one, destination + one.path[len(source) :])
+        entries = list(self._below(source))
+        there = {one.path: one for one in self._below(destination)}
+        if there and not _is_half_way(entries, source, there, destination):
+            raise PayloadExistsError(storage=self.name, path=destination)
+        self._move(entries, source, destination, there)
 
-    def _move(self, entry: Entry, destination: str) -> None:
+    def _move(
+        self, entries: Sequence[Entry], source: str, destination: str, there: Mapping[str, Entry]
+    ) -> None:
+        """Copy what is not there yet, look at all of it, and only then delete anything."""
+        pairs = {destination + one.path[len(source) :]: one for one in entries}
+        with ThreadPoolExecutor(self.concurrency, "dlm-move") as pool:
+            list(pool.map(self._copy, *zip(*((o, n) for n, o in pairs.items() if n not in there))))
+        for name, copied in self.stat_many(pairs).items():
+            if copied is None or copied.size != pairs[name].size:
+                raise self._unavailable(f"{name} is not there whole after a copy")
+        with self._translated(source):
+            obstore.delete(self._store, [one.path for one in entries])
+
+    def _copy(self, entry: Entry, destination: str) -> None:
         if entry.size > _COPY_LIMIT:
-            raise self._refused(entry.path, "objects above 5 GiB cannot be renamed on S3")
+            with self.open_read(entry.path) as stream:
+                self._upload(destination, stream, entry.size)
+            return
         with self._translated(entry.path):
             obstore.copy(self._store, entry.path, self._key(destination))
-        copied = self.stat(destination)
-        if copied is None or copied.size != entry.size:
-            raise StorageUnavailableError(
-                storage=self.name, message=f"{destination} is not there whole after a copy"
-            )
-        with self._translated(entry.path):
-            obstore.delete(self._store, entry.path)
 
     def remove(self, path: str) -> None:
         key = self._key(path)
-        below = [entry.path for entry in self.walk(path)]
+        below = [entry.path for entry in self._below(path)]
         with self._translated(path):
             obstore.delete(self._store, [key, *below])
 
@@ -274,42 +337,57 @@ class S3Storage:
                 break
 
 
-class _Stream:
+class S3Stream:
     """A response's body as a file that is read once, front to back."""
 
     def __init__(self, storage: S3Storage, path: str, result: Any) -> None:
         self._storage, self._path = storage, path
         self._chunks = iter(result.stream(min_chunk_size=_READ_SIZE))
         self._rest = memoryview(b"")
+        self._etag = result.meta["e_tag"]
+        self.size: int = result.meta["size"]
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int = -1, /) -> bytes:
+        """At most ``size`` bytes; all of them if negative."""
+        if size < 0:
+            return b"".join(iter(lambda: self.read(_READ_SIZE), b""))
         if not self._rest:
             with self._storage._translated(self._path):
                 self._rest = memoryview(bytes(next(self._chunks, b"")))
-        taken = self._rest if size is None or size < 0 else self._rest[:size]
-        self._rest = self._rest[len(taken) :]
+        taken = self._rest[:size]
+        self._rest = self._rest[size:]
         return bytes(taken)
+
+    def stamp(self) -> Hashable:
+        """The ETag: one response is of one state of the object, whatever happens to it then."""
+        return self._etag
 
     def close(self) -> None:
         self._chunks = iter(())
 
-    def __enter__(self) -> _Stream:
+    def __enter__(self) -> S3Stream:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def _parts(source: BinaryIO) -> Iterator[bytes]:
-    """Blocks of exactly PART_SIZE but the last, whatever ``source`` hands out at a time."""
-    pending = bytearray()
-    while block := source.read(PART_SIZE - len(pending)):
-        pending += block
-        if len(pending) == PART_SIZE:
-            yield bytes(pending)
-            pending.clear()
-    if pending:
-        yield bytes(pending)
+def _is_half_way(
+    entries: Sequence[Entry], source: str, there: Mapping[str, Entry], destination: str
+) -> bool:
+    """Whether ``there`` is what a rename left that was cut off: the one tree is part of the other,
+    and what both have is the same."""
+    here = {destination + one.path[len(source) :]: one for one in entries}
+    both = here.keys() & there.keys()
+    return (both == here.keys() or both == there.keys()) and all(
+        _is_twin(here[name], there[name]) for name in both
+    )
+
+
+def _is_twin(one: Entry, other: Entry) -> bool:
+    # a copy of an object made of parts is of one part, with another ETag
+    comparable = "-" not in f"{one.etag}{other.etag}"
+    return one.size == other.size and (one.etag == other.etag or not comparable)
 
 
 def _entry(meta: Mapping[str, Any]) -> Entry:

@@ -133,11 +133,17 @@ def _start(stack: ExitStack, show: Show, home: Path, stop: threading.Event) -> D
         os.environ.update(DEMO_S3_KEY=server.access_key, DEMO_S3_SECRET=server.secret_key)
         os.environ["DEMO_S3_ENDPOINT"] = server.endpoint
         settings = load_settings()
-        ready, failure, urls = threading.Event(), [], []
+        ready = threading.Event()
+        failure: list[BaseException] = []
+        urls: list[str] = []
+
+        def up(url: str) -> None:
+            urls.append(url)
+            ready.set()
 
         def serve() -> None:
             try:
-                run_services(settings, lambda url: (urls.append(url), ready.set()), stop)
+                run_services(settings, up, stop)
             except DlmError as error:
                 failure.append(error)
                 ready.set()
@@ -194,5 +200,3 @@ def _print_report(demo: Demo, report_file: Path, good: bool) -> None:
     say(f"  below target {told['items_below_target_phase']}, lost {told['items_lost']}")
     say(f"  Dagster runs {told['runs']}")
     say(f"  report       {report_file}")
-
-

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dlm_cli.demo_files import Files
 from dlm_cli.session import human_size
 from dlm_core.catalogue import audit as audits
 from dlm_core.catalogue.browse import list_items, set_item_expiry
+from dlm_core.catalogue.items import Terms
 from dlm_core.catalogue.places import (
     add_location,
     add_storage,
@@ -20,7 +22,7 @@ from dlm_core.catalogue.places import (
 )
 from dlm_core.catalogue.status import status
 from dlm_core.errors import ServiceUnavailableError
-from dlm_core.lifecycle.register import Source, Terms, register_list
+from dlm_core.lifecycle.register import Source, register_list
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.types import decode_path
 from dlm_pipelines.launch import count_runs
@@ -38,7 +40,7 @@ def _wait(demo: Demo, tell: Tell, done: Callable[[dict[str, Any]], str | None]) 
     """Poll the catalogue until ``done(status)`` returns None; what it returns is shown."""
     deadline = time.monotonic() + _STAGE_SECONDS
     while True:
-        found = demo.context.transact(lambda c: status(c, demo.context.clock()))
+        found: dict[str, Any] = demo.context.transact(lambda c: status(c, demo.context.clock()))
         text = done(found)
         if text is None:
             return found
@@ -169,9 +171,7 @@ def expire(demo: Demo, tell: Tell) -> None:
 
 
 def _items(demo: Demo) -> int:
-    return sum(
-        demo.context.transact(lambda c: status(c, demo.context.clock()))["items"].values()
-    )
+    return sum(demo.context.transact(lambda c: status(c, demo.context.clock()))["items"].values())
 
 
 def watermark(demo: Demo, tell: Tell) -> None:
@@ -227,7 +227,7 @@ def audit(files: Files) -> Callable[[Demo, Tell], None]:
         storages = context.transact(context.storages.load)
         missing: set[Any] = set()
         for storage_id, row in storages.items():
-            found = context.transact(lambda c, s=storage_id: audits.ready_on(c, s))
+            found = context.transact(partial(audits.ready_on, storage_id=storage_id))
             paths = {decode_path(one["path"]): one for one in found}
             entries = context.storages.open(row).stat_many(list(paths)) if paths else {}
             for path, one in paths.items():
@@ -253,5 +253,3 @@ def audit(files: Files) -> Callable[[Demo, Tell], None]:
             )
 
     return work
-
-

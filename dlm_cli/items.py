@@ -1,4 +1,4 @@
-"""``dlm register``, ``dlm item …``, ``dlm expire``, ``dlm restore``, ``dlm verify``, ``dlm retry``."""
+"""``dlm register``, ``item``, ``expire``, ``restore``, ``verify``, ``retry``, ``watch``."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def register(
     as_json: Json = False,
 ) -> None:
     """Announce payloads where they lie; the registration job reads and admits them."""
+    from dlm_core.catalogue.items import Terms
     from dlm_core.lifecycle.register import (
         Source,
-        Terms,
         collection_id,
         parse_checksums,
         register_list,
@@ -184,7 +184,8 @@ def item_events(uri: Uri, version: Version = None, as_json: Json = False) -> Non
             lambda c: browse.item_events(c, browse.get_item(c, uri, version)["oid"])
         )
     columns = {"at": "AT", "noun": "NOUN", "action": "ACTION", "storage": "STORAGE",
-               "old_state": "FROM", "new_state": "TO", "actor": "WHO", "detail": "DETAIL"}  # fmt: skip
+               "old_state": "FROM", "new_state": "TO", "actor": "WHO",
+               "detail": "DETAIL"}  # fmt: skip
     show_json(found) if as_json else show_table(found, columns)
 
 

@@ -66,7 +66,9 @@ def storage_add(
     root: Annotated[str, typer.Option(help="Absolute folder (posix), or bucket/prefix (s3).")],
     phase: Annotated[str, typer.Option(help="PLASMA, GAS, LIQUID or SOLID.")] = "LIQUID",
     interface: Annotated[str, typer.Option(help="posix or s3.")] = "posix",
-    storage_class: Annotated[str | None, typer.Option("--class", help="disk, object, tape.")] = None,
+    storage_class: Annotated[
+        str | None, typer.Option("--class", help="disk, object, tape.")
+    ] = None,
     config: Annotated[
         list[str], typer.Option(help="key=value; secrets only by name of a variable.")
     ] = [],  # noqa: B006

@@ -175,7 +175,7 @@ def human(value: Any, key: str = "") -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if key.endswith("fraction") or key.endswith("watermark"):
+    if key.endswith(("fraction", "watermark")):
         return f"{value:.1%}"
     if key == "size" or key.endswith("bytes"):
         return human_size(int(value))

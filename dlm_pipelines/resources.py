@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
+from typing import Any
 
 import dagster as dg
 from sqlalchemy import Engine
@@ -23,7 +24,7 @@ def engine_for(url: str) -> Engine:
 _STORAGES = StoragePool()
 
 
-class Catalogue(dg.ConfigurableResource):
+class Catalogue(dg.ConfigurableResource[Any]):
     """The catalogue and the storages, from the ``DLM_*`` settings of the process."""
 
     def settings(self) -> Settings:

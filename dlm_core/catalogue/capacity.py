@@ -16,9 +16,12 @@ _EFFECTIVE = """
          CASE WHEN s.capacity_bytes IS NULL THEN greatest(s.observed_used_bytes, u.used_bytes)
               ELSE u.used_bytes END AS used,
          u.trashed_bytes AS trashed, l.bytes AS leaving,
-         s.mode = 'draining' AND EXISTS (
-           SELECT FROM replica r WHERE r.storage_id = s.storage_id AND r.expires_at IS NULL
-              AND r.state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')) AS undrained
+         -- by its order the index replica_coldest: an EXISTS would read the whole table in vain once
+         -- a storage that held much is empty
+         s.mode = 'draining' AND (
+           SELECT r.uid FROM replica r WHERE r.storage_id = s.storage_id AND r.expires_at IS NULL
+              AND r.state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')
+            ORDER BY r.accessed_at LIMIT 1) IS NOT NULL AS undrained
     FROM storage s JOIN storage_usage u USING (storage_id)
     CROSS JOIN LATERAL (
       SELECT coalesce(sum(r.size), 0)::bigint AS bytes FROM replica r

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -114,6 +114,11 @@ def announce(
     )[0]["n"]
     known = _known(connection, storage_id) if new != _count(connection) else []
     return Merged(created, new - created, known)
+
+
+def jsonb(value: Mapping[str, Any] | None) -> Jsonb:
+    """A mapping as a jsonb parameter; None is an empty one."""
+    return Jsonb(dict(value or {}))
 
 
 def _count(connection: Connection) -> int:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection
@@ -45,7 +46,7 @@ def plan_rebalance(context: Context) -> int:
     """Mark what has to leave; returns how many replicas were marked."""
     observe_usage(context)
     return sum(
-        context.transact(lambda c, s=storage: len(_relieve(c, context, s)))
+        len(context.transact(partial(_relieve, context=context, storage=storage)))
         for storage in context.transact(lambda c: catalogue.storages_to_relieve(c, context.clock()))
     )
 
@@ -70,7 +71,13 @@ def observe_usage(context: Context) -> None:
             continue  # an outage is told where the storage is used; nothing is known here
         total, used = (usage.total, usage.used) if usage else (None, None)
         context.transact(
-            lambda c, r=row, t=total, u=used: catalogue.note_usage(c, r["storage_id"], t, u, now)
+            partial(
+                catalogue.note_usage,
+                storage_id=row["storage_id"],
+                total=total,
+                used=used,
+                now=now,
+            )
         )
 
 
@@ -120,14 +127,16 @@ def _choose(
     views = storage_views(context.storages.load(connection).values())
     space = Space(views.values())
     why = f"rebalance: storage {storage['name']} is above {storage['high_watermark']:.0%}"
-    surplus, moves = [], []
-    for row in candidates:
-        item = items[row["oid"]]
+    surplus: list[Leaving] = []
+    moves: list[Leaving] = []
+    for candidate in candidates:
+        item = items[candidate["oid"]]
         if item["state"] != ItemState.READY:
             continue
-        verdict = _without(item, by_item[row["oid"]], row["uid"], views, space, now)
+        uid, oid = candidate["uid"], candidate["oid"]
+        verdict = _without(item, by_item[oid], uid, views, space, now)
         if verdict is not None:
-            one = Leaving(row["uid"], row["oid"], row["size"], storage["name"], f"{why}; {verdict}")
+            one = Leaving(uid, oid, candidate["size"], storage["name"], f"{why}; {verdict}")
             (surplus if verdict == "surplus" else moves).append(one)
         if sum(o.size for o in surplus) >= storage["to_free"]:
             break

@@ -11,10 +11,10 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import islice
 from typing import Any
 
-from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 
 from dlm_core.catalogue import items as catalogue
@@ -223,8 +223,13 @@ def _announce(
     announcements = _announcements(source, payloads, report)
     while chunk := list(islice(announcements, _CHUNK)):
         merged = context.transact(
-            lambda c, part=chunk: catalogue.announce(
-                c, row["storage_id"], part, source.terms, context.actor, context.clock()
+            partial(
+                catalogue.announce,
+                storage_id=row["storage_id"],
+                announcements=chunk,
+                terms=source.terms,
+                actor=context.actor,
+                now=context.clock(),
             )
         )
         report.created += merged.created
@@ -316,8 +321,8 @@ def _changed(
     if seen.digest == one["digest"]:
         return False
     if not source.new_version:
-        error = DigestConflictError(uri=one["uri"], registered=one["digest"], found=seen.digest)
-        report.refuse(one["uri"], str(error))
+        conflict = DigestConflictError(uri=one["uri"], registered=one["digest"], found=seen.digest)
+        report.refuse(one["uri"], str(conflict))
         return True
     announcement = Announcement(
         one["uri"], one["path"], one["announced_size"], one["announced_mtime"]
@@ -368,7 +373,11 @@ def parse_checksums(text: str) -> dict[str, str]:
 
 
 def init_data_item(
-    context: Context, uri: str, *, metadata: Mapping[str, Any] | None = None, terms: Terms = _DEFAULT_TERMS
+    context: Context,
+    uri: str,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    terms: Terms = _DEFAULT_TERMS,
 ) -> uuid.UUID:
     """An INITIALISED item without a payload yet; its oid.
 
@@ -393,7 +402,7 @@ def init_data_item(
             phase=terms.target_phase,
             collection=terms.collection_id,
             owner=terms.owner,
-            metadata=_json(metadata),
+            metadata=catalogue.jsonb(metadata),
             expires=terms.item_expires_at,
             now=context.clock(),
         )
@@ -488,7 +497,7 @@ def set_metadata(context: Context, oid: uuid.UUID, metadata: Mapping[str, Any]) 
         run(
             connection,
             "UPDATE data_item SET metadata = metadata || CAST(:new AS jsonb) WHERE oid = :oid",
-            new=_json(metadata),
+            new=catalogue.jsonb(metadata),
             oid=oid,
         )
 
@@ -500,7 +509,3 @@ def _item(connection: Connection, oid: uuid.UUID) -> Mapping[str, Any]:
     if not found:
         raise NotFoundError("data item", oid)
     return found[0]
-
-
-def _json(value: Mapping[str, Any] | None) -> Any:
-    return Jsonb(dict(value or {}))

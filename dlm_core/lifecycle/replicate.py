@@ -193,7 +193,8 @@ def _apply(
     tries: Mapping[uuid.UUID, int],
     now: datetime,
 ) -> None:
-    fresh, again = [], []
+    fresh: list[tuple[Copy, dict[str, Any]]] = []
+    again: list[tuple[Copy, uuid.UUID]] = []
     for item, decision in decided:
         for copy in decision.copies:
             if copy.uid is None:
@@ -218,7 +219,9 @@ def _apply(
         else set()
     )
     remade = catalogue.remake_replicas(connection, [uid for _, uid in again]) if again else set()
-    pairs = [(copy, record["uid"]) for copy, record in fresh if record["uid"] in made]
+    pairs: list[tuple[Copy, uuid.UUID]] = [
+        (copy, record["uid"]) for copy, record in fresh if record["uid"] in made
+    ]
     pairs += [(copy, uid) for copy, uid in again if uid in remade]
     if pairs:
         queue.insert_operations(

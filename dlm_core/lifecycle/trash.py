@@ -33,6 +33,7 @@ from dlm_core.transfers.checksums import observe
 from dlm_core.types import (
     Observation,
     OperationKind,
+    OperationState,
     PayloadKind,
     ReplicaState,
     decode_path,
@@ -288,7 +289,7 @@ def _suspect(connection: Connection, context: Context, rows: Sequence[Row]) -> N
 def _certify_purge(
     connection: Connection, context: Context, claim: Claim, unseen: set[uuid.UUID]
 ) -> set[uuid.UUID]:
-    """Certify what may be purged; put off or undo the rest. Returns the operations to go on with."""
+    """Certify what may be purged; put off or undo the rest. The operations to go on with."""
     now = context.clock()
     held = queue.lock_claimed(
         connection, claim.token, [o["operation_id"] for o in claim.operations]
@@ -315,7 +316,7 @@ def _certify_purge(
     gone = set(operations) - {p.uid for p in proofs}
     outcomes += [
         queue.Outcome(
-            operations[uid]["operation_id"], queue.OperationState.CANCELLED, "DLM-503",
+            operations[uid]["operation_id"], OperationState.CANCELLED, "DLM-503",
             "not in the trash any more",
         )
         for uid in gone
@@ -338,11 +339,9 @@ def _not_purged(
     if blind or not _is_needed(proof):
         why = proof.refusal or "a survivor could not be looked at"
         due = now + timedelta(seconds=context.settings.retry_base_seconds * 12)
-        return queue.Outcome(
-            operation["operation_id"], queue.OperationState.QUEUED, "DLM-501", why, due
-        )
+        return queue.Outcome(operation["operation_id"], OperationState.QUEUED, "DLM-501", why, due)
     return queue.Outcome(
-        operation["operation_id"], queue.OperationState.CANCELLED, "DLM-501",
+        operation["operation_id"], OperationState.CANCELLED, "DLM-501",
         f"{proof.refusal}; the copy is brought back from the trash",
     )  # fmt: skip
 
@@ -416,13 +415,13 @@ def _run(
 def _idle_outcome(context: Context, operation: Row, row: Row, storage: Row) -> queue.Outcome | None:
     if row["state"] != ReplicaState.TRASHED:
         return queue.Outcome(
-            operation["operation_id"], queue.OperationState.CANCELLED, "DLM-503",
+            operation["operation_id"], OperationState.CANCELLED, "DLM-503",
             f"the replica is {row['state']} by now",
         )  # fmt: skip
     if row["managed"] and storage["mode"] not in _WRITABLE:
         due = context.clock() + timedelta(seconds=context.settings.retry_base_seconds * 12)
         return queue.Outcome(
-            operation["operation_id"], queue.OperationState.QUEUED, "DLM-504",
+            operation["operation_id"], OperationState.QUEUED, "DLM-504",
             f"storage {storage['name']} is {storage['mode']}", due,
         )  # fmt: skip
     return None

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any, cast
 
 from sqlalchemy import Connection, Engine
@@ -257,7 +258,7 @@ def _claim_and_execute(context: Context, executors: Mapping[OperationKind, Execu
     context.transact(lambda c: queue.release_expired_leases(c, kinds, context.clock()))
     for kind, execute in executors.items():
         token = new_id()
-        operations = context.transact(lambda c, k=kind, t=token: _claim(c, context, k, t))
+        operations = context.transact(partial(_claim, context=context, kind=kind, token=token))
         if operations:
             with _holding(context, token):
                 report.add(execute(context, Claim(token, operations)))

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dlm_core.catalogue.items import Terms
 from dlm_core.errors import IllegalTransitionError, InvalidValueError, NotFoundError
 from dlm_core.lifecycle import register
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import (
     Source,
-    Terms,
     parse_checksums,
     register_list,
     register_tree,
@@ -43,9 +43,7 @@ def admit(site):
 
 
 def items(site):
-    return {
-        row["uri"]: row for row in site.query("SELECT * FROM data_item ORDER BY uri, version")
-    }
+    return {row["uri"]: row for row in site.query("SELECT * FROM data_item ORDER BY uri, version")}
 
 
 ODD = ["plain", "a b", "quo'te\"", "new\nline", "ünï/星", "per%20cent", "n" * 255, b"\xff\xfe.dat"]
@@ -315,7 +313,7 @@ def test_uris_tell_paths_and_back(parts):
 @given(st.sets(_octets, min_size=1, max_size=5))
 def test_any_set_of_names_is_registered_once(site, names):
     """Whatever the names: registering twice changes nothing the second time."""
-    write(site, {name: b"x" for name in names})
+    write(site, dict.fromkeys(names, b"x"))
     register_tree(site.context, Source("in", "test"))
     count = site.query("SELECT count(*) AS n FROM data_item")
     assert register_tree(site.context, Source("in", "test")).created == 0

@@ -98,10 +98,11 @@ def test_a_dry_run_shows_and_changes_nothing(site, instance, name):
         site.context.transact(
             lambda c: set_item_expiry(c, "test:x", site.context.clock(), "no longer wanted")
         )
-    before = site.query("SELECT (SELECT count(*) FROM event) AS e, (SELECT count(*) FROM operation)")
+    counts = "SELECT (SELECT count(*) FROM event) AS e, (SELECT count(*) FROM operation) AS o"
+    before = site.query(counts)
     told = metadata(execute(instance, name, dry_run=True), name)
     assert told["dry_run"] is True and told["proposed"] >= 1
-    after = site.query("SELECT (SELECT count(*) FROM event) AS e, (SELECT count(*) FROM operation)")
+    after = site.query(counts)
     assert after == before
 
 
@@ -113,9 +114,7 @@ def test_sensors_ask_for_runs_only_when_work_is_due(site, instance):
     register(site, {"x": b"one"})
     assert len(sensor(instance, "registration").run_requests) == 1
     for _ in range(2):
-        instance.create_run_for_job(
-            JOBS["registration"], status=dg.DagsterRunStatus.STARTED
-        )
+        instance.create_run_for_job(JOBS["registration"], status=dg.DagsterRunStatus.STARTED)
     result = sensor(instance, "registration")
     assert not result.run_requests and "2 runs are at it" in result.skip_message
 

@@ -1,0 +1,278 @@
+"""What sensors and queues ask is answered from partial indexes whose size follows the due work.
+
+The very statements that the functions send are explained, on a catalogue of 50,000 items.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import Connection, Engine, event
+
+from dlm_core.catalogue import (
+    browse,
+    capacity,
+    deletions,
+    embedded,
+    operations,
+    replicas,
+)
+from dlm_core.catalogue import items as catalogue_items
+from dlm_core.catalogue.engine import make_engine, rows, run
+from dlm_core.catalogue.status import status
+from dlm_core.types import OperationKind, new_id
+from tests.schema.rules import DIGEST, NOW, add_storage
+
+ITEMS = 50_000
+#: 8 kB pages; what is smaller, an empty partition say, may be read through
+MUCH = 100
+LATER = NOW + timedelta(days=1)
+KINDS = list(OperationKind)
+
+_FILL = (
+    """CREATE TEMPORARY TABLE made ON COMMIT DROP AS
+       SELECT uuid7_floor(CAST(:now AS timestamptz) + n * interval '1 ms') AS oid, n
+         FROM generate_series(1, :items) n""",
+    """INSERT INTO data_item (oid, uri, uri_bucket, size, digest, created_at)
+       SELECT oid, 'test:folder-' || n % 500 || '/item-' || n, '01234', n, :digest, :now
+         FROM made""",
+    "UPDATE data_item SET state = 'READY'",
+    """INSERT INTO replica (uid, oid, storage_id, path, size, created_at, accessed_at)
+       SELECT gen_random_uuid(), oid, s, 'p' || n, n, :now,
+              CAST(:now AS timestamptz) + n * interval '1 s'
+         FROM made, unnest(CAST(:storages AS uuid[])) s""",
+    "UPDATE replica SET state = 'READY', digest = :digest, checked_at = created_at",
+    """INSERT INTO operation (operation_id, kind, state, oid, uid, reason, actor, due_at,
+                              finished_at)
+       SELECT uuid7_floor(CAST(:now AS timestamptz) - interval '40 days' + n * interval '1 ms'),
+              'copy', 'DONE', r.oid, r.uid, 'test', 'test', :now, :now
+         FROM made JOIN replica r USING (oid)
+        WHERE r.storage_id = (CAST(:storages AS uuid[]))[1]""",
+    # the due work: a little of everything
+    """UPDATE operation SET state = 'QUEUED', finished_at = NULL
+        WHERE operation_id IN (SELECT operation_id FROM operation ORDER BY 1 LIMIT 200)""",
+    """UPDATE operation SET state = 'RUNNING', lease_token = gen_random_uuid(), lease_until = :now
+        WHERE operation_id IN (
+          SELECT operation_id FROM operation WHERE state = 'QUEUED' LIMIT 20)""",
+    """UPDATE operation SET state = 'FAILED', error_code = 'DLM-300', finished_at = :now
+        WHERE operation_id IN (SELECT operation_id FROM operation WHERE state = 'DONE' LIMIT 20)""",
+    """UPDATE data_item SET expires_at = created_at
+        WHERE oid IN (SELECT oid FROM data_item ORDER BY oid LIMIT 100)""",
+    """UPDATE replica SET expires_at = created_at, expiry_reason = 'test'
+        WHERE uid IN (SELECT uid FROM replica ORDER BY uid LIMIT 100)""",
+    "UPDATE data_item SET shortfall = 'test' WHERE oid IN (SELECT oid FROM data_item LIMIT 50)",
+    "DELETE FROM evaluation WHERE oid NOT IN (SELECT oid FROM data_item LIMIT 100)",
+    "SELECT dlm_fold_tally()",
+)
+
+
+@pytest.fixture(scope="module")
+def site(postgres_home: Path, template_database: str) -> Iterator[Engine]:
+    """A catalogue with much that is at rest and little that is due; gone after these tests."""
+    name = f"plans_{uuid.uuid4().hex}"
+    admin = embedded.database_url(postgres_home, "postgres")
+    with psycopg.connect(admin, autocommit=True) as server:
+        server.execute(f"CREATE DATABASE {name} TEMPLATE {template_database}".encode())
+    engine = make_engine(embedded.database_url(postgres_home, name))
+    try:
+        with engine.begin() as connection:
+            storages = [add_storage(connection), add_storage(connection)]
+            values = {"now": NOW, "items": ITEMS, "digest": DIGEST, "storages": storages}
+            for statement in _FILL:
+                run(
+                    connection,
+                    statement,
+                    **{k: v for k, v in values.items() if f":{k}" in statement},
+                )
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("VACUUM ANALYZE")
+            connection.exec_driver_sql("VACUUM FULL ANALYZE evaluation")
+        yield engine
+    finally:
+        engine.dispose()
+        with psycopg.connect(admin, autocommit=True) as server:
+            server.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+@contextmanager
+def recorded(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
+    """The statements sent within it, with their parameters."""
+    sent: list[tuple[str, Any]] = []
+
+    def note(_c: Any, _cursor: Any, statement: str, values: Any, _x: Any, _many: bool) -> None:
+        sent.append((statement, values))
+
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield sent
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+
+
+class Plan:
+    """What a function's statements would read, by their plans."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.scanned: set[str] = set()
+        self.indexes: set[str] = set()
+        self._pages = self._ask(connection, "SELECT relname, relpages FROM pg_class")
+        self._parents = self._ask(
+            connection,
+            "SELECT inhrelid::regclass::text, inhparent::regclass::text FROM pg_inherits",
+        )
+
+    @staticmethod
+    def _ask(connection: Connection, sql: str) -> dict[str, Any]:
+        return {row[0]: row[1] for row in connection.exec_driver_sql(sql)}
+
+    def take(self, node: dict[str, Any]) -> None:
+        """Note what a node and those below it read."""
+        relation = node.get("Relation Name", "")
+        if node["Node Type"] == "Seq Scan" and self._pages.get(relation, 0) >= MUCH:
+            self.scanned.add(relation)
+        if "Index Name" in node:
+            self.indexes.add(self._parents.get(node["Index Name"], node["Index Name"]))
+        for child in node.get("Plans", []):
+            self.take(child)
+
+
+def plan_of(engine: Engine, work: Callable[[Connection], Any]) -> Plan:
+    """Run ``work``, explain each statement it sent, undo everything."""
+    with engine.connect() as connection:
+        plan = Plan(connection)
+        run(connection, "SELECT set_config('dlm.now', :now, true)", now=NOW.isoformat())
+        savepoint = connection.begin_nested()
+        with recorded(engine) as sent:
+            work(connection)
+        savepoint.rollback()
+        assert sent, "nothing was asked"
+        for statement, values in sent:
+            if not statement.startswith("LOCK"):
+                plan.take(_explained(connection, statement, values))
+        connection.rollback()
+    return plan
+
+
+def _explained(connection: Connection, statement: str, values: Any) -> dict[str, Any]:
+    cursor = connection.connection.cursor()
+    # the plan for these values, as the first executions on a connection get it
+    cursor.execute(f"EXPLAIN (FORMAT JSON) {statement}", values, prepare=False)
+    found: dict[str, Any] = cursor.fetchone()[0][0]["Plan"]
+    return found
+
+
+CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
+    "due operations are counted": (
+        lambda c: operations.count_due(c, KINDS, LATER),
+        {"operation_due", "operation_lease"},
+    ),
+    "due operations are claimed": (
+        lambda c: operations.claim_operations(
+            c, [OperationKind.COPY], token=new_id(), worker="w", limit=100,
+            lease=timedelta(seconds=60), now=LATER,
+        ),
+        {"operation_due"},
+    ),
+    "leases that ran out are released": (
+        lambda c: operations.release_expired_leases(c, KINDS, LATER),
+        {"operation_lease"},
+    ),
+    # a list this short is read through, or by evaluation_due: no matter
+    "evaluations are counted": (lambda c: replicas.count_evaluations_due(c, LATER), set()),
+    "what has expired is counted": (
+        lambda c: deletions.count_expiry_due(c, LATER),
+        {"replica_expiring", "data_item_expiring"},
+    ),
+    "expired replicas are selected": (
+        lambda c: deletions.select_expired(c, LATER, 1000),
+        {"replica_expiring"},
+    ),
+    "items expire": (
+        lambda c: deletions.expire_items(c, LATER, 1000),
+        {"data_item_expiring"},
+    ),
+    "full storages are found": (
+        lambda c: capacity.storages_to_relieve(c, LATER),
+        {"replica_leaving", "replica_coldest"},
+    ),
+    "the coldest replicas are selected": (
+        lambda c: replicas.select_unmarked(
+            c, rows(c, "SELECT storage_id FROM storage LIMIT 1")[0]["storage_id"], 1000
+        ),
+        {"replica_coldest"},
+    ),
+    "the status is told": (
+        lambda c: status(c, NOW),
+        {"operation_due", "operation_failed", "data_item_below_target"},
+    ),
+    "one item is found": (
+        lambda c: browse.get_item(c, "test:folder-7/item-7"),
+        {"data_item_uri_version_key", "replica_oid"},
+    ),
+    "a page of a folder is listed": (
+        lambda c: browse.list_items(c, prefix="test:folder-7/", limit=50),
+        {"data_item_uri_version_key"},
+    ),
+    "an item is explained": (
+        lambda c: browse.explain_item(c, "test:folder-7/item-7"),
+        {"data_item_uri_version_key", "replica_oid", "operation_uid"},
+    ),
+    "an item's events are listed": (
+        lambda c: browse.item_events(c, browse.get_item(c, "test:folder-7/item-7")["oid"]),
+        {"event_oid"},
+    ),
+    "watches are counted": (lambda c: catalogue_items.count_watches_due(c, LATER), set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_no_question_reads_the_catalogue(site: Engine, name: str) -> None:
+    """The partial index made for it answers each question; nothing big is read through."""
+    work, wanted = CASES[name]
+    plan = plan_of(site, work)
+    assert plan.scanned == set()
+    assert wanted <= plan.indexes
+
+
+def test_what_is_taken_from_a_long_list_comes_by_its_index(site: Engine) -> None:
+    """With all items on the planner's list, a batch is counted and taken by evaluation_due."""
+    with site.connect() as connection:
+        run(
+            connection,
+            """INSERT INTO evaluation (oid, due_at) SELECT oid, created_at FROM data_item
+               ON CONFLICT (oid) DO NOTHING""",
+        )
+        run(connection, "ANALYZE evaluation")
+        plan = Plan(connection)
+        with recorded(site) as sent:
+            replicas.take_evaluations(connection, LATER, 1000)
+        plan.take(_explained(connection, *sent[0]))
+        connection.rollback()
+    assert "evaluation_due" in plan.indexes
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["operation_due", "operation_lease", "operation_failed", "data_item_expiring",
+     "data_item_below_target", "replica_expiring", "replica_leaving"],
+)  # fmt: skip
+def test_an_index_of_due_work_is_as_small_as_the_work(site: Engine, index: str) -> None:
+    """50,000 items and 150,000 rows at rest leave these indexes at a few pages."""
+    with site.connect() as connection:
+        found = rows(
+            connection,
+            """SELECT sum(c.relpages)::bigint AS pages, sum(c.reltuples)::bigint AS entries
+                 FROM pg_class c
+                WHERE c.oid = CAST(:index AS regclass) OR c.oid IN (
+                  SELECT inhrelid FROM pg_inherits WHERE inhparent = CAST(:index AS regclass))""",
+            index=index,
+        )[0]
+    assert found["entries"] <= 500
+    assert found["pages"] < 300

@@ -1,0 +1,204 @@
+"""The catalogue against the bare database: registration, expiry, lookup, a sensor's question."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Result, context, result, seconds
+from dlm_core.catalogue import browse, items
+from dlm_core.catalogue.engine import rows, run
+from dlm_core.catalogue.items import Announcement, Terms
+from dlm_core.catalogue.places import add_location, add_storage
+from dlm_core.catalogue.replicas import count_evaluations_due
+from dlm_core.lifecycle.expire import plan_batch
+from dlm_core.lifecycle.work import Context
+
+_CHUNK = 10_000
+_BARE = ("data_item", "replica", "event", "operation")
+
+
+def places(core: Context, folder: Path) -> dict[str, uuid.UUID]:
+    """Three LIQUID storages at three locations."""
+
+    def make(connection: Any) -> dict[str, uuid.UUID]:
+        found = {}
+        for name in ("a", "b", "c"):
+            (folder / name).mkdir(exist_ok=True)
+            add_location(connection, name, now=core.clock())
+            found[name] = add_storage(
+                connection, name, location=name, interface="posix", root=str(folder / name),
+                phase="LIQUID", now=core.clock(),
+            )  # fmt: skip
+        return found
+
+    return core.transact(make)
+
+
+def announcements(count: int, start: int = 0) -> Iterator[Announcement]:
+    """Made-up payloads."""
+    return (
+        Announcement(f"bench:{n // 1000}/file-{n}.dat", f"{n // 1000}/file-{n}.dat", n)
+        for n in range(start, start + count)
+    )
+
+
+def announce(core: Context, storage_id: uuid.UUID, count: int) -> None:
+    """Announce in chunks, as a registration does."""
+    for start in range(0, count, _CHUNK):
+        part = announcements(min(_CHUNK, count - start), start)
+        core.transact(
+            lambda c, p=part: items.announce(c, storage_id, p, Terms(), core.actor, core.clock())
+        )
+
+
+def registration(home: Path, folder: Path, count: int) -> Result:
+    """Items, replicas, events and operations, against a binary COPY of the same rows into the
+    same tables without foreign keys and triggers."""
+    with context(home) as core:
+        storage_id = places(core, folder)["a"]
+        ours = seconds(lambda: announce(core, storage_id, count))
+        limit = _bare_copy(core, count)
+    return result("registration of metadata", count / ours, "items/s", count / limit)
+
+
+def _bare_copy(core: Context, count: int) -> float:
+    """Seconds for the bare COPY of what is in the tables now, chunk by chunk."""
+    data: dict[str, list[bytes]] = {}
+
+    def prepare(connection: Any) -> None:
+        cursor = connection.connection.cursor()
+        for table in _BARE:
+            columns = _columns(connection, table)
+            cursor.execute(
+                f"CREATE TABLE bare_{table} (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS "
+                "INCLUDING INDEXES INCLUDING GENERATED)"
+            )
+            source = f"(SELECT {columns} FROM {table})"
+            with cursor.copy(f"COPY {source} TO STDOUT (FORMAT BINARY)") as copy:
+                data[table] = [bytes(block) for block in copy]
+
+    core.transact(prepare)
+
+    def load(connection: Any) -> None:
+        cursor = connection.connection.cursor()
+        for table in _BARE:
+            columns = _columns(connection, table)
+            with cursor.copy(f"COPY bare_{table} ({columns}) FROM STDIN (FORMAT BINARY)") as copy:
+                copy.write(b"".join(data[table]))
+
+    del count
+    return seconds(lambda: core.transact(load))
+
+
+def _columns(connection: Any, table: str) -> str:
+    found = rows(
+        connection,
+        """SELECT string_agg(column_name, ', ' ORDER BY ordinal_position) AS c
+             FROM information_schema.columns
+            WHERE table_schema = 'public' AND table_name = :table AND is_generated = 'NEVER'""",
+        table=table,
+    )
+    return str(found[0]["c"])
+
+
+def fill(core: Context, storages: dict[str, uuid.UUID], count: int) -> None:
+    """READY items with three READY replicas each, made in the database."""
+    sql = f"""
+      INSERT INTO data_item (oid, uri, uri_bucket, size, digest)
+        SELECT gen_random_uuid(), 'fill:' || n / 1000 || '/' || n, lpad(to_hex(n % 1048576), 5, '0'),
+               1000, 'sha256:' || repeat('0', 64) FROM generate_series(1, {count}) n;
+      UPDATE data_item SET state = 'READY';
+      INSERT INTO replica (uid, oid, storage_id, path, size)
+        SELECT gen_random_uuid(), oid, storage_id, 'fill/' || uri, 1000
+          FROM data_item, (SELECT storage_id FROM storage) s;
+      UPDATE replica SET state = 'READY', digest = 'sha256:' || repeat('0', 64), checked_at = now();
+      DELETE FROM evaluation"""
+    del storages
+
+    def make(connection: Any) -> None:
+        connection.connection.cursor().execute(sql)
+
+    core.transact(make)
+    with core.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("VACUUM ANALYZE")
+
+
+def expiry(core: Context, storage_id: uuid.UUID, expiring: int, limit: float) -> Result:
+    """Select, prove, certify and mark expired replicas among all, against the bare COPY's rows."""
+    core.transact(
+        lambda c: run(
+            c,
+            """UPDATE replica SET expires_at = now(), expiry_reason = 'bench' WHERE uid IN (
+                 SELECT uid FROM replica WHERE storage_id = :s LIMIT :n)""",
+            s=storage_id,
+            n=expiring,
+        )
+    )
+    trashed = 0
+
+    def work() -> None:
+        nonlocal trashed
+        while granted := core.transact(lambda c: plan_batch(c, core, 5000))[0]:
+            trashed += len(granted)
+
+    ours = seconds(work)
+    if trashed != expiring:
+        raise SystemExit(f"{trashed} of {expiring} replicas were trashed")
+    return result("expiry of replicas", expiring / ours, "replicas/s", limit)
+
+
+def lookup(core: Context, count: int) -> Result:
+    """One item by uri with its replicas: the core function against the bare prepared SQL."""
+    uris = [f"fill:{n // 1000}/{n}" for n in range(1, count, max(count // 2000, 1))]
+    ours, bare = [], []
+    with core.engine.connect() as connection:
+        cursor = connection.connection.cursor()
+        for uri in uris:
+            ours.append(seconds(lambda u=uri: browse.get_item(connection, u)))
+        for uri in uris:
+            bare.append(
+                seconds(
+                    lambda u=uri: cursor.execute(
+                        "SELECT i.*, r.* FROM data_item i JOIN replica r USING (oid) "
+                        "WHERE i.uri = %s", (u,), prepare=True,
+                    ).fetchall()
+                )
+            )  # fmt: skip
+    return result(
+        "lookup by uri, p50", 1 / statistics.median(ours), "1/s", 1 / statistics.median(bare)
+    )
+
+
+def sensor(core: Context) -> float:
+    """Median seconds of a sensor's question with nothing due."""
+    times = []
+    for _ in range(200):
+        begun = time.perf_counter()
+        core.transact(lambda c: count_evaluations_due(c, core.clock()))
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
+    """All cases of this module."""
+    small, large = (2_000, 20_000) if quick else (10_000, 1_000_000)
+    expiring = 2_000 if quick else 50_000
+    first = registration(home, folder, 20_000 if quick else 100_000)
+    found = [first]
+    with context(home) as core:
+        fill(core, places(core, folder), small)
+        at_small = sensor(core)
+    with context(home) as core:
+        storages = places(core, folder)
+        fill(core, storages, large)
+        at_large = sensor(core)
+        found.append(lookup(core, large))
+        found.append(expiry(core, storages["a"], expiring, first["limit"]))
+    name = f"sensor with nothing due, {large} items against {small}"
+    found.append(result(name, 1 / at_large, "1/s", 1 / at_small))
+    return found

@@ -1,0 +1,75 @@
+"""What the benchmarks share: a site on a fresh durable PostgreSQL, timing, the form of a result."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from dlm_core.catalogue import embedded, schema
+from dlm_core.catalogue.engine import make_engine
+from dlm_core.lifecycle.work import Context
+from dlm_core.settings import Settings
+
+Result = dict[str, Any]
+
+
+def result(case: str, value: float, unit: str, limit: float) -> Result:
+    """A row of results.json: ours, and the bare limit of the same run; higher is better."""
+    return {
+        "case": case,
+        "value": round(value, 3),
+        "unit": unit,
+        "limit": round(limit, 3),
+        "ratio": round(value / limit, 3),
+    }
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How long ``work`` takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder that is gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="dlm-bench-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def server() -> Iterator[Path]:
+    """The home of an embedded PostgreSQL, fsync on."""
+    with scratch() as home:
+        embedded.ensure_running(home)
+        try:
+            yield home
+        finally:
+            embedded.stop(home)
+
+
+@contextmanager
+def context(home: Path, **settings: Any) -> Iterator[Context]:
+    """A core context on a new catalogue."""
+    name = f"bench_{uuid.uuid4().hex}"
+    with psycopg.connect(embedded.database_url(home, "postgres"), autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name}".encode())
+    url = embedded.database_url(home, name)
+    schema.upgrade(url)
+    engine = make_engine(url)
+    try:
+        yield Context(engine, Settings(home=home, **settings), "user:bench")
+    finally:
+        engine.dispose()

@@ -1,0 +1,175 @@
+"""Bytes: registration from disk, and copies through a drainer, against the bare tools."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import obstore
+from obstore.store import S3Store
+
+from benchmarks.catalogue import places
+from benchmarks.measure import Result, context, result, seconds
+from dlm_cli.s3_server import S3Server, s3_server
+from dlm_core.catalogue.engine import run
+from dlm_core.catalogue.places import add_location, add_storage
+from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.lifecycle.replicate import execute_copy, plan_replication
+from dlm_core.lifecycle.work import Context, drain
+from dlm_core.types import OperationKind
+
+_BLOCK = 1 << 20
+_THREADS = 4
+
+
+def make_files(folder: Path, count: int, size: int) -> None:
+    """``count`` files of ``size`` random bytes, a hundred a folder."""
+    for n in range(count):
+        path = folder / f"{n // 100:03}" / f"{n:05}.dat"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.urandom(size))
+
+
+def _hash(path: Path) -> str:
+    hasher = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while block := stream.read(_BLOCK):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def _all_files(folder: Path) -> list[Path]:
+    return [Path(top) / name for top, _, names in os.walk(folder) for name in names]
+
+
+def _bare_hash(folder: Path) -> None:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(_hash, _all_files(folder)))
+
+
+def _bare_copy(source: Path, destination: Path) -> None:
+    def one(path: Path) -> None:
+        target = destination / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        hasher = hashlib.sha256()
+        with path.open("rb", buffering=0) as stream, target.open("xb", buffering=0) as out:
+            while block := stream.read(_BLOCK):
+                hasher.update(block)
+                out.write(block)
+        if _hash(target) != hasher.hexdigest():
+            raise OSError(f"{target} differs")
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(one, _all_files(source)))
+
+
+def _bare_put(source: Path, server: S3Server, prefix: str) -> None:
+    store = S3Store(
+        server.bucket, prefix=prefix, endpoint=server.endpoint, region="us-east-1",
+        access_key_id=server.access_key, secret_access_key=server.secret_key,
+        client_options={"allow_http": True}, retry_config={"retry_timeout": timedelta(seconds=30)},
+    )  # fmt: skip
+    files = {str(path.relative_to(source)): path for path in _all_files(source)}
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(lambda key: obstore.put(store, key, files[key]), files))
+    listed = sum(len(batch) for batch in obstore.list(store))
+    if listed != len(files):
+        raise OSError("the listing is short")
+
+
+def registration(core: Context, folder: Path, count: int) -> Result:
+    """Announce and admit from disk, against walking and hashing alone."""
+    bare = seconds(lambda: _bare_hash(folder))
+
+    def ours() -> None:
+        register_tree(core, Source("a", "bench"))
+        drain(core, {OperationKind.ADMIT: execute_admit})
+
+    return result("registration from disk", count / seconds(ours), "files/s", count / bare)
+
+
+def _move(core: Context, keep: str) -> float:
+    """Seconds to drain the copies of all items to the one storage that is open."""
+    for name in ("b", "c", "bucket"):
+        mode = "read_write" if name == keep else "offline"
+        core.transact(
+            lambda c, m=mode, n=name: run(
+                c, "UPDATE storage SET mode = :m WHERE name = :n", m=m, n=n
+            )
+        )
+    core.transact(
+        lambda c: run(
+            c,
+            "INSERT INTO evaluation SELECT oid, now() FROM data_item "
+            "ON CONFLICT (oid) DO UPDATE SET due_at = now()",
+        )
+    )
+    plan_replication(core)
+    return seconds(lambda: drain(core, {OperationKind.COPY: execute_copy}))
+
+
+def one_set(
+    home: Path, folder: Path, server: S3Server, label: str, count: int, size: int
+) -> list[Result]:
+    """The cases of one set of files."""
+    folder.mkdir()
+    total = count * size
+    value, unit = (count, "files/s") if label == "A" else (total / 1e6, "MB/s")
+    found = []
+    with context(home) as core:
+        places(core, folder)
+        make_files(folder / "a", count, size)
+        _add_bucket(core, server)
+        first = registration(core, folder / "a", count)
+        found.append({**first, "case": f"{first['case']} {label}"})
+        bare = seconds(lambda: _bare_copy(folder / "a", folder / "bare"))
+        ours = _move(core, "b")
+        found.append(result(f"move posix-posix {label}", value / ours, unit, value / bare))
+        core.transact(lambda c: run(c, "UPDATE storage SET phase = 'GAS' WHERE name IN ('a', 'b')"))
+        bare = seconds(lambda: _bare_put(folder / "a", server, f"bare-{label}"))
+        ours = _move(core, "bucket")
+        found.append(result(f"move posix-s3 {label}", value / ours, unit, value / bare))
+        _check(core, count)
+    return found
+
+
+def _add_bucket(core: Context, server: S3Server) -> None:
+    config = {
+        "endpoint": server.endpoint,
+        "access_key_env": "BENCH_S3_KEY",
+        "secret_key_env": "BENCH_S3_SECRET",
+    }
+
+    def make(connection: Any) -> None:
+        add_location(connection, "cloud", now=core.clock())
+        add_storage(
+            connection, "bucket", location="cloud", interface="s3", phase="LIQUID", config=config,
+            root=f"{server.bucket}/{uuid.uuid4().hex}", storage_class="object", now=core.clock(),
+        )  # fmt: skip
+
+    core.transact(make)
+
+
+def _check(core: Context, count: int) -> None:
+    """A benchmark of copies that were not made is worth nothing."""
+    from dlm_core.catalogue.status import status
+
+    found = core.transact(lambda c: status(c, core.clock()))["replicas"]
+    if found.get("READY") != 3 * count:
+        raise SystemExit(f"not all copies were made: {found}")
+
+
+def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
+    """All cases of this module: A many small files, B few large ones."""
+    with s3_server(folder / "s3") as server:
+        os.environ["BENCH_S3_KEY"] = server.access_key
+        os.environ["BENCH_S3_SECRET"] = server.secret_key
+        small, large = ((500, 10_000), (4, 20_000_000)) if quick else ((5000, 10_000), (20, 10**8))
+        found = one_set(home, folder / "A", server, "A", *small)
+        return found + one_set(home, folder / "B", server, "B", *large)

@@ -68,9 +68,11 @@ class ReadStream(Readable, Protocol):
 
     #: bytes the file had when it was opened
     size: int
+    #: :meth:`stamp` at that time
+    opened: Hashable
 
     def stamp(self) -> Hashable:
-        """Something that is the same before and after reading unless the file changed between."""
+        """Something that stays the same while it is read unless the file changes meanwhile."""
         ...
 
     def close(self) -> None: ...

@@ -207,7 +207,7 @@ class PosixStorage:
         if not stat_module.S_ISREG(status.st_mode):
             os.close(descriptor)
             raise self._refused(path, "not a regular file")
-        return PosixStream(self, path, descriptor, status.st_size)
+        return PosixStream(self, path, descriptor, status)
 
     def read_back(self, path: str) -> PosixStream:
         """As :meth:`open_read`, but from the medium where the kernel lets go of its cache."""
@@ -341,10 +341,12 @@ class PosixStorage:
 class PosixStream(io.FileIO):
     """A file being read; its faults are told in the port's words."""
 
-    def __init__(self, storage: PosixStorage, path: str, descriptor: int, size: int) -> None:
+    def __init__(
+        self, storage: PosixStorage, path: str, descriptor: int, status: os.stat_result
+    ) -> None:
         super().__init__(descriptor, "rb")
         self._storage, self._path = storage, path
-        self.size = size
+        self.size, self.opened = status.st_size, _stamp(status)
 
     def read(self, size: int | None = -1, /) -> bytes:
         """At most ``size`` bytes; all of them if negative."""
@@ -356,8 +358,11 @@ class PosixStream(io.FileIO):
     def stamp(self) -> Hashable:
         """Size, time of change and whether the file has a name: one that another was renamed over
         has none."""
-        status = os.fstat(self.fileno())
-        return status.st_size, status.st_mtime_ns, status.st_nlink > 0
+        return _stamp(os.fstat(self.fileno()))
+
+
+def _stamp(status: os.stat_result) -> Hashable:
+    return status.st_size, status.st_mtime_ns, status.st_nlink > 0
 
 
 def _entry(path: str, status: os.stat_result) -> Entry:

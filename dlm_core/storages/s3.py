@@ -306,8 +306,9 @@ class S3Storage:
     ) -> None:
         """Copy what is not there yet, look at all of it, and only then delete anything."""
         pairs = {destination + one.path[len(source) :]: one for one in entries}
+        missing = [name for name in pairs if name not in there]
         with ThreadPoolExecutor(self.concurrency, "dlm-move") as pool:
-            list(pool.map(self._copy, *zip(*((o, n) for n, o in pairs.items() if n not in there))))
+            list(pool.map(lambda name: self._copy(pairs[name], name), missing))
         for name, copied in self.stat_many(pairs).items():
             if copied is None or copied.size != pairs[name].size:
                 raise self._unavailable(f"{name} is not there whole after a copy")
@@ -344,7 +345,7 @@ class S3Stream:
         self._storage, self._path = storage, path
         self._chunks = iter(result.stream(min_chunk_size=_READ_SIZE))
         self._rest = memoryview(b"")
-        self._etag = result.meta["e_tag"]
+        self.opened: Hashable = result.meta["e_tag"]
         self.size: int = result.meta["size"]
 
     def read(self, size: int = -1, /) -> bytes:
@@ -360,7 +361,7 @@ class S3Stream:
 
     def stamp(self) -> Hashable:
         """The ETag: one response is of one state of the object, whatever happens to it then."""
-        return self._etag
+        return self.opened
 
     def close(self) -> None:
         self._chunks = iter(())

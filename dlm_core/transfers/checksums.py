@@ -1,27 +1,31 @@
-"""Look at a payload's bytes once: size, digest, kind of content; and know if it changed meanwhile."""
+"""Look at a payload's bytes once: size, digest, kind of content; and notice if they change."""
 
 from __future__ import annotations
 
 import mimetypes
+import re
 import threading
 from collections.abc import Iterable
+from functools import lru_cache
 from hashlib import sha256
-from typing import BinaryIO
 
 from dlm_core.errors import ChangedWhileReadError, PathRefusedError, PayloadNotFoundError
-from dlm_core.storages.port import Entry, Storage
+from dlm_core.storages.port import ReadStream, Storage
 from dlm_core.types import ManifestEntry, Observation, PayloadKind, encode_path
 
 _BLOCK = 1 << 20
-_MAGIC = (
-    (b"SIMPLE  =", "application/fits"),
-    (b"\x89HDF\r\n\x1a\n", "application/x-hdf5"),
-    (b"\x1f\x8b", "application/gzip"),
-    (b"PK\x03\x04", "application/zip"),
-    (b"\x89PNG\r\n\x1a\n", "image/png"),
-    (b"%PDF-", "application/pdf"),
-    (b"CDF\x01", "application/x-netcdf"),
-)
+_UNKNOWN = "application/octet-stream"
+_MAGIC = {
+    b"SIMPLE  =": "application/fits",
+    b"\x89HDF\r\n\x1a\n": "application/x-hdf5",
+    b"\x1f\x8b": "application/gzip",
+    b"PK\x03\x04": "application/zip",
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"%PDF-": "application/pdf",
+    b"CDF\x01": "application/x-netcdf",
+}
+_ANY_MAGIC = tuple(_MAGIC)
+_SUFFIXES = re.compile(r"(\.[^./]+){1,2}\Z")
 
 
 def observe(
@@ -44,36 +48,19 @@ def observe(
     """
     if kind is PayloadKind.DIRECTORY:
         return _observe_directory(storage, path, stop)
-    before = _must_be_file(storage, path)
     with storage.open_read(path) as stream:
         first, size, digest = _read(stream, stop)
-    after = storage.stat(path)
-    changed = after is None or (after.size, after.mtime, after.etag) != (
-        before.size,
-        before.mtime,
-        before.etag,
-    )
-    if (changed or size != before.size) and not (stop and stop.is_set()):
+        unchanged = size == stream.size and stream.stamp() == stream.opened
+    if not unchanged and not (stop is not None and stop.is_set()):
         raise ChangedWhileReadError(f"{storage.name}:{path}")
     return Observation(size, digest, content_type(path, first))
 
 
-def _must_be_file(storage: Storage, path: str) -> Entry:
-    entry = storage.stat(path)
-    if entry is None:
-        raise PayloadNotFoundError(storage=storage.name, path=path)
-    if entry.kind != "file":
-        raise PathRefusedError(
-            storage=storage.name, path=path, message=f"it is a {entry.kind}, not a file"
-        )
-    return entry
-
-
-def _read(stream: BinaryIO, stop: threading.Event | None) -> tuple[bytes, int, str]:
-    first = block = stream.read(_BLOCK)
+def _read(stream: ReadStream, stop: threading.Event | None) -> tuple[bytes, int, str]:
+    first = block = stream.read(min(_BLOCK, stream.size + 1))
     hasher, size = sha256(block), len(block)
     while block and not (stop is not None and stop.is_set()):
-        block = stream.read(_BLOCK)
+        block = stream.read(_BLOCK if stream.size > size else 1)
         hasher.update(block)
         size += len(block)
     return first[:16], size, f"sha256:{hasher.hexdigest()}"
@@ -81,10 +68,15 @@ def _read(stream: BinaryIO, stop: threading.Event | None) -> tuple[bytes, int, s
 
 def content_type(path: str, first: bytes) -> str:
     """Media type by the first bytes where they tell, else by the name."""
-    for magic, name in _MAGIC:
-        if first.startswith(magic):
-            return name
-    return mimetypes.guess_type(path, strict=False)[0] or "application/octet-stream"
+    if first.startswith(_ANY_MAGIC):
+        return next(name for magic, name in _MAGIC.items() if first.startswith(magic))
+    suffixes = _SUFFIXES.search(path)
+    return _type_of(suffixes[0]) if suffixes else _UNKNOWN
+
+
+@lru_cache(maxsize=1000)
+def _type_of(suffixes: str) -> str:
+    return mimetypes.guess_type(f"x{suffixes}", strict=False)[0] or _UNKNOWN
 
 
 def _observe_directory(storage: Storage, path: str, stop: threading.Event | None) -> Observation:
@@ -95,14 +87,18 @@ def _observe_directory(storage: Storage, path: str, stop: threading.Event | None
         raise PathRefusedError(
             storage=storage.name, path=path, message=f"it is a {entry.kind}, not a directory"
         )
-    names = [found.path for found in storage.walk(path)]
+    entries = list(storage.walk(path))
+    if not entries:
+        raise PathRefusedError(
+            storage=storage.name, path=path, message="a directory without files holds no payload"
+        )
     manifest = []
-    for name in names:
+    for one in entries:
         if stop is not None and stop.is_set():
             break
-        seen = observe(storage, name, PayloadKind.FILE, stop)
-        manifest.append(ManifestEntry(name[len(path) + 1 :], seen.size, seen.digest))
-    if [found.path for found in storage.walk(path)] != names:
+        seen = observe(storage, one.path, PayloadKind.FILE, stop)
+        manifest.append(ManifestEntry(one.path[len(path) + 1 :], seen.size, seen.digest))
+    if list(storage.walk(path)) != entries:
         raise ChangedWhileReadError(f"{storage.name}:{path}")
     ordered = tuple(sorted(manifest, key=lambda one: one.path.encode("utf-8", "surrogateescape")))
     return Observation(

@@ -7,31 +7,40 @@ anything, so it goes to its final name; the upload fails if the source's digest 
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import md5, sha256
-from typing import BinaryIO, cast
+from typing import TypeVar
 
 from dlm_core.errors import (
     DestinationDamagedError,
     DlmError,
+    PathRefusedError,
     PayloadExistsError,
+    PayloadNotFoundError,
     SourceDamagedError,
     StorageUnavailableError,
 )
-from dlm_core.storages.port import Entry, Storage, temp_path
+from dlm_core.storages.port import Storage, temp_path
 from dlm_core.transfers.checksums import observe
+from dlm_core.transfers.reading import BLOCK, HashingReader, Interrupted, Progress, read_up_to
 from dlm_core.types import ManifestEntry, PayloadKind
 
-_BLOCK = 1 << 20
+#: files up to this size are read whole: one read, one hash, one write
+_SMALL = 1 << 20
 _SUB_BATCH_FILES = 512
 _SUB_BATCH_BYTES = 1 << 30
+# folders for temporary files: threads that make files in one folder wait for each other
+_SLOTS = 16
+_MAX_CHUNK = 16
 
-Progress = Callable[[int], None]
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +60,7 @@ class CopyTask:
 
 @dataclass(frozen=True, slots=True)
 class CopyResult:
-    """How a task ended: ``error`` None means a verified, visible copy."""
+    """How a task ended: ``error`` None means a verified, visible copy. ``seconds`` of work."""
 
     task: CopyTask
     error: DlmError | None
@@ -62,104 +71,31 @@ class CopyResult:
 class _File:
     """One file on its way; a directory payload has several."""
 
-    task: CopyTask
     source: str
     #: where it is written first, and where it becomes visible
     written: str
     final: str
     size: int
     digest: str
-    etags: tuple[str, ...] = ()
-    adopted: bool = False
+    #: the ETag that an object store gives these bytes
+    etag: str = ""
+    #: this try made it
+    made: bool = False
+    #: the bytes at the destination have been compared
+    proven: bool = False
     error: DlmError | None = None
     seconds: float = 0.0
 
 
-class Interrupted(Exception):
-    """Raised inside a read when the copying is to stop."""
+@dataclass(slots=True)
+class _Copy:
+    task: CopyTask
+    written: str
+    files: list[_File] = field(default_factory=list)
+    error: DlmError | None = None
 
-
-class HashingReader:
-    """A stream that computes digests of what is read, and fails before its end if they are wrong.
-
-    Failing inside the read makes an upload abort: nothing becomes visible at the destination.
-    With ``part_size`` the MD5 of each part is kept, for comparison with an object store's ETag.
-    """
-
-    def __init__(
-        self,
-        stream: BinaryIO,
-        file: _File,
-        where: str,
-        part_size: int | None,
-        stop: threading.Event | None,
-        progress: Progress | None,
-    ) -> None:
-        self._stream, self._file, self._where = stream, file, where
-        self._stop, self._progress = stop, progress
-        self._sha, self._left, self._part_size = sha256(), file.size, part_size
-        self._parts: list[bytes] = []
-        self._part, self._part_left = md5(usedforsecurity=False), part_size or 0
-
-    def read(self, size: int = -1) -> bytes:
-        """Up to ``size`` bytes; raises before handing out the last ones if they are not right."""
-        if self._stop is not None and self._stop.is_set():
-            raise Interrupted
-        try:
-            block = self._stream.read(_BLOCK if size is None or size < 0 else size)
-        except OSError as error:
-            # the source's trouble, which the destination must not take for its own
-            raise StorageUnavailableError(storage=self._where, message=str(error)) from error
-        self._sha.update(block)
-        self._left -= len(block)
-        if self._part_size:
-            self._count_parts(block)
-        if self._left <= 0:
-            self._finish(block)
-        elif not block:
-            self._wrong(f"only {self._file.size - self._left} bytes")
-        if self._progress is not None and block:
-            self._progress(len(block))
-        return block
-
-    def _finish(self, block: bytes) -> None:
-        if self._left < 0 or (block and self._stream.read(1)):
-            self._wrong(f"more than {self._file.size} bytes")
-        found = f"sha256:{self._sha.hexdigest()}"
-        if found != self._file.digest:
-            self._wrong(found)
-
-    def _wrong(self, found: str) -> None:
-        raise SourceDamagedError(where=self._where, expected=self._file.digest, found=found)
-
-    def _count_parts(self, block: bytes) -> None:
-        view = memoryview(block)
-        while view:
-            taken = view[: self._part_left]
-            self._part.update(taken)
-            self._part_left -= len(taken)
-            view = view[len(taken) :]
-            if not self._part_left:
-                self._close_part()
-
-    def _close_part(self) -> None:
-        self._parts.append(self._part.digest())
-        self._part = md5(usedforsecurity=False)
-        self._part_left = self._part_size or 0
-
-    def etags(self) -> tuple[str, ...]:
-        """The ETag that S3 gives these bytes: MD5 of a single part, or of the parts' MD5s."""
-        if not self._part_size:
-            return ()
-        if self._file.size <= self._part_size:
-            # a file of exactly one part was closed when it was full
-            single = self._parts[0] if self._parts else self._part.digest()
-            return (single.hex(),)
-        parts = list(self._parts)
-        if self._part_left != self._part_size:
-            parts.append(self._part.digest())
-        joined = md5(b"".join(parts), usedforsecurity=False).hexdigest()
-        return (f"{joined}-{len(parts)}",)
+    def first_error(self) -> DlmError | None:
+        return self.error or next((file.error for file in self.files if file.error), None)
 
 
 def copy_batch(
@@ -173,16 +109,19 @@ def copy_batch(
 ) -> Iterator[CopyResult]:
     """Copy payloads; yields a result for each task, a sub-batch at a time.
 
-    ``concurrency`` defaults to the destination's; ``progress`` is told bytes as they are read. An
-    error of one payload is that payload's result. Tasks not finished when ``stop`` is set are not
-    yielded and leave nothing visible; what an earlier try left whole at the destination is
-    compared and adopted, anything else there is left alone (``PayloadExistsError``).
+    An error of one payload is that payload's result. What an earlier try left whole at the
+    destination is compared and adopted, anything else there is left alone
+    (``PayloadExistsError``). Tasks not finished when ``stop`` is set are not yielded and leave
+    nothing visible, but for files of a directory payload on an object store, which the next try
+    adopts.
+
+    Parameters
+    ----------
+    concurrency : files at once; by default what suits the storages.
+    progress : told the bytes of each block that was read, from several threads.
     """
     mover = _Mover(source, destination, progress, stop)
-    threads = concurrency or max(1, min(source.concurrency, destination.concurrency))
-    if getattr(destination, "atomic_write", False) or getattr(source, "atomic_write", False):
-        threads = concurrency or max(source.concurrency, destination.concurrency)
-    with ThreadPoolExecutor(threads, "dlm-copy") as pool:
+    with ThreadPoolExecutor(concurrency or mover.concurrency(), "dlm-copy") as pool:
         for batch in _sub_batches(tasks):
             if stop is not None and stop.is_set():
                 return
@@ -191,13 +130,15 @@ def copy_batch(
 
 def _sub_batches(tasks: Sequence[CopyTask]) -> Iterator[list[CopyTask]]:
     batch: list[CopyTask] = []
-    size = 0
+    size = files = 0
     for task in tasks:
-        if batch and (len(batch) >= _SUB_BATCH_FILES or size + task.size > _SUB_BATCH_BYTES):
+        more = len(task.manifest) or 1
+        if batch and (files + more > _SUB_BATCH_FILES or size + task.size > _SUB_BATCH_BYTES):
             yield batch
-            batch, size = [], 0
+            batch, size, files = [], 0, 0
         batch.append(task)
         size += task.size
+        files += more
     if batch:
         yield batch
 
@@ -211,175 +152,270 @@ class _Mover:
         stop: threading.Event | None,
     ) -> None:
         self.source, self.destination = source, destination
-        self.progress, self.stop = progress, stop
+        self.progress, self.stop = progress, stop or threading.Event()
         self.atomic = bool(getattr(destination, "atomic_write", False))
-        self.part_size: int | None = getattr(destination, "part_size", None)
+        self.part_size: Callable[[int], int] | None = getattr(destination, "part_size", None)
         self.read_back = getattr(destination, "read_back", destination.open_read)
+        self.outage: DlmError | None = None
+
+    def concurrency(self) -> int:
+        """An object store hides its latency behind many requests; disks want few."""
+        both = (self.source.concurrency, self.destination.concurrency)
+        remote = self.atomic or getattr(self.source, "atomic_write", False)
+        return max(both) if remote else max(1, min(both))
 
     def copy(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[CopyResult]:
-        files = [file for task in tasks for file in self._files(task)]
+        """The results of one sub-batch; fewer than tasks only if ``stop`` is set."""
+        copies = [self._prepare(task, n // _MAX_CHUNK % _SLOTS) for n, task in enumerate(tasks)]
+        files = [file for copy in copies for file in copy.files]
+        _each(pool, self._write, files)
         if self.atomic:
-            list(pool.map(self._write, files))
             self._compare_etags(files)
-            list(pool.map(self._verify, [f for f in files if not f.error and not f.adopted]))
         else:
-            list(pool.map(self._write, files))
             self._flush(files)
-            list(pool.map(self._verify, [f for f in files if not f.error]))
-        return self._publish(tasks, files, pool)
+        _each(pool, self._verify, [f for f in files if not f.error and not f.proven])
+        stopped = self.stop.is_set()
+        results = _each(pool, self._settle, copies)
+        if not self.atomic:
+            results = self._make_names_durable(results)
+        return [result for result in results if result.error is None or not stopped]
 
-    def _files(self, task: CopyTask) -> list[_File]:
-        first = task.destination_path if self.atomic else temp_path(task.token)
+    def _prepare(self, task: CopyTask, slot: int) -> _Copy:
+        written = task.destination_path if self.atomic else temp_path(f"{slot:x}/{task.token}")
+        copy = _Copy(task, written)
         if task.kind is PayloadKind.FILE:
-            return [
-                _File(task, task.source_path, first, task.destination_path, task.size, task.digest)
-            ]
-        return [
-            _File(
-                task,
-                f"{task.source_path}/{one.path}",
-                f"{first}/{one.path}",
-                f"{task.destination_path}/{one.path}",
-                one.size,
-                one.digest,
+            copy.files.append(
+                _File(task.source_path, written, task.destination_path, task.size, task.digest)
             )
-            for one in task.manifest
-        ]
+        elif not task.manifest:
+            copy.error = PathRefusedError(
+                storage=self.source.name, path=task.source_path, message="its manifest is empty"
+            )
+        for one in task.manifest if task.kind is PayloadKind.DIRECTORY else ():
+            names = (task.source_path, written, task.destination_path)
+            source, first, final = (f"{name}/{one.path}" for name in names)
+            copy.files.append(_File(source, first, final, one.size, one.digest))
+        return copy
+
+    # --- write -----------------------------------------------------------------------------------
 
     def _write(self, file: _File) -> None:
+        if self.outage is not None:
+            file.error = self.outage
+            return
         begun = time.monotonic()
         try:
-            where = f"{self.source.name}:{file.source}"
-            with self.source.open_read(file.source) as stream:
-                reader = HashingReader(
-                    stream, file, where, self.part_size, self.stop, self.progress
-                )
-                self.destination.write(file.written, cast(BinaryIO, reader), file.size)
-                file.etags = reader.etags()
+            if self.stop.is_set():
+                raise Interrupted
+            if file.size <= _SMALL:
+                self._write_small(file)
+            else:
+                self._write_large(file)
+            file.made = True
         except PayloadExistsError as error:
             self._adopt(file, error)
         except Interrupted:
             file.error = StorageUnavailableError(storage=self.source.name, message="interrupted")
+        except StorageUnavailableError as error:
+            file.error = error
+            self._look_for_outage()
         except DlmError as error:
             file.error = error
         file.seconds += time.monotonic() - begun
+
+    def _write_small(self, file: _File) -> None:
+        with self.source.open_read(file.source) as stream:
+            data = read_up_to(stream, file.size + 1)
+        found = f"sha256:{sha256(data).hexdigest()}"
+        if found != file.digest or len(data) != file.size:
+            raise SourceDamagedError(
+                where=f"{self.source.name}:{file.source}",
+                expected=f"{file.digest} ({file.size} bytes)",
+                found=f"{found} (the first {len(data)} bytes)",
+            )
+        if self.part_size is not None:
+            file.etag = md5(data, usedforsecurity=False).hexdigest()
+        self.destination.write(file.written, io.BytesIO(data), file.size)
+        if self.progress is not None:
+            self.progress(len(data))
+
+    def _write_large(self, file: _File) -> None:
+        part = self.part_size(file.size) if self.part_size is not None else None
+        with self.source.open_read(file.source) as stream:
+            where = f"{self.source.name}:{file.source}"
+            reader = HashingReader(
+                stream, file.size, file.digest, where, part, self.stop, self.progress
+            )
+            self.destination.write(file.written, reader, file.size)
+        file.etag = reader.etag()
+
+    def _look_for_outage(self) -> None:
+        """One look at both ends tells an outage from one file's trouble; the rest need not try."""
+        for storage in (self.source, self.destination):
+            try:
+                storage.check()
+            except StorageUnavailableError as error:
+                self.outage = error
+            except DlmError:
+                pass  # of another kind: each file's own error tells
 
     def _adopt(self, file: _File, error: PayloadExistsError) -> None:
         """What an earlier try left complete is as good as a new copy; anything else stays."""
         try:
             seen = observe(self.destination, file.written)
         except DlmError as failure:
-            file.error = failure
+            file.error = _of_destination(failure, file)
             return
         if (seen.size, seen.digest) == (file.size, file.digest):
-            file.adopted = True
+            file.proven = True
         else:
             file.error = error
 
     def _flush(self, files: Sequence[_File]) -> None:
+        if not any(file.made for file in files):
+            return
         try:
             self.destination.flush()
         except DlmError as error:
             for file in files:
                 file.error = file.error or error
 
+    # --- verify ----------------------------------------------------------------------------------
+
     def _compare_etags(self, files: Sequence[_File]) -> None:
         """One listing tells the ETags of the whole sub-batch; they are digests of the bytes there.
 
         A file whose ETag is of another kind (encrypted by a key service, say) is read back.
         """
-        waiting = [file for file in files if not file.error and not file.adopted and file.etags]
+        waiting = {file.written: file for file in files if file.made and file.etag}
         if not waiting:
             return
         try:
-            entries = self.destination.stat_many([file.written for file in waiting])
+            entries = self.destination.stat_many(waiting)
         except DlmError:
             return  # read them back instead
-        for file in waiting:
-            entry: Entry | None = entries.get(file.written)
-            if entry is not None and entry.size == file.size:
-                file.adopted = (entry.etag or "").strip('"') in file.etags
+        for path, file in waiting.items():
+            entry = entries.get(path)
+            file.proven = entry is not None and (entry.size, entry.etag) == (file.size, file.etag)
 
     def _verify(self, file: _File) -> None:
         begun = time.monotonic()
         try:
-            hasher, size = sha256(), 0
-            with self.read_back(file.written) as stream:
-                while block := stream.read(_BLOCK):
-                    hasher.update(block)
-                    size += len(block)
-            found = f"sha256:{hasher.hexdigest()}"
+            size, found = self._digest_there(file)
             if (found, size) != (file.digest, file.size):
-                where = f"{self.destination.name}:{file.final}"
-                file.error = DestinationDamagedError(
-                    where=where,
-                    expected=f"{file.digest} ({file.size} bytes)",
-                    found=f"{found} ({size} bytes)",
-                )
+                file.error = self._damaged(file, f"{found} ({size} bytes)")
+        except PayloadNotFoundError:
+            file.error = self._damaged(file, "nothing")
+        except Interrupted:
+            file.error = StorageUnavailableError(
+                storage=self.destination.name, message="interrupted"
+            )
         except DlmError as error:
             file.error = error
         file.seconds += time.monotonic() - begun
 
-    def _publish(
-        self, tasks: Sequence[CopyTask], files: Sequence[_File], pool: ThreadPoolExecutor
-    ) -> list[CopyResult]:
-        by_task: dict[uuid.UUID, list[_File]] = {task.operation_id: [] for task in tasks}
-        for file in files:
-            by_task[file.task.operation_id].append(file)
-        stopped = self.stop is not None and self.stop.is_set()
+    def _digest_there(self, file: _File) -> tuple[int, str]:
+        hasher, size = sha256(), 0
+        with self.read_back(file.written) as stream:
+            while block := stream.read(min(BLOCK, file.size - size + 1)):
+                hasher.update(block)
+                size += len(block)
+                if size > file.size:
+                    break
+                if size < file.size and self.stop.is_set():
+                    raise Interrupted
+        return size, f"sha256:{hasher.hexdigest()}"
 
-        def settle(task: CopyTask) -> CopyResult:
-            mine = by_task[task.operation_id]
-            error = next((file.error for file in mine if file.error), None)
-            if error is None and not self.atomic:
-                error = self._reveal(task)
-            if error is not None:
-                self._clear(task, mine)
-            return CopyResult(task, error, sum(file.seconds for file in mine))
+    def _damaged(self, file: _File, found: str) -> DestinationDamagedError:
+        return DestinationDamagedError(
+            where=f"{self.destination.name}:{file.final}",
+            expected=f"{file.digest} ({file.size} bytes)",
+            found=found,
+        )
 
-        results = list(pool.map(settle, tasks))
-        if not self.atomic:
-            results = self._make_names_durable(results)
-        if stopped:
-            return [result for result in results if result.error is None]
-        return results
+    # --- publish ---------------------------------------------------------------------------------
 
-    def _reveal(self, task: CopyTask) -> DlmError | None:
+    def _settle(self, copy: _Copy) -> CopyResult:
+        error = copy.first_error()
+        if error is None:
+            error = self._look_for_strangers(copy) if self.atomic else self._reveal(copy)
+        if error is not None:
+            self._clear(copy, error)
+        return CopyResult(copy.task, error, sum(file.seconds for file in copy.files))
+
+    def _reveal(self, copy: _Copy) -> DlmError | None:
         try:
-            if task.kind is PayloadKind.DIRECTORY and not task.manifest:
-                return PayloadExistsError(storage=self.destination.name, path="(empty directory)")
-            self.destination.rename(temp_path(task.token), task.destination_path)
+            self.destination.rename(copy.written, copy.task.destination_path)
         except PayloadExistsError as error:
-            return self._same_already(task, error)
+            return self._same_already(copy, error)
         except DlmError as error:
-            return error
+            return _of_destination(error, copy.files[0])
         return None
 
-    def _same_already(self, task: CopyTask, error: DlmError) -> DlmError | None:
+    def _same_already(self, copy: _Copy, error: DlmError) -> DlmError | None:
+        task = copy.task
         try:
             seen = observe(self.destination, task.destination_path, task.kind)
             if (seen.size, seen.digest) != (task.size, task.digest):
                 return error
-            self.destination.remove(temp_path(task.token))
+            self.destination.remove(copy.written)
+        except PathRefusedError:
+            return error  # something of another kind
         except DlmError as failure:
-            return failure
+            return _of_destination(failure, copy.files[0])
+        return None
+
+    def _look_for_strangers(self, copy: _Copy) -> DlmError | None:
+        """On an object store a directory is what begins with its name: nothing else may."""
+        if copy.task.kind is PayloadKind.FILE:
+            return None
+        mine = {file.written for file in copy.files}
+        try:
+            for entry in self.destination.walk(copy.written):
+                if entry.path not in mine:
+                    return PayloadExistsError(storage=self.destination.name, path=entry.path)
+        except DlmError as error:
+            return _of_destination(error, copy.files[0])
         return None
 
     def _make_names_durable(self, results: list[CopyResult]) -> list[CopyResult]:
+        if not any(result.error is None for result in results):
+            return results
         try:
             self.destination.flush()
         except DlmError as error:
             return [replace(result, error=result.error or error) for result in results]
         return results
 
-    def _clear(self, task: CopyTask, files: Sequence[_File]) -> None:
+    def _clear(self, copy: _Copy, error: DlmError) -> None:
         """Take back what was written by this try, and only that."""
         try:
             if not self.atomic:
-                self.destination.remove(temp_path(task.token))
+                self.destination.remove(copy.written)
                 return
-            for file in files:
-                if isinstance(file.error, DestinationDamagedError):
+            for file in copy.files:
+                damaged = isinstance(file.error, DestinationDamagedError)
+                # after an outage the next try adopts the files that came through
+                if file.made and (damaged or not error.retryable):
                     self.destination.remove(file.written)
         except DlmError:
             pass  # the sweep finds it; the task's own error is the one to tell
+
+
+def _of_destination(error: DlmError, file: _File) -> DlmError:
+    """ "Not found" is said of sources only: the catalogue would suspect a good one."""
+    if isinstance(error, PayloadNotFoundError):
+        storage = error.details["storage"]
+        return StorageUnavailableError(
+            storage=storage, message=f"{file.final} went while it was looked at"
+        )
+    return error
+
+
+def _each(pool: ThreadPoolExecutor, function: Callable[[_T], _R], things: Sequence[_T]) -> list[_R]:
+    """``pool.map`` in chunks: handing over a small file costs as much as copying it."""
+    length = max(1, min(_MAX_CHUNK, len(things) // (4 * pool._max_workers)))
+    chunks = [things[n : n + length] for n in range(0, len(things), length)]
+    return [
+        one for done in pool.map(lambda chunk: list(map(function, chunk)), chunks) for one in done
+    ]

@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dagster as dg
@@ -45,6 +45,9 @@ class ExpiryConfig(DrainConfig):
     )
     max_delete_bytes: int | None = Field(
         None, ge=0, description="Bytes this run may trash; unset: DLM_MAX_DELETE_BYTES."
+    )
+    plan: bool = Field(
+        True, description="Trash what is past its time; else only finish what is queued."
     )
 
 
@@ -109,12 +112,11 @@ WORK: dict[str, Work] = {
 
 def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: Catalogue) -> Any:
     """Run one drainer in this process and tell what it did."""
-    overrides = {
-        key: value
-        for key, value in config.model_dump(exclude={"dry_run"}).items()
-        if value is not None
-    }
+    given = config.model_dump(exclude={"dry_run", "plan"}).items()
+    overrides = {key: value for key, value in given if value is not None}
     work = WORK[name]
+    if isinstance(config, ExpiryConfig) and not config.plan:
+        work = replace(work, planner=None)
     try:
         settings = site.settings().model_copy(update=overrides)
         core = site.context(f"run:{context.run_id}", settings)
@@ -173,7 +175,11 @@ class _Forward(logging.Handler):
         self._context = context
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._context.log.log(record.levelno, record.getMessage())
+        try:
+            self._context.log.log(record.levelno, record.getMessage())
+        except Exception:
+            # Dagster's database is away; the work must not end with a line of its log
+            self.handleError(record)
 
 
 @contextmanager

@@ -24,8 +24,14 @@ _WHERE = """
   jobs { name } } } } }
 """
 _STATUS = """
-query($id: ID!) { runOrError(runId: $id) { __typename ... on Run { status eventConnection {
-  events { __typename ... on HandledOutputEvent { metadataEntries { ...entry } }
+query($id: ID!) { runOrError(runId: $id) { __typename ... on Run { status }
+  ... on PythonError { message } ... on RunNotFoundError { message } } }
+"""
+_EVENTS = """
+query($id: ID!, $after: String) { runOrError(runId: $id) { __typename
+  ... on PythonError { message } ... on RunNotFoundError { message } ... on Run {
+  eventConnection(afterCursor: $after) { cursor hasMore events { __typename
+  ... on HandledOutputEvent { metadataEntries { ...entry } }
   ... on ExecutionStepOutputEvent { metadataEntries { ...entry } }
   ... on ExecutionStepFailureEvent { error { message } } } } } } }
 fragment entry on MetadataEntry { label
@@ -35,6 +41,8 @@ fragment entry on MetadataEntry { label
 """
 _ENDED = ("SUCCESS", "FAILURE", "CANCELED")
 _POLL_SECONDS = 1.0
+#: a webserver that is started again is waited for so long
+_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,26 +127,46 @@ def _wait(
     deadline = None if timeout is None else time.monotonic() + timeout
     shown = ""
     while True:
-        run = _ask(ui_url, _STATUS, {"id": run_id})["runOrError"]
-        status = run.get("status", "FAILURE")
+        status = _patiently(ui_url, _STATUS, run_id)["status"]
         if status != shown and on_update is not None:
             on_update(status)
         shown = status
-        if status in _ENDED or (deadline is not None and time.monotonic() > deadline):
-            return LaunchedRun(run_id, status, url, *_told(run))
+        if status in _ENDED:
+            return LaunchedRun(run_id, status, url, *_told(ui_url, run_id))
+        if deadline is not None and time.monotonic() > deadline:
+            return LaunchedRun(run_id, status, url)
         time.sleep(_POLL_SECONDS)
 
 
-def _told(run: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+def _patiently(ui_url: str, query: str, run_id: str, **more: Any) -> dict[str, Any]:
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            found: dict[str, Any] = _ask(ui_url, query, {"id": run_id, **more})["runOrError"]
+            if found["__typename"] != "Run":
+                # its database is away, say; that is no end of the run
+                raise ServiceUnavailableError(service="the Dagster UI", reason=found["message"])
+            return found
+        except ServiceUnavailableError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(_POLL_SECONDS)
+
+
+def _told(ui_url: str, run_id: str) -> tuple[dict[str, Any], str | None]:
+    """What a run told at its end; a long run has many pages of progress before that."""
     metadata: dict[str, Any] = {}
-    error = None
-    for event in run.get("eventConnection", {}).get("events", ()):
-        for entry in event.get("metadataEntries") or ():
-            values = [value for key, value in entry.items() if key != "label"]
-            if values:
-                metadata[entry["label"]] = values[0]
-        if event.get("error"):
-            error = event["error"]["message"].strip()
+    error, after, more = None, None, True
+    while more:
+        page = _patiently(ui_url, _EVENTS, run_id, after=after)["eventConnection"]
+        for event in page["events"]:
+            for entry in event.get("metadataEntries") or ():
+                values = [value for key, value in entry.items() if key != "label"]
+                if values:
+                    metadata[entry["label"]] = values[0]
+            if event.get("error"):
+                error = event["error"]["message"].strip()
+        after, more = page["cursor"], page["hasMore"]
     return metadata, error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,22 +35,30 @@ def report_metadata(context: Context, report: Report) -> dict[str, Any]:
     ]
     if causes:
         found["failures"] = _table(causes, ["cause", "outcome", "operations"])
+    uris = _uris(context, report)
+    if report.first_failures:
+        failures = [
+            {"operation": kind, "error": error, "explain": _why(uris, oid)}
+            for kind, error, oid in report.first_failures
+        ]
+        found["first_failures"] = _table(failures, ["operation", "error", "explain"])
     if report.slowest:
-        found["slowest"] = _slowest(context, report)
+        slowest = [
+            {"seconds": f"{took:.3f}", "operation": kind, "explain": _why(uris, oid)}
+            for took, kind, oid in report.slowest
+        ]
+        found["slowest"] = _table(slowest, ["seconds", "operation", "explain"])
     return found
 
 
-def _slowest(context: Context, report: Report) -> dg.MarkdownMetadataValue:
-    uris = context.transact(lambda c: uris_of(c, [oid for _, _, oid in report.slowest]))
-    rows = [
-        {
-            "seconds": f"{seconds:.3f}",
-            "operation": kind,
-            "explain": f"`dlm item why '{uris.get(oid, oid)}'`",
-        }
-        for seconds, kind, oid in report.slowest
-    ]
-    return _table(rows, ["seconds", "operation", "explain"])
+def _uris(context: Context, report: Report) -> dict[str, str]:
+    oids = {oid for _, _, oid in [*report.slowest, *report.first_failures]}
+    found: dict[str, str] = context.transact(lambda c: uris_of(c, list(oids))) if oids else {}
+    return found
+
+
+def _why(uris: Mapping[str, str], oid: str) -> str:
+    return f"`dlm item why {shlex.quote(uris.get(oid, oid))}`"
 
 
 def proposals_metadata(proposals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

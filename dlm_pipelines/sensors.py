@@ -1,13 +1,16 @@
 """The sensors: each asks the catalogue one cheap question and requests at most a few drainers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import dagster as dg
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.capacity import storages_to_observe, storages_to_relieve
 from dlm_core.catalogue.deletions import count_expiry_due
+from dlm_core.catalogue.housekeeping import fold_long_tally
 from dlm_core.catalogue.operations import count_due
 from dlm_core.catalogue.replicas import count_evaluations_due
 from dlm_core.errors import DlmError
@@ -18,8 +21,16 @@ from dlm_core.types import OperationKind
 from dlm_pipelines.jobs import JOBS
 from dlm_pipelines.resources import Catalogue
 
-#: a question: how much is due, and in words
-Due = tuple[int, str]
+
+@dataclass(frozen=True)
+class Due:
+    """How much is due, in words, and the config of the runs to ask for."""
+
+    amount: int
+    words: str
+    config: Mapping[str, Any] | None = None
+
+
 Question = Callable[[Connection, Settings, datetime], Due]
 
 _ACTIVE = [
@@ -38,20 +49,20 @@ class Blocked(Exception):
 def registration_due(connection: Connection, _: Settings, now: datetime) -> Due:
     """Announced payloads to admit, and watched folders to look at."""
     due = count_registration_due(connection, now)
-    return due, f"{due} admissions and watched folders"
+    return Due(due, f"{due} admissions and watched folders")
 
 
 def replication_due(connection: Connection, _: Settings, now: datetime) -> Due:
     """Items to plan, and copies to make."""
     items = count_evaluations_due(connection, now)
     copies = count_due(connection, [OperationKind.COPY], now)
-    return items + copies, f"{items} items to plan, {copies} copies to make"
+    return Due(items + copies, f"{items} items to plan, {copies} copies to make")
 
 
 def verification_due(connection: Connection, _: Settings, now: datetime) -> Due:
     """Replicas to read again."""
     due = count_due(connection, [OperationKind.VERIFY], now)
-    return due, f"{due} replicas to verify"
+    return Due(due, f"{due} replicas to verify")
 
 
 def expiry_due(connection: Connection, settings: Settings, now: datetime) -> Due:
@@ -67,22 +78,30 @@ def expiry_due(connection: Connection, settings: Settings, now: datetime) -> Due
     )
     due = count_expiry_due(connection, now, settings.max_delete_items + 1)
     too_much = due.replicas > settings.max_delete_items or due.bytes > settings.max_delete_bytes
-    if too_much and not files:
-        raise Blocked(
-            f"at least {due.replicas} replicas ({due.bytes} bytes) are past their time, more than "
-            f"one run may delete ({settings.max_delete_items}, {settings.max_delete_bytes} bytes): "
-            "look at a dry run of expiry_job, then launch it with max_delete_items and "
-            "max_delete_bytes raised if it is meant"
-        )
-    return due.replicas + files, f"{due.replicas} replicas past their time, {files} file operations"
+    if not too_much:
+        words = f"{due.replicas} replicas past their time, {files} file operations"
+        return Due(due.replicas + files, words)
+    told = (
+        f"at least {due.replicas} replicas ({due.bytes} bytes) are past their time, more than "
+        f"one run may delete ({settings.max_delete_items}, {settings.max_delete_bytes} bytes): "
+        "look at a dry run of expiry_job, then launch it with max_delete_items and "
+        "max_delete_bytes raised if it is meant"
+    )
+    if not files:
+        raise Blocked(told)
+    # what was certified before goes on
+    config = {"ops": {"drain_expiry": {"config": {"plan": False}}}}
+    return Due(files, f"{files} file operations; what is past its time is too much", config)
 
 
 def rebalance_due(connection: Connection, _: Settings, now: datetime) -> Due:
     """Storages too full or being drained, and storages to be asked how full they are."""
+    # this question reads the whole tally, so it keeps it short
+    fold_long_tally(connection)
     relieve = storages_to_relieve(connection, now)
     ask = storages_to_observe(connection, now - ASK_AGAIN)
     names = ", ".join(row["name"] for row in relieve) or "none"
-    return len(relieve) + len(ask), f"storages to relieve: {names}; to be asked: {len(ask)}"
+    return Due(len(relieve) + len(ask), f"storages to relieve: {names}; to be asked: {len(ask)}")
 
 
 def _sensor(name: str, question: Question, most: int | None = None) -> dg.SensorDefinition:
@@ -92,21 +111,20 @@ def _sensor(name: str, question: Question, most: int | None = None) -> dg.Sensor
         try:
             current = catalogue.settings()
             core = catalogue.context(f"sensor:{name}", current)
-            due, words = core.transact(lambda c: question(c, current, core.clock()))
+            due = core.transact(lambda c: question(c, current, core.clock()))
         except (DlmError, Blocked) as error:
             return dg.SensorResult(skip_reason=str(error))
-        if not due:
+        if not due.amount:
             return dg.SensorResult(skip_reason="nothing is due")
         active = context.instance.get_runs_count(
             dg.RunsFilter(job_name=f"{name}_job", statuses=_ACTIVE)
         )
-        drainers = min(most or current.max_drainers, -(-due // current.batch_size))
+        drainers = min(most or current.max_drainers, -(-due.amount // current.batch_size))
         wanted = drainers - active
         if wanted <= 0:
-            return dg.SensorResult(skip_reason=f"{words}; {active} runs are at it")
-        return dg.SensorResult(
-            run_requests=[dg.RunRequest(tags={"dlm/due": words}) for _ in range(wanted)]
-        )
+            return dg.SensorResult(skip_reason=f"{due.words}; {active} runs are at it")
+        request = dg.RunRequest(run_config=due.config, tags={"dlm/due": due.words})
+        return dg.SensorResult(run_requests=[request] * wanted)
 
     return dg.SensorDefinition(
         name=f"{name}_sensor",

@@ -30,3 +30,16 @@ def fold_tally(connection: Connection) -> int:
     if locked:
         run(connection, "SELECT dlm_fold_tally()")
     return int(rows(connection, "SELECT count(*) AS n FROM tally")[0]["n"])
+
+
+def fold_long_tally(connection: Connection, longest: int = 10_000) -> bool:
+    """Fold the tally if it has more than ``longest`` rows; looking costs no more than these."""
+    found = rows(
+        connection,
+        "SELECT count(*) AS n FROM (SELECT FROM tally LIMIT :limit) t",
+        limit=longest + 1,
+    )
+    if found[0]["n"] <= longest:
+        return False
+    fold_tally(connection)
+    return True

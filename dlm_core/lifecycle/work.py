@@ -37,6 +37,7 @@ log = logging.getLogger("dlm")
 _HEARTBEAT_SHARE = 0.25
 _PROGRESS_SECONDS = 15.0
 _POLL_SECONDS = 0.5
+#: slowest and first failed operations that a report names
 _SLOWEST = 10
 
 
@@ -161,6 +162,8 @@ class Report:
     seconds: float = 0.0
     #: (seconds, kind, oid) of the slowest operations, slowest first
     slowest: list[tuple[float, str, str]] = field(default_factory=list)
+    #: (kind, error, oid) of the first operations that FAILED
+    first_failures: list[tuple[str, str, str]] = field(default_factory=list)
 
     def note(
         self, operation: Mapping[str, Any], outcome: queue.Outcome, size: int, seconds: float
@@ -172,6 +175,9 @@ class Report:
         else:
             causes = self.failed if outcome.state is OperationState.FAILED else self.retried
             causes[outcome.error_code or "DLM-000"] += 1
+            if causes is self.failed and len(self.first_failures) < _SLOWEST:
+                error = f"{outcome.error_code}: {outcome.error}"
+                self.first_failures.append((operation["kind"], error, str(operation["oid"])))
         slow = (seconds, operation["kind"], str(operation["oid"]))
         if len(self.slowest) < _SLOWEST or slow > self.slowest[-1]:
             self.slowest = sorted([*self.slowest, slow], reverse=True)[:_SLOWEST]
@@ -184,6 +190,7 @@ class Report:
         self.planned += other.planned
         self.bytes += other.bytes
         self.slowest = sorted([*self.slowest, *other.slowest], reverse=True)[:_SLOWEST]
+        self.first_failures = [*self.first_failures, *other.first_failures][:_SLOWEST]
 
     @property
     def total(self) -> int:

@@ -1,10 +1,20 @@
 """Jobs and sensors on a real catalogue and real files, without daemon."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import dagster as dg
 import pytest
 
 from dlm_core.catalogue.browse import set_item_expiry
+from dlm_core.catalogue.engine import make_engine
+from dlm_core.clock import utc_now
+from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.lifecycle.replicate import execute_copy, plan_replication
+from dlm_core.lifecycle.work import drain
+from dlm_core.types import OperationKind
 from dlm_pipelines import sensors
 from dlm_pipelines.definitions import defs
 from dlm_pipelines.jobs import JOBS
@@ -19,8 +29,6 @@ def site(engine, database_url, tmp_path, monkeypatch):
     monkeypatch.setenv("DLM_LINGER_SECONDS", "0")
     monkeypatch.setenv("DLM_TRASH_GRACE_SECONDS", "0")
     site = make_site(engine, tmp_path)
-    from dlm_core.clock import utc_now
-
     site.context.clock = utc_now
     for name, location in (("a", "A"), ("b", "B")):
         site.add_storage(name, location)
@@ -56,6 +64,17 @@ def register(site, files):
     for path, data in files.items():
         (site.folder / "a" / path).write_bytes(data)
     return register_tree(site.context, Source("a", "test"))
+
+
+def expire(site, *uris):
+    for uri in uris:
+        site.context.transact(
+            lambda c, u=uri: set_item_expiry(c, u, site.context.clock(), "no longer wanted")
+        )
+
+
+def private(site):
+    return len(site.private("a", "trash") + site.private("b", "trash"))
 
 
 def test_definitions_load():
@@ -142,6 +161,95 @@ def test_too_much_to_delete_waits_for_an_operator(site, instance, monkeypatch):
     assert site.query("SELECT count(*) AS n FROM deletion")[0]["n"] == 0
     assert execute(instance, "expiry", max_delete_items=4).success
     assert site.query("SELECT count(*) AS n FROM deletion")[0]["n"] >= 4
+
+
+def test_certified_deletions_go_on_while_too_much_waits(site, instance, monkeypatch):
+    """The sensor asks for a run that only finishes what is queued; it trashes nothing new."""
+    register(site, {"x": b"one", "y": b"two", "z": b"six"})
+    execute(instance, "registration")
+    execute(instance, "replication")
+    monkeypatch.setenv("DLM_TRASH_GRACE_SECONDS", "3600")
+    expire(site, "test:x")
+    assert execute(instance, "expiry").success
+    assert private(site) == 2
+    site.execute("UPDATE operation SET due_at = now() WHERE kind = 'purge' AND state = 'QUEUED'")
+    monkeypatch.setenv("DLM_MAX_DELETE_ITEMS", "3")
+    expire(site, "test:y", "test:z")
+    (request,) = sensor(instance, "expiry").run_requests
+    assert request.run_config == {"ops": {"drain_expiry": {"config": {"plan": False}}}}
+    assert execute(instance, "expiry", plan=False).success
+    assert private(site) == 0
+    assert len(site.visible("a")) == len(site.visible("b")) == 2
+
+
+def test_failures_are_told_with_what_to_ask(site, instance):
+    """The run succeeds; its metadata names causes, and the command that explains each failure."""
+    register(site, {"it's here": b"one", "y": b"two"})
+    (site.folder / "a" / "it's here").unlink()
+    result = execute(instance, "registration")
+    told = metadata(result, "registration")
+    assert result.success and (told["failed"], told["done_admit"]) == (1, 1)
+    assert "| DLM-303 | failed | 1 |" in told["failures"]
+    (line,) = told["first_failures"].splitlines()[2:]
+    assert "DLM-303: storage a has no payload" in line and "`dlm item why " in line
+
+
+def test_a_sensor_is_quick(site, instance):
+    """Due or not, a tick takes less than 100 ms; the median of five."""
+    register(site, {f"f{n}": b"one" for n in range(50)})
+    for name in JOBS:
+        took = []
+        for _ in range(5):
+            begun = time.monotonic()
+            sensor(instance, name)
+            took.append(time.monotonic() - begun)
+        assert sorted(took)[2] < 0.1, name
+
+
+def test_a_long_tally_is_folded_by_a_sensor(site, instance):
+    """Its rows become few, its sums stay."""
+    register(site, {"x": b"one"})
+    site.execute(
+        "INSERT INTO tally SELECT 'item', NULL, 'READY', 1, 2 FROM generate_series(1, 6000)"
+    )
+    site.execute(
+        "INSERT INTO tally SELECT 'item', NULL, 'READY', -1, -2 FROM generate_series(1, 6000)"
+    )
+    sums = "SELECT noun, state, sum(n) AS n FROM tally GROUP BY 1, 2 HAVING sum(n) <> 0 ORDER BY 1"
+    before = site.query(sums)
+    sensor(instance, "rebalance")
+    assert site.query("SELECT count(*) AS n FROM tally")[0]["n"] < 10
+    assert site.query(sums) == before
+
+
+def test_two_drainers_never_do_one_operation_twice(site, database_url):
+    """Both work, each operation is claimed once, each copy becomes READY once."""
+    register(site, {f"f{n}": b"x" * n for n in range(1, 301)})
+    site.context.settings = site.context.settings.model_copy(update={"batch_size": 10})
+    drain(site.context, {OperationKind.ADMIT: execute_admit})
+    contexts = [
+        replace(site.context, engine=make_engine(database_url), worker=f"worker:{n}")
+        for n in range(2)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(
+            pool.map(
+                lambda c: drain(c, {OperationKind.COPY: execute_copy}, plan_replication), contexts
+            )
+        )
+    for context in contexts:
+        context.engine.dispose()
+    assert [sum(r.failed.values()) + sum(r.retried.values()) for r in reports] == [0, 0]
+    assert sum(r.done["copy"] for r in reports) == 300
+    assert min(r.done["copy"] for r in reports) > 0
+    done = site.query("SELECT attempts, state FROM operation WHERE kind = 'copy'")
+    assert [(row["attempts"], row["state"]) for row in done] == [(1, "DONE")] * 300
+    ready = site.query(
+        "SELECT count(*) AS n, count(DISTINCT uid) AS uids FROM event WHERE noun = 'replica' "
+        "AND storage_id = :b AND new_state = 'READY' AND old_state = 'PENDING'",
+        b=site.storages["b"],
+    )
+    assert tuple(ready[0].values()) == (300, 300)
 
 
 def test_housekeeping_runs(site, instance):

@@ -88,6 +88,7 @@ class _Unavailable:
 
     concurrency = 1
     atomic_write = False
+    part_size = None
 
     def __init__(self, name: str, error: DlmError) -> None:
         self.name, self._error = name, error

@@ -24,14 +24,15 @@ _FILL = """
     SELECT gen_random_uuid(), 's' || n, location_id, 'posix', 'disk', '/s' || n, 'LIQUID'
       FROM location, generate_series(1, 3) n;
   INSERT INTO data_item (oid, uri, uri_bucket, size, digest, metadata, created_at)
-    SELECT uuid7_floor('2026-01-01Z'::timestamptz + n * interval '1 ms'), 'bench:item-' || n, '01234',
-           n, 'sha256:' || repeat('a', 64), '{"telescope": "x", "band": 3}', '2026-01-01Z'
+    SELECT uuid7_floor('2026-01-01Z'::timestamptz + n * interval '1 ms'), 'bench:item-' || n,
+           '01234', n, 'sha256:' || repeat('a', 64), '{"telescope": "x", "band": 3}', '2026-01-01Z'
       FROM generate_series(1, %d) n;
   UPDATE data_item SET state = 'READY';
   INSERT INTO replica (uid, oid, storage_id, path, size, created_at, accessed_at)
     SELECT gen_random_uuid(), oid, storage_id, name, size, '2026-01-01Z', '2026-01-01Z'
       FROM data_item i, (SELECT storage_id FROM storage) s;
-  UPDATE replica SET state = 'READY', digest = 'sha256:' || repeat('a', 64), checked_at = created_at;
+  UPDATE replica SET state = 'READY', digest = 'sha256:' || repeat('a', 64),
+         checked_at = created_at;
 """
 _BARE = """
   SELECT i.*, r.*, s.name FROM data_item i LEFT JOIN replica r USING (oid)
@@ -40,7 +41,7 @@ _BARE = """
 
 def run(quick: bool) -> list[dict[str, Any]]:
     """The p50 of a lookup in microseconds, and its ratio to bare prepared SQL (at most 3)."""
-    count = 10_000 if quick else 200_000
+    count = 10_000 if quick else 100_000
     home = Path(tempfile.mkdtemp(prefix="dlm-bench-"))
     try:
         url = embedded.ensure_running(home)

@@ -65,7 +65,9 @@ def register(
         register_list,
         register_tree,
     )
+    from dlm_core.types import make_uri
 
+    make_uri(scheme, f"{prefix}x")  # told once, not for every payload
     sums = parse_checksums(_read(checksums)) if checksums else {}
     paths = [line for line in _read(list_file).splitlines() if line] if list_file else None
     if paths == []:
@@ -352,7 +354,9 @@ def watch_add(
     from datetime import timedelta
 
     from dlm_core.lifecycle.watch import add_watch
+    from dlm_core.types import make_uri
 
+    make_uri(scheme, f"{prefix}x")
     interval = parse_duration(every) or timedelta(seconds=30)
     with catalogue() as context:
         add_watch(

@@ -22,6 +22,9 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d|w|y)", re.ASCII)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, "y": 31_557_600}
 
 
+_LONGEST_SECONDS = 100 * _SECONDS["y"]
+
+
 def fail(error: DlmError) -> None:
     """Print an error in one line and end with its exit code."""
     print(f"dlm: error {error.code}: {error}", file=sys.stderr)
@@ -91,7 +94,10 @@ def parse_duration(text: str | None) -> timedelta | None:
     match = _DURATION.fullmatch(text.strip())
     if not match:
         raise InvalidValueError(what="duration", value=text, expected="such as 30s, 15m, 12h, 7d")
-    return timedelta(seconds=float(match[1]) * _SECONDS[match[2]])
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if seconds > _LONGEST_SECONDS:
+        raise InvalidValueError(what="duration", value=text, expected="at most 100 years")
+    return timedelta(seconds=seconds)
 
 
 def parse_time(text: str | None, now: datetime) -> datetime | None:
@@ -116,6 +122,8 @@ def parse_time(text: str | None, now: datetime) -> datetime | None:
         raise InvalidValueError(
             what="time", value=text, expected="ISO 8601 with a zone (2030-01-31T12:00Z), or 30d"
         )
+    if not 2000 <= found.year < 2200:
+        raise InvalidValueError(what="time", value=text, expected="a year from 2000 to 2199")
     return found.astimezone(UTC)
 
 

@@ -1,0 +1,503 @@
+"""The command line on a real catalogue and real files: what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from dlm_cli.main import main
+from dlm_cli.session import parse_duration, parse_size, parse_time
+from dlm_core.catalogue.engine import rows
+from dlm_core.errors import InvalidValueError
+from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.expire import ExpiryPlanner
+from dlm_core.lifecycle.rebalance import plan_rebalance
+from dlm_core.lifecycle.replicate import plan_replication
+from dlm_core.lifecycle.work import Context, drain
+from dlm_core.settings import load_settings
+from dlm_core.types import OperationKind
+from tests.site import ALL
+
+
+@dataclass
+class Result:
+    """What a command did."""
+
+    code: int
+    out: str
+    error: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Dlm = Callable[..., Result]
+
+
+@pytest.fixture
+def dlm(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Dlm:
+    """Run a command on a fresh catalogue."""
+    monkeypatch.setenv("DLM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DLM_DATABASE_URL", database_url)
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["dlm", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        code = ended.value.code
+        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def storages(dlm: Dlm, tmp_path: Path) -> dict[str, Path]:
+    """Two storages at two locations, added by command."""
+    roots = {}
+    for name, location in (("a", "here"), ("b", "there")):
+        roots[name] = tmp_path / name
+        roots[name].mkdir()
+        assert dlm("location", "add", location).code == 0
+        added = dlm("storage", "add", name, "--location", location, "--root", str(roots[name]))
+        assert added.code == 0, added.error
+    return roots
+
+
+@pytest.fixture
+def settle(engine: Engine, storages: dict[str, Path]) -> Callable[[], None]:
+    """Do what the sensors would: everything that is due."""
+    context = Context(engine, load_settings(), "user:test")
+
+    def plan(context: Context) -> int:
+        expiry = ExpiryPlanner(1000, 2**40)
+        return plan_replication(context) + expiry(context) + plan_rebalance(context)
+
+    executors = {OperationKind.ADMIT: execute_admit, **ALL}
+    return lambda: drain(context, executors, plan) and None
+
+
+def refused(result: Result, code: str, exit_code: int) -> str:
+    """Check that a command ended in one line on stderr with its code; the line."""
+    assert result.code == exit_code, result
+    assert result.error.startswith(f"dlm: error {code}: ")
+    assert result.error.count("\n") == 1 and result.error.endswith("\n"), result.error
+    assert "Traceback" not in result.error
+    return result.error
+
+
+# --- the process itself ---------------------------------------------------------------------------
+
+
+def test_help_comes_fast_and_without_heavy_imports() -> None:
+    """--help needs little processor time, and neither Dagster nor SQLAlchemy."""
+    code = (
+        "import sys, time; sys.argv = ['dlm', '--help']\n"
+        "from dlm_cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'dagster', 'sqlalchemy', 'psycopg', 'obstore', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print(time.process_time(), file=sys.stderr)\n"
+    )
+    # not the wall's time: other tests run beside this one
+    took = [
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code], check=True, capture_output=True, text=True
+            ).stderr
+        )
+        for _ in range(3)
+    ]
+    assert min(took) < 0.6
+
+
+def test_a_reader_that_goes_away_is_no_error(dlm: Dlm, storages: Any) -> None:
+    """dlm … | head -0: no traceback."""
+    command = (
+        f"{sys.executable} -c 'from dlm_cli.main import main; main()' storage list | head -c 0"
+    )
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in ended.stderr
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["nonsense"], "DLM-100"),
+        (["storage", "add"], "DLM-100"),
+        (["item", "list", "--limit", "0"], "DLM-100"),
+        (["item", "list", "--state", "FINE"], "DLM-101"),
+        (["item", "show", "test:nothing"], "DLM-102"),
+        (["item", "why", "test:nothing"], "DLM-102"),
+        (["item", "events", "test:nothing"], "DLM-102"),
+        (["location", "add", "has space"], "DLM-101"),
+        (["location", "add", "x", "--country", "Germany"], "DLM-101"),
+        (["location", "add", "here"], "DLM-103"),
+        (["storage", "show", "nope"], "DLM-102"),
+        (["storage", "set", "nope", "--mode", "offline"], "DLM-102"),
+        (["storage", "set", "a", "--mode", "asleep"], "DLM-101"),
+        (["storage", "set", "a", "--capacity", "much"], "DLM-101"),
+        (["storage", "set", "a", "--low-watermark", "0.95"], "DLM-101"),
+        (["storage", "set", "a", "--trash-grace", "7 parsecs"], "DLM-101"),
+        (["storage", "add", "c", "--location", "here", "--root", "relative"], "DLM-101"),
+        (["storage", "add", "c", "--location", "here", "--root", "/x", "--config", "k"], "DLM-101"),
+        (["register", "nope"], "DLM-102"),
+        (["register", "a", "--expires", "2030-01-01T00:00"], "DLM-101"),
+        (["register", "a", "--scheme", "Not A Scheme"], "DLM-101"),
+        (["register", "a", "--tag", "novalue"], "DLM-101"),
+        (["expire"], "DLM-106"),
+        (["expire", "test:nothing"], "DLM-101"),
+        (["expire", "test:nothing", "--reason", "r"], "DLM-102"),
+        (["restore", "test:nothing"], "DLM-102"),
+        (["verify"], "DLM-106"),
+        (["verify", "--storage", "nope"], "DLM-102"),
+        (["watch", "remove", "a", "x"], "DLM-102"),
+        (["watch", "add", "a", "--every", "often"], "DLM-101"),
+        (["watch", "add", "a", "--scheme", "No Scheme"], "DLM-101"),
+        (["register", "a", "--expires", "2300-01-01T00:00Z"], "DLM-101"),
+        (["register", "a", "--prefix", "/absolute/"], "DLM-101"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    dlm: Dlm, storages: Any, arguments: list[str], code: str
+) -> None:
+    """Whatever is wrong with the arguments: one line on stderr with a code, nothing on stdout."""
+    result = dlm(*arguments)
+    refused(result, code, 2)
+    assert result.out == ""
+
+
+def test_a_storage_that_is_not_there_is_not_added(dlm: Dlm, tmp_path: Path) -> None:
+    """The root is looked at before the storage gets into the catalogue."""
+    dlm("location", "add", "here")
+    root = str(tmp_path / "missing")
+    result = dlm("storage", "add", "x", "--location", "here", "--root", root)
+    refused(result, "DLM-301", 4)
+    assert dlm("storage", "list", "--json").json == []
+
+
+def test_a_secret_is_neither_kept_nor_repeated(dlm: Dlm, storages: Any) -> None:
+    """A key given outright in a storage's config is refused, and not printed."""
+    result = dlm(
+        "storage", "add", "c", "--location", "here", "--interface", "s3", "--root", "bucket",
+        "--config", "secret_access_key=hunter2",
+    )  # fmt: skip
+    assert "hunter2" not in refused(result, "DLM-101", 2)
+
+
+def test_settings_that_make_no_sense_name_the_variable(
+    dlm: Dlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong DLM_ variable is told by name."""
+    monkeypatch.setenv("DLM_BATCH_SIZE", "many")
+    assert "DLM_BATCH_SIZE" in refused(dlm("status"), "DLM-101", 2)
+
+
+def test_a_database_that_does_not_answer_is_told(
+    dlm: Dlm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No server at the address: one line, exit code 3."""
+    monkeypatch.setenv("DLM_DATABASE_URL", f"postgresql://dlm@/dlm?host={tmp_path}")
+    refused(dlm("status"), "DLM-201", 3)
+
+
+def test_a_database_without_schema_says_what_to_run(
+    dlm: Dlm, monkeypatch: pytest.MonkeyPatch, empty_database_url: str
+) -> None:
+    """An empty database is refused with the command that helps, which then helps."""
+    monkeypatch.setenv("DLM_DATABASE_URL", empty_database_url)
+    assert "dlm db upgrade" in refused(dlm("status"), "DLM-202", 3)
+    refused(dlm("db", "check"), "DLM-202", 3)
+    assert dlm("db", "upgrade").code == 0
+    assert dlm("db", "check").code == 0
+    assert dlm("status").code == 0
+
+
+def test_a_job_cannot_be_launched_without_services(dlm: Dlm) -> None:
+    """Without 'dlm up' on this home: one line that says so, exit code 3."""
+    assert "dlm up" in refused(dlm("run", "replication"), "DLM-203", 3)
+
+
+# --- locations and storages -----------------------------------------------------------------------
+
+
+def test_storages_are_listed_and_shown(dlm: Dlm, storages: dict[str, Path]) -> None:
+    """Lists as a table and as JSON with the same names; show tells all of one."""
+    found = dlm("storage", "list", "--json").json
+    assert [row["name"] for row in found] == ["a", "b"]
+    assert {"location", "phase", "mode", "used_bytes", "capacity_bytes", "fill_fraction"} <= set(
+        found[0]
+    )
+    assert str(storages["a"]) in dlm("storage", "show", "a").out
+    shown = dlm("storage", "show", "a", "--json").json
+    assert (shown["root"], shown["replicas_by_state"]) == (str(storages["a"]), {})
+    table = dlm("storage", "list").out
+    assert "here" in table and "there" in table
+    locations = dlm("location", "list", "--json").json
+    assert [(row["name"], row["storages"]) for row in locations] == [("here", 1), ("there", 1)]
+
+
+def test_sizes_and_durations_are_taken_as_people_write_them(dlm: Dlm, storages: Any) -> None:
+    """2TB, 1.5TiB, plain bytes; 7d, 12h."""
+    for text, size in (("2TB", 2 * 10**12), ("1.5TiB", 3 * 2**39), ("4096", 4096)):
+        assert dlm("storage", "set", "a", "--capacity", text).code == 0
+        assert dlm("storage", "show", "a", "--json").json["capacity_bytes"] == size
+    assert dlm("storage", "set", "a", "--trash-grace", "7d").code == 0
+    assert dlm("storage", "show", "a", "--json").json["trash_grace"] == 7 * 86400
+
+
+def test_a_storage_is_drained_called_off_and_retired(dlm: Dlm, storages: Any) -> None:
+    """Modes as commands; an empty storage is retired for good."""
+    assert dlm("storage", "drain", "a").code == 0
+    assert dlm("storage", "show", "a", "--json").json["mode"] == "draining"
+    assert dlm("storage", "set", "a", "--mode", "read_write").code == 0
+    assert dlm("storage", "retire", "a").code == 0
+    refused(dlm("storage", "set", "a", "--mode", "read_write"), "DLM-105", 2)
+
+
+# --- items ----------------------------------------------------------------------------------------
+
+
+def test_files_are_registered_listed_and_explained(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None]
+) -> None:
+    """From register to why: numbers, lists, one item, its history, its reasons."""
+    (storages["a"] / "run").mkdir()
+    (storages["a"] / "run" / "x y.dat").write_bytes(b"12345")
+    (storages["a"] / "z.dat").write_bytes(b"1")
+    told = dlm("register", "a", "run", "--scheme", "ska", "--tag", "k=v", "--json")
+    assert (told.code, told.json["created"], told.json["refused"]) == (0, 1, 0)
+    again = dlm("register", "a", "run", "--scheme", "ska", "--json").json
+    assert (again["created"], again["unchanged"]) == (0, 1)
+    (item,) = dlm("item", "list", "--json").json
+    assert (item["uri"], item["state"]) == ("ska:run/x%20y.dat", "INITIALISED")
+    settle()
+    uri = item["uri"]
+    shown = dlm("item", "show", uri, "--json").json
+    assert (shown["state"], shown["size"], shown["tags"]) == ("READY", 5, {"k": "v"})
+    assert {row["storage"] for row in shown["replicas"]} == {"a", "b"}
+    assert uri in dlm("item", "show", uri).out
+    why = dlm("item", "why", uri, "--json").json
+    assert (why["target_phase"], why["reached_weight"], why["shortfall"]) == ("SOLID", 4, None)
+    text = dlm("item", "why", uri).out
+    assert "reached: SOLID" in text and "there" in text
+    events = dlm("item", "events", uri, "--json").json
+    assert events[0]["new_state"] == "INITIALISED" and events[-1]["new_state"] == "READY"
+    assert dlm("item", "events", uri).out.count("\n") > len(events)
+    assert len(dlm("item", "list", "--storage", "b", "--json").json) == 1
+
+
+def test_pages_of_a_list_follow_each_other(dlm: Dlm, storages: dict[str, Path]) -> None:
+    """A full page says on stderr how to go on; JSON on stdout stays JSON."""
+    for number in range(3):
+        (storages["a"] / f"f{number}").write_bytes(b"x")
+    dlm("register", "a")
+    first = dlm("item", "list", "--limit", "2", "--json")
+    assert [row["uri"] for row in first.json] == ["file:f0", "file:f1"]
+    after = first.error.split("'")[1]
+    rest = dlm("item", "list", "--limit", "2", "--after", after, "--json")
+    assert [row["uri"] for row in rest.json] == ["file:f2"]
+    assert rest.error == ""
+
+
+def test_a_changed_payload_is_refused_with_both_digests(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None]
+) -> None:
+    """Registering other bytes under a uri: exit code 2, both digests told; --new-version takes
+    them as a new version."""
+    (storages["a"] / "x").write_bytes(b"old")
+    dlm("register", "a")
+    settle()
+    (storages["a"] / "x").write_bytes(b"newer")
+    result = dlm("register", "a", "x", "--json")
+    assert result.code == 2
+    assert result.json["reasons"][0]["reason"].count("sha256:") == 2
+    taken = dlm("register", "a", "x", "--new-version", "--json")
+    assert (taken.code, taken.json["new_versions"]) == (0, 1)
+    settle()
+    assert dlm("item", "show", "file:x", "--json").json["version"] == 2
+    assert dlm("item", "show", "file:x", "--version", "1", "--json").json["size"] == 3
+
+
+def test_a_list_of_paths_and_checksums_are_taken_from_files(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path, settle: Callable[[], None]
+) -> None:
+    """--list names what to register; a sum that does not agree keeps the item from READY, and
+    why tells the error; an empty list is refused."""
+    for name in ("good", "bad", "other"):
+        (storages["a"] / name).write_bytes(b"")
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    sums, names = tmp_path / "SHA256SUMS", tmp_path / "names"
+    sums.write_text(f"{empty}  good\n{'0' * 64}  bad\n")
+    names.write_text("good\nbad\n")
+    dlm("register", "a", "--list", str(names), "--checksums", str(sums))
+    settle()
+    states = {row["uri"]: row["state"] for row in dlm("item", "list", "--json").json}
+    assert states == {"file:good": "READY", "file:bad": "INITIALISED"}
+    assert "DLM-4" in dlm("item", "why", "file:bad").out
+    names.write_text("\n")
+    refused(dlm("register", "a", "--list", str(names)), "DLM-106", 2)
+
+
+def test_failed_operations_can_be_tried_again(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None]
+) -> None:
+    """A payload that has vanished fails its admission; put back and retried, it is READY."""
+    (storages["a"] / "x").write_bytes(b"1")
+    dlm("register", "a")
+    (storages["a"] / "x").rename(storages["a"] / "hidden")
+    settle()
+    assert dlm("status", "--json").json["operations"]["admit"]["FAILED"] == 1
+    (storages["a"] / "hidden").rename(storages["a"] / "x")
+    assert dlm("retry").out.startswith("1 ")
+    settle()
+    assert dlm("item", "show", "file:x", "--json").json["state"] == "READY"
+
+
+def test_an_item_expires_and_comes_back_from_the_trash(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None]
+) -> None:
+    """expire, a look at the dry run, the trash, restore: the bytes are where they were."""
+    (storages["a"] / "x").write_bytes(b"12345")
+    dlm("register", "a")
+    settle()
+    future = dlm("expire", "file:x", "--reason", "embargo", "--at", "2100-01-01T00:00Z")
+    assert "2100-01-01" in future.out
+    assert "never" in dlm("expire", "file:x", "--never").out
+    assert dlm("item", "show", "file:x", "--json").json["expires_at"] is None
+    assert dlm("expire", "file:x", "--reason", "no longer wanted").code == 0
+    proposed = dlm("expire", "--dry-run", "--json").json
+    assert len(proposed) == 2
+    assert (storages["a"] / "x").exists(), "a dry run changes nothing"
+    settle()
+    assert not (storages["a"] / "x").exists()
+    assert "trash certificate" in dlm("item", "why", "file:x").out
+    assert dlm("restore", "file:x").out.startswith("2 copies")
+    settle()
+    assert (storages["a"] / "x").read_bytes() == b"12345"
+    assert dlm("item", "show", "file:x", "--json").json["state"] == "READY"
+    refused(dlm("restore", "file:x"), "DLM-102", 2)
+
+
+def test_one_copy_is_told_to_leave(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None]
+) -> None:
+    """expire --storage marks that copy only; the item has no expiry."""
+    (storages["a"] / "x").write_bytes(b"12345")
+    dlm("register", "a")
+    settle()
+    told = dlm("expire", "file:x", "--storage", "b", "--reason", "lent", "--at", "30d")
+    assert "the copy of file:x on b" in told.out
+    shown = dlm("item", "show", "file:x", "--json").json
+    assert shown["expires_at"] is None
+    leaving = {row["storage"]: row["expires_at"] for row in shown["replicas"]}
+    assert leaving["a"] is None and leaving["b"] is not None
+
+
+def test_copies_are_read_again_when_asked(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None], engine: Engine
+) -> None:
+    """By item, by storage or all, each counted; nothing is queued twice; damage is found."""
+    for name in ("x", "y"):
+        (storages["a"] / name).write_bytes(b"12345")
+    dlm("register", "a")
+    settle()
+    assert dlm("verify", "file:x").out.startswith("2 ")
+    assert dlm("verify", "--storage", "a").out.startswith("1 ")
+    assert dlm("verify", "--all").out.startswith("1 ")
+    (storages["a"] / "x").write_bytes(b"54321")
+    settle()
+    assert (storages["a"] / "x").read_bytes() == b"12345", "made again from the good copy"
+    with engine.connect() as connection:
+        found = rows(connection, "SELECT new_state FROM event WHERE new_state = 'SUSPECT'")
+    assert len(found) == 1
+
+
+def test_folders_are_watched_and_no_longer(dlm: Dlm, storages: Any) -> None:
+    """add, list, remove; a folder is watched once."""
+    assert dlm("watch", "add", "a", "in/coming", "--scheme", "ska", "--every", "1m").code == 0
+    (watch,) = dlm("watch", "list", "--json").json
+    assert (watch["storage"], watch["path"], watch["interval"]) == ("a", "in/coming", 60)
+    assert dlm("watch", "add", "a", "in/coming").code != 0
+    assert dlm("watch", "remove", "a", "in/coming").code == 0
+    assert dlm("watch", "list", "--json").json == []
+
+
+# --- status, env, doctor --------------------------------------------------------------------------
+
+
+def test_the_status_has_the_documented_shape(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None]
+) -> None:
+    """items and replicas by state, bytes, operations by kind and state, storages with fill."""
+    (storages["a"] / "x").write_bytes(b"12345")
+    dlm("storage", "set", "a", "--capacity", "1kB")
+    dlm("register", "a")
+    settle()
+    found = dlm("status", "--json").json
+    assert (found["items"], found["replicas"]) == ({"READY": 1}, {"READY": 2})
+    assert found["bytes"]["replicas"] == 10
+    assert found["operations"] == {"admit": {"DONE": 1}, "copy": {"DONE": 1}}
+    storage = found["storages"][0]
+    assert (storage["name"], storage["used_bytes"], storage["capacity_bytes"]) == ("a", 5, 1000)
+    assert storage["fill_fraction"] == pytest.approx(0.005)
+    text = dlm("status").out
+    assert "1 READY" in text and "copy: 1 DONE" in text
+
+
+def test_env_prints_what_a_shell_takes(dlm: Dlm, tmp_path: Path) -> None:
+    """The lines can be evaluated, spaces in the home included."""
+    printed = dlm("env").out
+    script = f'{printed}\nprintf \'%s|%s\' "$DLM_HOME" "$DAGSTER_HOME"'
+    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    home = tmp_path / "home"
+    assert ended.stdout == f"{home}|{home / 'dagster'}"
+
+
+def test_the_doctor_names_each_problem_and_fails(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path
+) -> None:
+    """A storage whose root is gone and services that do not run are problems, with exit code 1;
+    what works is ok."""
+    storages["b"].rename(tmp_path / "unmounted")
+    result = dlm("doctor")
+    assert result.code == 1
+    lines = {line[9:].split(":")[0]: line[:8].strip() for line in result.out.splitlines()}
+    assert lines["storage a"] == "ok"
+    assert lines["storage b"] == "PROBLEM"
+    assert lines["the catalogue and its schema"] == "ok"
+    assert lines["services"] == "PROBLEM"
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def test_times_need_a_zone_and_durations_a_unit() -> None:
+    """ISO 8601 with its zone, now, or a duration from now; all else is refused."""
+    now = datetime(2026, 6, 1, tzinfo=UTC)
+    assert parse_time("now", now) == now
+    assert parse_time("2026-06-01T02:00+02:00", now) == now
+    assert parse_time("2d", now) == datetime(2026, 6, 3, tzinfo=UTC)
+    for wrong in ("2026-06-01", "2026-06-01T00:00", "tomorrow", "", "-3d", "999999999999d"):
+        with pytest.raises(InvalidValueError):
+            parse_time(wrong, now)
+    for wrong in ("5", "5 parsecs", "", "d", "1e3d", "99999999999999w"):
+        with pytest.raises(InvalidValueError):
+            parse_duration(wrong)
+    for wrong in ("", "GB", "-1", "1.2.3", "5 XB", "1e3"):
+        with pytest.raises(InvalidValueError):
+            parse_size(wrong)

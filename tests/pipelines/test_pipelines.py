@@ -210,12 +210,12 @@ def test_a_long_tally_is_folded_by_a_sensor(site, instance):
     """Its rows become few, its sums stay."""
     register(site, {"x": b"one"})
     site.execute(
-        "INSERT INTO tally SELECT 'item', NULL, 'READY', 1, 2 FROM generate_series(1, 6000)"
+        "INSERT INTO tally SELECT 'item', NULL, 'READY', n, 2 * n "
+        "FROM generate_series(1, 6000), (VALUES (1), (-1)) v(n)"
     )
-    site.execute(
-        "INSERT INTO tally SELECT 'item', NULL, 'READY', -1, -2 FROM generate_series(1, 6000)"
+    sums = (
+        "SELECT noun, state, sum(n) AS n FROM tally GROUP BY 1, 2 HAVING sum(n) <> 0 ORDER BY 1, 2"
     )
-    sums = "SELECT noun, state, sum(n) AS n FROM tally GROUP BY 1, 2 HAVING sum(n) <> 0 ORDER BY 1"
     before = site.query(sums)
     sensor(instance, "rebalance")
     assert site.query("SELECT count(*) AS n FROM tally")[0]["n"] < 10
@@ -227,16 +227,14 @@ def test_two_drainers_never_do_one_operation_twice(site, database_url):
     register(site, {f"f{n}": b"x" * n for n in range(1, 301)})
     site.context.settings = site.context.settings.model_copy(update={"batch_size": 10})
     drain(site.context, {OperationKind.ADMIT: execute_admit})
+    plan_replication(site.context)
     contexts = [
         replace(site.context, engine=make_engine(database_url), worker=f"worker:{n}")
         for n in range(2)
     ]
+    copy = {OperationKind.COPY: execute_copy}
     with ThreadPoolExecutor(2) as pool:
-        reports = list(
-            pool.map(
-                lambda c: drain(c, {OperationKind.COPY: execute_copy}, plan_replication), contexts
-            )
-        )
+        reports = list(pool.map(lambda c: drain(c, copy, linger_seconds=0.5), contexts))
     for context in contexts:
         context.engine.dispose()
     assert [sum(r.failed.values()) + sum(r.retried.values()) for r in reports] == [0, 0]

@@ -73,10 +73,12 @@ def _bare_put(source: Path, server: S3Server, prefix: str) -> None:
     store = S3Store(
         server.bucket, prefix=prefix, endpoint=server.endpoint, region="us-east-1",
         access_key_id=server.access_key, secret_access_key=server.secret_key,
-        client_options={"allow_http": True}, retry_config={"retry_timeout": timedelta(seconds=30)},
+        client_options={"allow_http": True, "timeout": "300s"}, retry_config={"retry_timeout": timedelta(seconds=30)},
     )  # fmt: skip
     files = {str(path.relative_to(source)): path for path in _all_files(source)}
-    with ThreadPoolExecutor(32) as pool:
+    large = any(path.stat().st_size > (8 << 20) for path in files.values())
+    # 32 uploads of 100 MB at once time out on a server on the same two cores
+    with ThreadPoolExecutor(4 if large else 32) as pool:
         list(pool.map(lambda key: obstore.put(store, key, files[key]), files))
     listed = sum(len(batch) for batch in obstore.list(store))
     if listed != len(files):

@@ -86,7 +86,7 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
         bucket,
         prefix=prefix or None,
         virtual_hosted_style_request=not parsed.path_style,
-        checksum_algorithm="sha256",
+        checksum_algorithm="crc64nvme",
         client_options={
             "allow_http": bool(parsed.endpoint and parsed.endpoint.startswith("http://")),
             "connect_timeout": "5s",
@@ -112,7 +112,7 @@ def _secret(name: str, variable: str) -> str:
 class S3Storage:
     """A bucket, or a prefix of one; see :class:`dlm_core.storages.port.Storage`.
 
-    A PUT becomes visible whole or not at all, with a sha-256 that the server checks on the wire;
+    A PUT becomes visible whole or not at all, with a CRC-64/NVME that the server checks;
     objects up to ``PART_SIZE`` bytes are created with If-None-Match. Larger ones are uploaded in
     parts, which S3 does not combine with that precondition for every server: the key is looked at
     just before, and the catalogue gives every path one owner. Names that not every server keeps as

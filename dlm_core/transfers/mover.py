@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import md5, sha256
 from typing import TypeVar
@@ -34,7 +34,7 @@ from dlm_core.types import ManifestEntry, PayloadKind
 #: files up to this size are read whole: one read, one hash, one write
 _SMALL = 1 << 20
 _SUB_BATCH_FILES = 512
-_SUB_BATCH_BYTES = 1 << 30
+_SUB_BATCH_BYTES = 256 << 20
 # folders for temporary files: threads that make files in one folder wait for each other
 _SLOTS = 16
 _MAX_CHUNK = 16
@@ -121,11 +121,19 @@ def copy_batch(
     progress : told the bytes of each block that was read, from several threads.
     """
     mover = _Mover(source, destination, progress, stop)
-    with ThreadPoolExecutor(concurrency or mover.concurrency(), "dlm-copy") as pool:
+    threads = concurrency or mover.concurrency()
+    finishing: Future[list[CopyResult]] | None = None
+    with ThreadPoolExecutor(threads, "dlm-copy") as pool, ThreadPoolExecutor(1) as finisher:
+        # a sub-batch is flushed and verified while the next one is written
         for batch in _sub_batches(tasks):
-            if stop is not None and stop.is_set():
-                return
-            yield from mover.copy(batch, pool)
+            copies = mover.write(batch, pool)
+            if finishing is not None:
+                yield from finishing.result()
+            finishing = finisher.submit(mover.finish, copies, pool)
+            if mover.stop.is_set():
+                break
+        if finishing is not None:
+            yield from finishing.result()
 
 
 def _sub_batches(tasks: Sequence[CopyTask]) -> Iterator[list[CopyTask]]:
@@ -164,11 +172,15 @@ class _Mover:
         remote = self.atomic or getattr(self.source, "atomic_write", False)
         return max(both) if remote else max(1, min(both))
 
-    def copy(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[CopyResult]:
-        """The results of one sub-batch; fewer than tasks only if ``stop`` is set."""
+    def write(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[_Copy]:
+        """Bring the bytes of one sub-batch over; errors are kept beside the files."""
         copies = [self._prepare(task, n // _MAX_CHUNK % _SLOTS) for n, task in enumerate(tasks)]
+        _each(pool, self._write, [file for copy in copies for file in copy.files])
+        return copies
+
+    def finish(self, copies: Sequence[_Copy], pool: ThreadPoolExecutor) -> list[CopyResult]:
+        """Make durable, verify, show; fewer results than copies only if ``stop`` is set."""
         files = [file for copy in copies for file in copy.files]
-        _each(pool, self._write, files)
         if self.atomic:
             self._compare_etags(files)
         else:

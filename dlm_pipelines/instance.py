@@ -10,13 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psycopg2
 from dagster import DagsterInstance, DagsterRunStatus, RunsFilter
 from dagster._config.config_schema import UserConfigSchema
 from dagster._core.storage.compute_log_manager import ComputeLogManager
 from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
 from dagster._core.storage.root import LocalArtifactStorage
 from dagster._serdes import ConfigurableClassData
-from dagster_postgres import DagsterPostgresStorage
+from dagster_postgres import (
+    DagsterPostgresStorage,
+    PostgresEventLogStorage,
+    PostgresRunStorage,
+    PostgresScheduleStorage,
+)
+from sqlalchemy import Engine, event
+from sqlalchemy.exc import DisconnectionError
 
 from dlm_core.catalogue.dsn import dagster_dsn, sqlalchemy_url
 from dlm_core.settings import Settings, load_settings
@@ -33,11 +41,45 @@ def dagster_home(settings: Settings) -> Path:
     return settings.home / "dagster"
 
 
+def _ping(connection: Any, _record: object, _proxy: object) -> None:
+    """Tell the pool of a connection whose server is gone; it then takes a new one."""
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+    except psycopg2.Error as error:
+        raise DisconnectionError from error
+
+
+class _Pinging:
+    """The webserver keeps connections; without this each fails once after a restart."""
+
+    _engine: Engine
+
+    def optimize_for_webserver(self, *args: Any, **options: Any) -> None:
+        super().optimize_for_webserver(*args, **options)  # type: ignore[misc]
+        event.listen(self._engine, "checkout", _ping)
+
+
+class _RunStorage(_Pinging, PostgresRunStorage): ...
+
+
+class _EventLogStorage(_Pinging, PostgresEventLogStorage): ...
+
+
+class _ScheduleStorage(_Pinging, PostgresScheduleStorage): ...
+
+
 class CatalogueSideStorage(DagsterPostgresStorage):
     """Runs, events and schedules in Dagster's database, beside the catalogue.
 
     Starts the embedded PostgreSQL if it is that one and sleeps.
     """
+
+    def __init__(self, url: str, inst_data: ConfigurableClassData | None = None) -> None:
+        super().__init__(url, inst_data=inst_data)
+        self._run_storage = _RunStorage(url)
+        self._event_log_storage = _EventLogStorage(url)
+        self._schedule_storage = _ScheduleStorage(url)
 
     @classmethod
     def config_type(cls) -> UserConfigSchema:

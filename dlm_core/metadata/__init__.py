@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from dlm_core.errors import DlmError
@@ -21,7 +21,20 @@ Extractor = Callable[[Storage, str, Observation], dict[str, Any] | None]
 @lru_cache(maxsize=1)
 def extractors() -> dict[str, Extractor]:
     """The installed extractors by name."""
-    return {point.name: point.load() for point in entry_points(group="dlm.metadata_extractors")}
+    return {point.name: _load(point) for point in entry_points(group="dlm.metadata_extractors")}
+
+
+def _load(point: EntryPoint) -> Extractor:
+    try:
+        loaded: Extractor = point.load()
+        return loaded
+    except (ImportError, AttributeError) as error:
+        reason = f"{point.value} cannot be loaded: {error}"
+
+    def broken(storage: Storage, path: str, seen: Observation) -> dict[str, Any] | None:
+        raise ValueError(reason)
+
+    return broken
 
 
 def extract_all(storage: Storage, path: str, seen: Observation) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import io
 import math
 from typing import Any
 
-from dlm_core.storages.port import Storage
+from dlm_core.storages.port import ReadStream, Storage
 from dlm_core.types import Observation, PayloadKind
 
 _NAMES = (".fits", ".fit", ".fts", ".fits.gz", ".fits.fz")
@@ -21,7 +21,7 @@ def extract(storage: Storage, path: str, seen: Observation) -> dict[str, Any] | 
     Raises
     ------
     ValueError, OSError
-        if the file is not what its name says, or above 256 MiB.
+        if the file is not what its name says, or above 256 MiB where it cannot be read in part.
     """
     if seen.kind is not PayloadKind.FILE or not path.lower().endswith(_NAMES):
         return None
@@ -29,25 +29,39 @@ def extract(storage: Storage, path: str, seen: Observation) -> dict[str, Any] | 
         from astropy.io import fits
     except ImportError:
         return None
-    if seen.size > _LIMIT:
-        raise ValueError(f"FITS headers are read up to {_LIMIT} bytes")
     with storage.open_read(path) as stream:
-        data = b"".join(iter(lambda: stream.read(1 << 20), b""))
-    try:
-        with fits.open(io.BytesIO(data), lazy_load_hdus=True) as hdus:
-            return {
-                "primary": _cards(hdus[0].header),
-                "hdus": [_summary(hdu) for _, hdu in zip(range(_MAX_HDUS), hdus, strict=False)],
-            }
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
-        # what astropy raises for headers that are beyond repair
-        raise ValueError(f"unreadable header: {error}") from error
+        file = stream if isinstance(stream, io.IOBase) and stream.seekable() else _whole(stream)
+        try:
+            with fits.open(file, lazy_load_hdus=True, memmap=False) as hdus:
+                return {
+                    "primary": _cards(hdus[0].header),
+                    "hdus": [_summary(hdu) for _, hdu in zip(range(_MAX_HDUS), hdus, strict=False)],
+                }
+        except (TypeError, KeyError, IndexError, AttributeError, fits.VerifyError) as error:
+            # what astropy raises for headers that are beyond repair
+            raise ValueError(f"unreadable header: {error}") from error
+
+
+def _whole(stream: ReadStream) -> io.BytesIO:
+    if stream.size > _LIMIT:
+        raise ValueError(f"FITS headers are read up to {_LIMIT} bytes here")
+    return io.BytesIO(stream.read())
 
 
 def _cards(header: Any) -> dict[str, Any]:
     return {
-        key: _plain(header[key]) for key in dict.fromkeys(header.keys()) if key not in _LEFT_OUT
+        key: _value(header, key) for key in dict.fromkeys(header.keys()) if key not in _LEFT_OUT
     }
+
+
+def _value(header: Any, key: str) -> Any:
+    from astropy.io.fits import VerifyError
+
+    try:
+        return _plain(header[key])
+    except VerifyError:
+        # one card against the standard does not spoil the others: it is told as it stands
+        return header.cards[key].image.strip().replace("\0", "")
 
 
 def _summary(hdu: Any) -> dict[str, Any]:

@@ -29,9 +29,9 @@ def extract(storage: Storage, path: str, seen: Observation) -> dict[str, Any] | 
     elif path.rpartition("/")[2] != _NAME:
         return None
     with storage.open_read(path) as stream:
-        data = b"".join(iter(lambda: stream.read(1 << 16), b""))
-    if len(data) > _LIMIT:
-        raise ValueError(f"{_NAME} is larger than {_LIMIT} bytes")
+        if stream.size > _LIMIT:
+            raise ValueError(f"{_NAME} is larger than {_LIMIT} bytes")
+        data = stream.read()
     try:
         content = yaml.safe_load(data)
     except yaml.YAMLError as error:

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from dlm_core.errors import InvalidValueError
+from dlm_core.storages.config import read_config
 from dlm_core.storages.port import Storage
 
 Opener = Callable[[str, str, Mapping[str, Any]], Storage]
 
 
+class PosixConfig(BaseModel):
+    """What ``config`` of a POSIX storage may hold."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mount: str | None = Field(
+        None,
+        pattern="^/",
+        description="A mount point; unless something is mounted there the storage is unreachable.",
+    )
+
+
 def _posix(name: str, root: str, config: Mapping[str, Any]) -> Storage:
     from dlm_core.storages.posix import PosixStorage
 
-    if config:
-        raise InvalidValueError(
-            what=f"config of storage {name}", value=dict(config), expected="nothing for posix"
-        )
+    parsed = read_config(PosixConfig, name, config)
     if not root.startswith("/"):
         raise InvalidValueError(
             what=f"root of storage {name}", value=root, expected="an absolute path"
         )
-    return PosixStorage(name, root)
+    return PosixStorage(name, root, mount=parsed.mount)
 
 
 def _s3(name: str, root: str, config: Mapping[str, Any]) -> Storage:
@@ -35,6 +48,7 @@ def _s3(name: str, root: str, config: Mapping[str, Any]) -> Storage:
 _BUILT_IN: dict[str, Opener] = {"posix": _posix, "s3": _s3}
 
 
+@lru_cache(maxsize=1)
 def interfaces() -> dict[str, Opener]:
     """Openers by interface: ours, and others' found by the entry point group 'dlm.storages'."""
     found = dict(_BUILT_IN)

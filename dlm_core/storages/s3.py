@@ -14,7 +14,7 @@ from typing import Any
 import obstore
 from obstore import exceptions
 from obstore.store import S3Store
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from dlm_core.errors import (
     AccessDeniedError,
@@ -24,6 +24,7 @@ from dlm_core.errors import (
     PayloadNotFoundError,
     StorageUnavailableError,
 )
+from dlm_core.storages.config import read_config
 from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage
 
 #: objects up to this size are one PUT with If-None-Match; larger ones are uploaded in such parts
@@ -63,15 +64,7 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
     InvalidValueError
         if the config has unknown keys (a secret among them), or a named variable is not set.
     """
-    try:
-        parsed = S3Config.model_validate(dict(config))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidValueError(
-            what=f"config of storage {name}: " + ".".join(map(str, first["loc"])),
-            value="(not shown)",
-            expected=f"{', '.join(S3Config.model_fields)} ({first['msg']})",
-        ) from None
+    parsed = read_config(S3Config, name, config)
     bucket, _, prefix = root.strip("/").partition("/")
     options: dict[str, Any] = {"region": parsed.region}
     if parsed.endpoint:

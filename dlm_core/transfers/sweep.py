@@ -10,9 +10,10 @@ _TMP = f"{PRIVATE}/tmp"
 
 
 def sweep_temp(storage: Storage, older_than: timedelta, now: datetime) -> int:
-    """Remove files below ``.dlm/tmp`` untouched for ``older_than``; how many.
+    """Remove what lies below ``.dlm/tmp`` and was untouched for ``older_than``; how many files.
 
-    ``older_than`` must be longer than any copy may take: a younger file may belong to one.
+    ``older_than`` must be longer than any copy may take: a younger file may belong to one, and so
+    may an older one of the same directory payload.
 
     Raises
     ------
@@ -21,7 +22,14 @@ def sweep_temp(storage: Storage, older_than: timedelta, now: datetime) -> int:
     if storage.stat(_TMP) is None:
         return 0
     limit = (now - older_than).timestamp()
-    old = [entry.path for entry in storage.walk(_TMP) if entry.mtime < limit]
-    for path in old:
-        storage.remove(path)
-    return len(old)
+    youngest: dict[str, float] = {}
+    files: dict[str, int] = {}
+    for entry in storage.walk(_TMP):
+        # .dlm/tmp/<slot>/<token>, which is a file or a directory payload
+        copy = "/".join(entry.path.split("/")[:4])
+        youngest[copy] = max(entry.mtime, youngest.get(copy, 0.0))
+        files[copy] = files.get(copy, 0) + 1
+    old = [copy for copy, mtime in youngest.items() if mtime < limit]
+    for copy in old:
+        storage.remove(copy)
+    return sum(files[copy] for copy in old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
@@ -24,16 +25,17 @@ class QuotaStorage(Wrapped):
 
     def __init__(self, inner: Storage, quota: int) -> None:
         super().__init__(inner)
-        self.left = quota
+        self.left, self.lock = quota, threading.Lock()
 
     def write(self, path: str, source: BinaryIO, size: int) -> str | None:
         etag = self.inner.write(path, cast(BinaryIO, _Metered(self, source)), size)
         return etag
 
     def take(self, size: int) -> None:
-        self.left -= size
-        if self.left < 0:
-            raise StorageFullError(storage=self.inner.name, message="quota exceeded")
+        with self.lock:
+            if size > self.left:
+                raise StorageFullError(storage=self.inner.name, message="quota exceeded")
+            self.left -= size
 
 
 class _Metered:

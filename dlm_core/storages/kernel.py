@@ -45,8 +45,8 @@ def open_by_openat2(full: str, flags: int, mode: int = 0) -> int:
 
 def open_by_realpath(full: str, flags: int, mode: int = 0) -> int:
     """The same for kernels without openat2 and sandboxes that forbid it: looks, then opens."""
-    parent = os.path.dirname(full)
-    if os.path.realpath(parent) != parent:
+    walked = full if flags & os.O_DIRECTORY else os.path.dirname(full)
+    if os.path.realpath(walked) != walked:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), full)
     return os.open(full, flags | os.O_NOFOLLOW, mode)
 

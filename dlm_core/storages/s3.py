@@ -34,7 +34,6 @@ _MAX_PARTS = 9_000
 _PARTS_AT_ONCE = 4
 _MULTIPARTS_AT_ONCE = 4
 _BLOCK = 1 << 20
-_READ_SIZE = 4 << 20
 _HEADS_INSTEAD_OF_LIST = 16
 _LISTED_FOR_ONE = 20
 # CopyObject's limit (S3 API reference)
@@ -336,15 +335,17 @@ class S3Stream:
 
     def __init__(self, storage: S3Storage, path: str, result: Any) -> None:
         self._storage, self._path = storage, path
-        self._chunks = iter(result.stream(min_chunk_size=_READ_SIZE))
-        self._rest = memoryview(b"")
         self.opened: Hashable = result.meta["e_tag"]
         self.size: int = result.meta["size"]
+        chunks = result.stream(min_chunk_size=_BLOCK)
+        # a large upload reads its source inside the Rust runtime, where none may be entered again
+        self._chunks = _Prefetched(chunks) if self.size > PART_SIZE else iter(chunks)
+        self._rest = memoryview(b"")
 
     def read(self, size: int = -1, /) -> bytes:
         """At most ``size`` bytes; all of them if negative."""
         if size < 0:
-            return b"".join(iter(lambda: self.read(_READ_SIZE), b""))
+            return b"".join(iter(lambda: self.read(_BLOCK), b""))
         if not self._rest:
             with self._storage._translated(self._path):
                 self._rest = memoryview(bytes(next(self._chunks, b"")))
@@ -357,6 +358,8 @@ class S3Stream:
         return self.opened
 
     def close(self) -> None:
+        if isinstance(self._chunks, _Prefetched):
+            self._chunks.close()
         self._chunks = iter(())
 
     def __enter__(self) -> S3Stream:
@@ -364,6 +367,28 @@ class S3Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Prefetched(Iterator[Any]):
+    """Takes from ``source`` in a thread of its own, one step ahead."""
+
+    def __init__(self, source: Iterable[Any]) -> None:
+        self._source = iter(source)
+        self._pool = ThreadPoolExecutor(1, "dlm-prefetch")
+        self._coming = self._pool.submit(self._step)
+
+    def _step(self) -> Any:
+        return next(self._source, None)
+
+    def __next__(self) -> Any:
+        thing = self._coming.result()
+        if thing is None:
+            raise StopIteration
+        self._coming = self._pool.submit(self._step)
+        return thing
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _is_half_way(

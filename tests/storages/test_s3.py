@@ -1,0 +1,196 @@
+"""What an S3 storage promises beyond the contract of all, on a real server."""
+
+import hashlib
+import io
+import time
+import uuid
+
+import obstore
+import pytest
+
+from dlm_core.errors import (
+    AccessDeniedError,
+    PathRefusedError,
+    PayloadExistsError,
+    StorageUnavailableError,
+)
+from dlm_core.storages import s3 as adapter
+from dlm_core.storages.open import open_storage
+from tests.backends import s3_config
+
+PART = adapter.PART_SIZE
+
+
+@pytest.fixture
+def bucket(s3):
+    return open_storage("bucket", "s3", f"{s3.bucket}/{uuid.uuid4().hex}", s3_config(s3))
+
+
+def put(storage, path, data=b"payload"):
+    return storage.write(path, io.BytesIO(data), len(data))
+
+
+def paths(storage, below=""):
+    return [entry.path for entry in storage.walk(below)]
+
+
+def calls(storage):
+    """Every call of the port that asks the server."""
+    return [
+        lambda: storage.stat("x"),
+        lambda: storage.stat_many([f"{n}" for n in range(20)]),
+        lambda: list(storage.walk()),
+        lambda: storage.open_read("x"),
+        lambda: storage.rename("x", "y"),
+        lambda: storage.remove("x"),
+        storage.check,
+    ]
+
+
+def test_an_unreachable_server_is_an_outage_within_seconds(s3):
+    """A closed port: no call waits long, none says that nothing is there."""
+    config = s3_config(s3) | {"endpoint": "http://127.0.0.1:9"}
+    storage = open_storage("dead", "s3", "bucket", config)
+    writes = [lambda: put(storage, "x"), lambda: put(storage, "x", bytes(PART + 1))]
+    for call in [*calls(storage), *writes]:
+        begun = time.monotonic()
+        with pytest.raises(StorageUnavailableError):
+            call()
+        assert time.monotonic() - begun < 20
+
+
+def test_a_bucket_that_is_not_there_is_an_outage(s3):
+    """As a root that vanished is on disk: it says nothing of what was in it."""
+    storage = open_storage("gone", "s3", "no-such-bucket-here/prefix", s3_config(s3))
+    for call in calls(storage):
+        with pytest.raises(StorageUnavailableError):
+            call()
+
+
+def test_a_wrong_key_is_denied(s3, monkeypatch):
+    """By every call; the message does not show the key."""
+    monkeypatch.setenv("DLM_TEST_WRONG", "not-the-secret")
+    config = s3_config(s3) | {"secret_key_env": "DLM_TEST_WRONG"}
+    storage = open_storage("wrong", "s3", s3.bucket, config)
+    for call in [*calls(storage), lambda: put(storage, "x")]:
+        with pytest.raises(AccessDeniedError) as caught:
+            call()
+        assert "not-the-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["new\nline", "tab\t", "\x7f", "back\\slash", "not utf-8 \udcff", "a" * 1025]
+)
+def test_names_that_not_every_server_keeps_are_refused(bucket, name):
+    """Before anything is sent."""
+    with pytest.raises(PathRefusedError):
+        put(bucket, name)
+
+
+@pytest.mark.parametrize("size", [0, 5, PART, PART + 1, 2 * PART, 3 * PART - 7])
+def test_etags_are_digests_of_the_parts(bucket, size):
+    """MD5 of a single part, or of the parts' MD5s: what a copy is verified by."""
+    data = bytes(range(256)) * (size // 256 + 1)
+    data = data[:size]
+    part = bucket.part_size(size)
+    parts = [hashlib.md5(data[n : n + part]).digest() for n in range(0, size, part)]
+    expected = (
+        hashlib.md5(data).hexdigest()
+        if size <= PART
+        else f"{hashlib.md5(b''.join(parts)).hexdigest()}-{len(parts)}"
+    )
+    put(bucket, "x", data)
+    assert bucket.stat("x").etag == expected
+    assert bucket.stat_many(["x"])["x"].etag == expected
+
+
+@pytest.mark.parametrize("size", [1, PART, PART + 1, 80 << 30, 1 << 40, 5 << 40])
+def test_no_upload_has_too_many_parts(size):
+    """S3 takes 10,000 parts of at least 5 MiB and at most 5 GiB."""
+    part = adapter.S3Storage.part_size(size)
+    assert -(-size // part) <= 10_000 and 5 << 20 <= part <= 5 << 30
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(bucket, s3):
+    """No object, and no parts that somebody pays for."""
+
+    class Broken(io.RawIOBase):
+        left = 3 * PART
+
+        def read(self, size=-1):
+            self.left -= size
+            if self.left < 0:
+                raise ConnectionResetError("gone")
+            return bytes(size)
+
+    with pytest.raises(ConnectionResetError):
+        bucket.write("x", Broken(), 4 * PART)
+    assert bucket.stat("x") is None
+    import boto3
+
+    client = boto3.client(
+        "s3", endpoint_url=s3.endpoint, region_name="us-east-1",
+        aws_access_key_id=s3.access_key, aws_secret_access_key=s3.secret_key,
+    )  # fmt: skip
+    assert client.list_multipart_uploads(Bucket=s3.bucket).get("Uploads", []) == []
+
+
+def test_many_are_found_among_many_others(bucket, monkeypatch):
+    """A listing that is cut short is completed by name; nothing is told as absent for it."""
+    monkeypatch.setattr(adapter, "_LISTED_FOR_ONE", 0)
+    for n in range(60):
+        put(bucket, f"d/{n:03}", b"x" * n)
+    put(bucket, "z/last", b"z")
+    found = bucket.stat_many([*(f"d/{n:03}" for n in range(0, 80, 2)), "z/last", "a"])
+    assert {path: entry and entry.size for path, entry in found.items()} == {
+        **{f"d/{n:03}": (n if n < 60 else None) for n in range(0, 80, 2)}, "z/last": 1, "a": None,
+    }  # fmt: skip
+
+
+def test_renaming_a_tree_that_was_cut_off_is_completed(bucket, monkeypatch):
+    """In the middle of copying, and in the middle of deleting: all files arrive, none is lost."""
+    for phase in ("copy", "delete"):
+        tree, to = f"{phase}/tree", f".dlm/trash/{phase}"
+        for n in range(5):
+            put(bucket, f"{tree}/{n}", b"%d" % n)
+        with monkeypatch.context() as patch:
+            real, done = getattr(obstore, phase), []
+
+            def cut(store, what, *rest, real=real, done=done):
+                done.append(what)
+                if isinstance(what, list):
+                    real(store, what[:2])
+                elif len(done) < 3:
+                    return real(store, what, *rest)
+                raise KeyboardInterrupt
+
+            patch.setattr(obstore, phase, cut)
+            with pytest.raises(KeyboardInterrupt):
+                bucket.rename(tree, to)
+        bucket.rename(tree, to)
+        assert paths(bucket, to) == [f"{to}/{n}" for n in range(5)]
+        assert bucket.stat(tree) is None
+
+
+def test_a_tree_is_not_mixed_with_another(bucket):
+    """Other objects below the destination: nothing is moved."""
+    put(bucket, "tree/a", b"mine")
+    put(bucket, "there/a", b"theirs")
+    with pytest.raises(PayloadExistsError):
+        bucket.rename("tree", "there")
+    put(bucket, "other/b", b"theirs")
+    with pytest.raises(PayloadExistsError):
+        bucket.rename("tree", "other")
+    assert paths(bucket, "tree") == ["tree/a"]
+
+
+def test_objects_too_large_for_a_server_side_copy_are_renamed(bucket, monkeypatch):
+    """S3 copies up to 5 GiB by itself; larger ones go through us."""
+    monkeypatch.setattr(adapter, "_COPY_LIMIT", PART)
+    data = bytes(range(256)) * (9 << 12)
+    put(bucket, "big", data)
+    etag = bucket.stat("big").etag
+    bucket.rename("big", "moved")
+    assert bucket.stat("big") is None and bucket.stat("moved").etag == etag
+    with bucket.open_read("moved") as stream:
+        assert stream.read() == data

@@ -227,7 +227,8 @@ def drain(
 
     Several drainers may run at once, on several machines: an operation is claimed by one of them.
     ``planner`` turns due catalogue work into operations and returns how much it planned. When
-    ``context.stop`` is set the drainer gives back what it has not begun and returns.
+    ``context.stop`` is set the drainer gives back what it has not begun and returns. The report's
+    seconds end with the last work, so that rates don't tell of the waiting.
     """
     report, begun = Report(), time.monotonic()
     last_work = last_log = begun
@@ -246,7 +247,7 @@ def drain(
         if now - last_log >= _PROGRESS_SECONDS:
             last_log = now
             log.info(progress_line(report, now - begun))
-    report.seconds = time.monotonic() - begun
+    report.seconds = last_work - begun
     return report
 
 

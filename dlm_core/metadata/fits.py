@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
+from functools import lru_cache
 from typing import Any
 
 from dlm_core.storages.port import ReadStream, Storage
@@ -25,9 +27,8 @@ def extract(storage: Storage, path: str, seen: Observation) -> dict[str, Any] | 
     """
     if seen.kind is not PayloadKind.FILE or not path.lower().endswith(_NAMES):
         return None
-    try:
-        from astropy.io import fits
-    except ImportError:
+    fits = _fits()
+    if fits is None:
         return None
     with storage.open_read(path) as stream:
         file = stream if isinstance(stream, io.IOBase) and stream.seekable() else _whole(stream)
@@ -40,6 +41,19 @@ def extract(storage: Storage, path: str, seen: Observation) -> dict[str, Any] | 
         except (TypeError, KeyError, IndexError, AttributeError, fits.VerifyError) as error:
             # what astropy raises for headers that are beyond repair
             raise ValueError(f"unreadable header: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _fits() -> Any:
+    """astropy's module, or None where it is not installed."""
+    try:
+        from astropy.io import fits
+    except ImportError:
+        return None
+    # what it says of odd cards would fill the logs; the cards are told as they stand
+    warnings.filterwarnings("ignore", category=fits.verify.VerifyWarning)
+    warnings.filterwarnings("ignore", message="File may have been truncated")
+    return fits
 
 
 def _whole(stream: ReadStream) -> io.BytesIO:
@@ -55,11 +69,9 @@ def _cards(header: Any) -> dict[str, Any]:
 
 
 def _value(header: Any, key: str) -> Any:
-    from astropy.io.fits import VerifyError
-
     try:
         return _plain(header[key])
-    except VerifyError:
+    except _fits().VerifyError:
         # one card against the standard does not spoil the others: it is told as it stands
         return header.cards[key].image.strip().replace("\0", "")
 

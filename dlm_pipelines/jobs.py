@@ -26,14 +26,14 @@ from dlm_pipelines.resources import Catalogue
 
 
 class DrainConfig(dg.Config):
-    """What can be set for one run."""
+    """What can be set for one run; the ranges are those of the settings."""
 
     dry_run: bool = Field(False, description="Show what would be done, and change nothing.")
     linger_seconds: float | None = Field(
-        None, ge=0, description="Wait this long for new work once dry; unset: DLM_LINGER_SECONDS."
+        None, description="Wait this long for new work once dry; unset: DLM_LINGER_SECONDS."
     )
     batch_size: int | None = Field(
-        None, ge=1, le=10_000, description="Operations claimed at a time; unset: DLM_BATCH_SIZE."
+        None, description="Operations claimed at a time; unset: DLM_BATCH_SIZE."
     )
 
 
@@ -41,10 +41,10 @@ class ExpiryConfig(DrainConfig):
     """As for any drainer, and how much this run may delete."""
 
     max_delete_items: int | None = Field(
-        None, ge=0, description="Replicas this run may trash; unset: DLM_MAX_DELETE_ITEMS."
+        None, description="Replicas this run may trash; unset: DLM_MAX_DELETE_ITEMS."
     )
     max_delete_bytes: int | None = Field(
-        None, ge=0, description="Bytes this run may trash; unset: DLM_MAX_DELETE_BYTES."
+        None, description="Bytes this run may trash; unset: DLM_MAX_DELETE_BYTES."
     )
     plan: bool = Field(
         True, description="Trash what is past its time; else only finish what is queued."
@@ -118,7 +118,7 @@ def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: C
     if isinstance(config, ExpiryConfig) and not config.plan:
         work = replace(work, planner=None)
     try:
-        settings = site.settings().model_copy(update=overrides)
+        settings = site.settings(**overrides)
         core = site.context(f"run:{context.run_id}", settings)
         if config.dry_run:
             proposals = work.propose(core)

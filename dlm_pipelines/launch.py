@@ -33,7 +33,7 @@ query($id: ID!, $after: String) { runOrError(runId: $id) { __typename
   eventConnection(afterCursor: $after) { cursor hasMore events { __typename
   ... on HandledOutputEvent { metadataEntries { ...entry } }
   ... on ExecutionStepOutputEvent { metadataEntries { ...entry } }
-  ... on ExecutionStepFailureEvent { error { message } } } } } } }
+  ... on ExecutionStepFailureEvent { error { message } failureMetadata { description } } } } } } }
 fragment entry on MetadataEntry { label
   ... on IntMetadataEntry { intValue } ... on FloatMetadataEntry { floatValue }
   ... on MarkdownMetadataEntry { mdStr } ... on TextMetadataEntry { text }
@@ -165,7 +165,8 @@ def _told(ui_url: str, run_id: str) -> tuple[dict[str, Any], str | None]:
                 if values:
                     metadata[entry["label"]] = values[0]
             if event.get("error"):
-                error = event["error"]["message"].strip()
+                told = (event.get("failureMetadata") or {}).get("description")
+                error = told or event["error"]["message"].strip()
         after, more = page["cursor"], page["hasMore"]
     return metadata, error
 

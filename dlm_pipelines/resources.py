@@ -27,9 +27,9 @@ _STORAGES = StoragePool()
 class Catalogue(dg.ConfigurableResource[Any]):
     """The catalogue and the storages, from the ``DLM_*`` settings of the process."""
 
-    def settings(self) -> Settings:
-        """The settings of this process."""
-        return load_settings()
+    def settings(self, **overrides: object) -> Settings:
+        """The settings of this process, some of them as given. Raises InvalidValueError."""
+        return load_settings(**overrides)
 
     def context(self, actor: str, settings: Settings | None = None) -> Context:
         """A context in the name of ``actor``, e.g. ``run:<id>`` or ``sensor:<name>``."""

@@ -189,6 +189,9 @@ def test_a_job_is_launched_from_outside(up: Up) -> None:
         with pytest.raises(InvalidValueError) as caught:
             launch_job(url, "replication", config)
         assert "\n" not in str(caught.value) and next(iter(config)) in str(caught.value)
+    run = launch_job(url, "replication", {"batch_size": 0}, wait=True, timeout=90)
+    assert run.status == "FAILURE"
+    assert run.error and run.error.startswith("DLM-101: DLM_BATCH_SIZE 0 is not valid")
     with pytest.raises(NotFoundError, match="there are expiry, maintenance, rebalance"):
         launch_job(url, "nonsense")
 

@@ -194,6 +194,19 @@ def test_failures_are_told_with_what_to_ask(site, instance):
     assert "DLM-303: storage a has no payload" in line and "`dlm item why " in line
 
 
+@pytest.mark.parametrize("config", [{"batch_size": 0}, {"linger_seconds": -1.0}])
+def test_a_value_out_of_range_is_one_line(site, instance, config):
+    """The run fails with the name of the setting and what is right, and no traceback of ours."""
+    (failure,) = [
+        e
+        for e in execute(instance, "replication", **config).all_events
+        if e.event_type_value == "STEP_FAILURE"
+    ]
+    told = failure.event_specific_data.user_failure_data.description
+    name = next(iter(config)).upper()
+    assert told.startswith(f"DLM-101: DLM_{name} ") and "\n" not in told
+
+
 def test_a_sensor_is_quick(site, instance):
     """Due or not, a tick takes less than 100 ms; the median of five."""
     register(site, {f"f{n}": b"one" for n in range(50)})

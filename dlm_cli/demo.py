@@ -27,7 +27,9 @@ from dlm_core.settings import load_settings
 _SETTINGS = {
     "DLM_WEBSERVER_PORT": "0",
     "DLM_TRASH_GRACE_SECONDS": "3",
-    "DLM_LINGER_SECONDS": "12",
+    # the drainers of one stage are there for the next; the daemon looks every five seconds
+    "DLM_LINGER_SECONDS": "45",
+    "DLM_SENSOR_INTERVAL_SECONDS": "2",
     "DLM_RETRY_BASE_SECONDS": "1",
     "DLM_MAX_DRAINERS": "1",
 }

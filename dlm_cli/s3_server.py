@@ -23,6 +23,8 @@ from obstore.store import S3Store
 from dlm_core.errors import ServiceUnavailableError
 
 _READY_SECONDS = 60
+#: where SeaweedFS puts its unix sockets, without a choice
+_SOCKETS = Path("/tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,14 @@ def s3_server(folder: Path, bucket: str = "dlm-bucket") -> Iterator[S3Server]:
         _make_bucket(server, process)
         yield server
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        # its graceful end waits 20 s for a cluster that is not there; its data go with it
+        process.kill()
+        process.wait()
+        for port in (s3, master, volume, filer):
+            for socket_file in _SOCKETS.glob(f"seaweedfs-*-{port}.sock"):
+                socket_file.unlink(missing_ok=True)
+            for socket_file in _SOCKETS.glob(f"seaweedfs-*-grpc-{port + 10_000}.sock"):
+                socket_file.unlink(missing_ok=True)
 
 
 def free_ports(count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +41,7 @@ from dlm_core.types import (
     ReplicaState,
     StorageMode,
     decode_path,
+    encode_path,
     new_id,
 )
 
@@ -48,6 +50,8 @@ _IMPOSSIBLE_BASE = timedelta(seconds=30)
 _IMPOSSIBLE_CEILING = timedelta(hours=6)
 #: a storage that failed to take a copy of an item is not asked again for this long
 _EXCLUSION = timedelta(hours=1)
+# control characters, backslashes and octets that are no UTF-8 (see S3Storage)
+_NO_OBJECT_KEY = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 
 
 def storage_views(storage_rows: Iterable[Mapping[str, Any]]) -> dict[uuid.UUID, StorageView]:
@@ -81,14 +85,19 @@ def capacity_and_use(row: Mapping[str, Any]) -> tuple[int | None, int]:
     return row["observed_total_bytes"], row["observed_used_bytes"] or row["used_bytes"]
 
 
-def copy_path(uri: str, version: int) -> str:
+def copy_path(uri: str, version: int, interface: str = "posix") -> str:
     """Where a copy lies below a storage's root: ``scheme/path``, encoded as the catalogue has it.
 
     Versions after the first have a top folder of their own: a longer file name could pass the 255
-    octets that file systems allow.
+    octets that file systems allow. Names that S3 does not keep as they are lie there in their
+    percent-encoded form, in a top folder of their own (no scheme has a ``!``) so that they meet no
+    file which is really called so.
     """
     scheme, _, path = uri.partition(":")
-    return f"{scheme}/{path}" if version == 1 else f"{scheme}@{version}/{path}"
+    top = scheme if version == 1 else f"{scheme}@{version}"
+    if interface == "s3" and _NO_OBJECT_KEY.search(decode_path(path)):
+        return encode_path(f"{top}!/{path}")
+    return f"{top}/{path}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +146,7 @@ def _plan_batch(connection: Connection, context: Context) -> int:
         return 0
     storages = context.storages.load(connection)
     decided = _decide(connection, taken, storages, now)
-    _apply(connection, context, decided, taken, now)
+    _apply(connection, context, decided, storages, taken, now)
     return len(taken)
 
 
@@ -190,6 +199,7 @@ def _apply(
     connection: Connection,
     context: Context,
     decided: Sequence[tuple[Mapping[str, Any], Decision]],
+    storages: Mapping[uuid.UUID, Mapping[str, Any]],
     tries: Mapping[uuid.UUID, int],
     now: datetime,
 ) -> None:
@@ -198,7 +208,8 @@ def _apply(
     for item, decision in decided:
         for copy in decision.copies:
             if copy.uid is None:
-                path = copy_path(item["uri"], item["version"])
+                interface = storages[copy.storage_id]["interface"]
+                path = copy_path(item["uri"], item["version"], interface)
                 fresh.append(
                     (
                         copy,

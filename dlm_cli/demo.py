@@ -168,8 +168,10 @@ def _start(stack: ExitStack, show: Show, home: Path, stop: threading.Event) -> D
 def _stages(demo: Demo, demo_path: Path | None) -> bool:
     """All stages in turn; True if nothing was lost and every digest agrees."""
     files = files_below(demo_path) if demo_path else default_files()
-    if not files.paths:
-        raise InvalidValueError(what="DEMO_PATH", value=str(demo_path), expected="files in it")
+    if not any((files.root / path).stat().st_size for path in files.paths):
+        raise InvalidValueError(
+            what="DEMO_PATH", value=str(demo_path), expected="a folder with files that have bytes"
+        )
     stages.make_places(demo, files)
     demo.stage("registration", f"registration of {len(files.paths)} files", stages.register(files))
     demo.stage("replication", "replication to SOLID", stages.replicate)

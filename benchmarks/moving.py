@@ -96,6 +96,16 @@ def registration(core: Context, folder: Path, count: int) -> Result:
     return result("registration from disk", count / seconds(ours), "files/s", count / bare)
 
 
+def registration_alone(home: Path, folder: Path, quick: bool) -> Result:
+    """Registration of files as large as many data products are: 1 MB each."""
+    count = 50 if quick else 2000
+    folder.mkdir()
+    with context(home) as core:
+        places(core, folder)
+        make_files(folder / "a", count, 10**6)
+        return registration(core, folder / "a", count)
+
+
 def _move(core: Context, keep: str) -> float:
     """Seconds to drain the copies of all items to the one storage that is open."""
     for name in ("b", "c", "bucket"):
@@ -173,5 +183,6 @@ def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
         os.environ["BENCH_S3_KEY"] = server.access_key
         os.environ["BENCH_S3_SECRET"] = server.secret_key
         small, large = ((500, 10_000), (4, 20_000_000)) if quick else ((5000, 10_000), (20, 10**8))
-        found = one_set(home, folder / "A", server, "A", *small)
+        found = [registration_alone(home, folder / "R", quick)]
+        found += one_set(home, folder / "A", server, "A", *small)
         return found + one_set(home, folder / "B", server, "B", *large)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
@@ -22,7 +22,8 @@ from dlm_core.storages.port import Storage
 from dlm_core.types import OperationState, ReplicaState, decode_path
 
 Row = Mapping[str, Any]
-_CHUNK = 256
+#: payloads let in by one transaction
+_FEWEST, _MOST = 64, 512
 
 
 def execute_admit(context: Context, claim: Claim) -> Report:
@@ -72,10 +73,23 @@ def _admit_storage(
     report: Report,
 ) -> None:
     writing: Future[list[tuple[Look, queue.Outcome]]] | None = None
-    for chunk in _chunks(look_at(storage, targets, context)):
-        prepared = [_prepare(storage, details[look.uid], look) for look in chunk]
+    gathered: list[Look] = []
+
+    def write() -> Future[list[tuple[Look, queue.Outcome]]]:
+        prepared = [_prepare(storage, details[look.uid], look) for look in gathered]
+        gathered.clear()
         _note(writing, operations, report)
-        writing = writer.submit(_write, context, claim, operations, prepared)
+        return writer.submit(_write, context, claim, operations, prepared)
+
+    for look in look_at(storage, targets, context):
+        gathered.append(look)
+        # as soon as the writer is free, but not for a few: so that little is left to write at the
+        # end where reading takes long, and statements are large where it does not
+        free = writing is None or writing.done()
+        if len(gathered) >= (_FEWEST if free else _MOST):
+            writing = write()
+    if gathered:
+        writing = write()
     _note(writing, operations, report)
 
 
@@ -87,17 +101,6 @@ def _note(
     for look, outcome in writing.result() if writing else ():
         size = look.observation.size if look.observation else 0
         report.note(operations[look.operation_id], outcome, size, look.seconds)
-
-
-def _chunks(looks: Iterator[Look]) -> Iterator[list[Look]]:
-    chunk: list[Look] = []
-    for look in looks:
-        chunk.append(look)
-        if len(chunk) >= _CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _prepare(

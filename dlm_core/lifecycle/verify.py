@@ -75,6 +75,10 @@ def request_verification(
     )
 
 
+_GROUP = 32
+_GROUP_BYTES = 1 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class Look:
     """What a look at one replica found: an observation, or the error that prevented it."""
@@ -108,8 +112,29 @@ def look_at(
             return None
         return Look(target["operation_id"], target["uid"], seen, failure, time.monotonic() - begun)
 
+    def read_together(group: Sequence[Mapping[str, Any]]) -> list[Look]:
+        return [look for target in group if (look := read(target)) is not None]
+
     with ThreadPoolExecutor(storage.concurrency, "dlm-look") as pool:
-        yield from (look for look in pool.map(read, targets) if look is not None)
+        for looks in pool.map(read_together, _groups(targets, storage.concurrency)):
+            yield from looks
+
+
+def _groups(
+    targets: Sequence[Mapping[str, Any]], threads: int
+) -> Iterator[list[Mapping[str, Any]]]:
+    """Small payloads together: handing one to a thread costs as much as reading it."""
+    most = min(_GROUP, -(-len(targets) // threads))
+    group: list[Mapping[str, Any]] = []
+    size = 0
+    for target in targets:
+        group.append(target)
+        size += target["size"] or 0
+        if len(group) >= most or size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def execute_verify(context: Context, claim: Claim) -> Report:

@@ -24,6 +24,8 @@ from dlm_core.storages.kernel import open_without_links, rename_noreplace, sync_
 from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage
 
 _BLOCK = 1 << 20
+# a large file begins its way to the medium while the rest is written: flushing waits less
+_WRITEBACK = 32 << 20
 # a fifo must not keep us waiting for somebody to write into it
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -45,7 +47,7 @@ class PosixStorage:
     Parameters
     ----------
     root : an absolute folder; links in the root itself are resolved once, here.
-    concurrency : transfers at once; by default one a processor, between 2 and 4.
+    concurrency : transfers at once.
     mount : a mount point. Unless something is mounted there the storage counts as unreachable, so
         that the empty folder below a disk that went is not taken for an empty storage.
     """
@@ -53,11 +55,11 @@ class PosixStorage:
     atomic_write = False
 
     def __init__(
-        self, name: str, root: str, concurrency: int | None = None, mount: str | None = None
+        self, name: str, root: str, concurrency: int = 4, mount: str | None = None
     ) -> None:
         self.name = name
         self.root = os.path.realpath(root)
-        self.concurrency = concurrency or max(2, min(4, os.cpu_count() or 2))
+        self.concurrency = concurrency
         self._mount = mount
 
     # --- paths and errors ------------------------------------------------------------------------
@@ -212,8 +214,7 @@ class PosixStorage:
     def read_back(self, path: str) -> PosixStream:
         """As :meth:`open_read`, but from the medium where the kernel lets go of its cache."""
         stream = self.open_read(path)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        _let_go(stream.fileno(), 0, 0)
         return stream
 
     # --- changing --------------------------------------------------------------------------------
@@ -246,6 +247,7 @@ class PosixStorage:
             raise self._translate_making(error, path) from error
 
     def _pour(self, source: Readable, descriptor: int, path: str) -> None:
+        written = begun = 0
         while block := source.read(_BLOCK):
             view = memoryview(block)
             try:
@@ -253,6 +255,10 @@ class PosixStorage:
                     view = view[os.write(descriptor, view) :]
             except OSError as error:
                 raise self._translate_making(error, path) from error
+            written += len(block)
+            if written - begun >= _WRITEBACK:
+                _let_go(descriptor, begun, written - begun)
+                begun = written
 
     def _make_parent(self, full: str) -> None:
         self._check_root()
@@ -373,6 +379,12 @@ def _entry(path: str, status: os.stat_result) -> Entry:
         return Entry(path, 0, status.st_mtime, "directory")
     kind = "symlink" if stat_module.S_ISLNK(mode) else "other"
     return Entry(path, status.st_size, status.st_mtime, kind)
+
+
+def _let_go(descriptor: int, offset: int, length: int) -> None:
+    """Have the kernel write out what is dirty in a range of a file, and forget what is clean."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def _quietly(call: Callable[..., None], argument: int | str) -> None:

@@ -303,7 +303,7 @@ operation = Table(
     _key("operation_id"),
     _required("kind", Text),
     _required("state", Text, "'QUEUED'::text"),
-    _to("oid", "data_item", nullable=False),
+    Column("oid", Uuid, nullable=False),
     _to("uid", "replica", nullable=False),
     Column("source_uid", Uuid),
     _to("plan_id", "plan"),

@@ -1,6 +1,8 @@
 -- Functions and triggers: what psql cannot go round either.
--- Functions that join transition tables switch nested loops off: those tables have no statistics,
--- the planner expects few rows, and a batch of 5,000 would cost 25 million comparisons.
+-- Functions that join transition tables switch nested loops off: the plan of a session's first, small
+-- statement is kept, and a batch of 5,000 would cost 25 million comparisons. What they need of other
+-- tables they look up row by row, in subqueries that OFFSET 0 keeps from becoming joins: without
+-- nested loops those would read the whole catalogue.
 
 CREATE FUNCTION dlm_now() RETURNS timestamptz LANGUAGE sql STABLE AS $$
   SELECT coalesce(nullif(current_setting('dlm.now', true), '')::timestamptz, clock_timestamp())
@@ -110,7 +112,7 @@ BEGIN
     END IF;
     SELECT n.oid, n.uri INTO bad FROM new_rows n JOIN old_rows o USING (oid)
      WHERE o.state <> n.state AND n.state = 'DELETED'
-       AND EXISTS (SELECT FROM replica r WHERE r.oid = n.oid AND r.state <> 'DELETED') LIMIT 1;
+       AND EXISTS (SELECT FROM replica r WHERE r.oid = n.oid AND r.state <> 'DELETED' OFFSET 0) LIMIT 1;
     IF FOUND THEN
       PERFORM dlm_refuse(format('item %s still has replicas', bad.uri));
     END IF;
@@ -183,8 +185,10 @@ BEGIN
     PERFORM dlm_refuse(format('replica %s cannot go from %s to %s, nor change key, item, storage or path', bad.uid, bad.a, bad.b));
   END IF;
   -- only bytes that were observed and equal the item's digest make a replica READY
-  SELECT n.uid INTO bad FROM new_rows n JOIN data_item i USING (oid)
-   WHERE n.state = 'READY' AND (n.digest IS DISTINCT FROM i.digest OR n.size IS DISTINCT FROM i.size) LIMIT 1;
+  SELECT n.uid INTO bad FROM new_rows n
+   WHERE n.state = 'READY' AND NOT EXISTS (
+         SELECT FROM data_item i WHERE i.oid = n.oid AND i.digest = n.digest AND i.size = n.size OFFSET 0)
+   LIMIT 1;
   IF FOUND THEN
     PERFORM dlm_refuse(format('replica %s cannot be READY: its observed digest or size is not the item''s', bad.uid));
   END IF;
@@ -192,24 +196,26 @@ BEGIN
     LOCK TABLE hold IN SHARE MODE;
     -- a certificate written in this very transaction for a trashing; a valid one for the end
     SELECT n.uid INTO bad FROM new_rows n JOIN old_rows o USING (uid)
-      LEFT JOIN deletion d ON d.deletion_id = n.deletion_id AND d.uid = n.uid
-     WHERE n.state <> o.state AND (
-           (n.state = 'TRASHED' AND (d.uid IS NULL OR d.step <> 'trash' OR d.xid <> pg_current_xact_id()))
-        OR (n.state = 'DELETED' AND (d.uid IS NULL OR d.step NOT IN ('purge', 'release') OR d.valid_until < dlm_now())))
+     WHERE n.state <> o.state AND n.state IN ('TRASHED', 'DELETED') AND NOT EXISTS (
+           SELECT FROM deletion d WHERE d.deletion_id = n.deletion_id AND d.uid = n.uid
+              AND CASE n.state WHEN 'TRASHED' THEN d.step = 'trash' AND d.xid = pg_current_xact_id()
+                               ELSE d.step IN ('purge', 'release') AND d.valid_until >= dlm_now() END OFFSET 0)
      LIMIT 1;
     IF FOUND THEN
       PERFORM dlm_refuse(format('replica %s cannot be deleted without a certificate that holds now', bad.uid));
     END IF;
-    SELECT n.uid INTO bad FROM new_rows n JOIN old_rows o USING (uid) JOIN data_item i ON i.oid = n.oid
-     WHERE n.state = 'TRASHED' AND o.state <> 'TRASHED'
-       AND EXISTS (SELECT FROM holds_on(i.oid, i.uri, i.collection_id)) LIMIT 1;
+    SELECT n.uid INTO bad FROM new_rows n JOIN old_rows o USING (uid)
+     WHERE n.state = 'TRASHED' AND o.state <> 'TRASHED' AND EXISTS (SELECT FROM hold OFFSET 0)
+       AND EXISTS (SELECT FROM data_item i, holds_on(i.oid, i.uri, i.collection_id)
+                    WHERE i.oid = n.oid OFFSET 0) LIMIT 1;
     IF FOUND THEN
       PERFORM dlm_refuse(format('replica %s is under a hold', bad.uid));
     END IF;
     -- the last good copy goes only with the item
-    SELECT n.uid INTO bad FROM new_rows n JOIN old_rows o USING (uid) JOIN data_item i ON i.oid = n.oid
-     WHERE n.state = 'TRASHED' AND o.state <> 'TRASHED' AND i.state <> 'EXPIRED'
-       AND NOT EXISTS (SELECT FROM replica s WHERE s.oid = n.oid AND s.state = 'READY') LIMIT 1;
+    SELECT n.uid INTO bad FROM new_rows n JOIN old_rows o USING (uid)
+     WHERE n.state = 'TRASHED' AND o.state <> 'TRASHED'
+       AND NOT EXISTS (SELECT FROM replica s WHERE s.oid = n.oid AND s.state = 'READY' OFFSET 0)
+       AND NOT EXISTS (SELECT FROM data_item i WHERE i.oid = n.oid AND i.state = 'EXPIRED' OFFSET 0) LIMIT 1;
     IF FOUND THEN
       PERFORM dlm_refuse(format('replica %s is the last good copy of an item that has not expired', bad.uid));
     END IF;

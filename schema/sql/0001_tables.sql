@@ -199,7 +199,7 @@ CREATE TABLE operation (
   kind         text NOT NULL CHECK (kind IN ('admit', 'copy', 'verify', 'trash', 'purge', 'restore')),
   state        text NOT NULL DEFAULT 'QUEUED'
                CHECK (state IN ('QUEUED', 'RUNNING', 'DONE', 'FAILED', 'CANCELLED')),
-  oid          uuid NOT NULL REFERENCES data_item,
+  oid          uuid NOT NULL, -- the item of the replica, which never changes
   uid          uuid NOT NULL REFERENCES replica,
   source_uid   uuid,
   plan_id      uuid REFERENCES plan,

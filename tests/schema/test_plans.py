@@ -27,6 +27,9 @@ from dlm_core.catalogue import (
 from dlm_core.catalogue import items as catalogue_items
 from dlm_core.catalogue.engine import make_engine, rows, run
 from dlm_core.catalogue.status import status
+from dlm_core.lifecycle.expire import plan_batch
+from dlm_core.lifecycle.work import Context
+from dlm_core.settings import load_settings
 from dlm_core.types import OperationKind, new_id
 from tests.schema.rules import DIGEST, NOW, add_storage
 
@@ -276,3 +279,35 @@ def test_an_index_of_due_work_is_as_small_as_the_work(site: Engine, index: str) 
         )[0]
     assert found["entries"] <= 500
     assert found["pages"] < 300
+
+
+def test_a_deletion_reads_no_table_through(site: Engine) -> None:
+    """Select, prove, certify and mark a batch: triggers too look items and replicas up by key."""
+    context = Context(site, load_settings(), "user:test", clock=lambda: LATER)
+    kept: list[dict[str, Any]] = []
+
+    def batch(connection: Connection) -> None:
+        run(
+            connection,
+            """UPDATE data_item SET expires_at = created_at WHERE oid IN (
+                 SELECT oid FROM data_item WHERE state = 'READY' ORDER BY oid DESC LIMIT 500)""",
+        )
+        before = _read_through(connection)
+        granted, refused = plan_batch(connection, context, 1000)
+        after = _read_through(connection)
+        kept.append({"looked_at": len(granted) + len(refused), "before": before, "after": after})
+
+    context.rehearse(batch)
+    (found,) = kept
+    assert found["looked_at"] == 1000
+    assert found["after"] == found["before"]
+
+
+def _read_through(connection: Connection) -> dict[str, int]:
+    """Sequential scans of the large tables in this transaction so far."""
+    found = rows(
+        connection,
+        """SELECT relname, seq_scan FROM pg_stat_xact_user_tables
+            WHERE relname IN ('data_item', 'replica')""",
+    )
+    return {row["relname"]: row["seq_scan"] for row in found}

@@ -1,0 +1,85 @@
+"""Addresses of databases: several hosts, a primary with standbys."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy import create_engine, text
+
+from dlm_core.catalogue import embedded
+from dlm_core.catalogue.dsn import sqlalchemy_url
+from dlm_core.catalogue.engine import make_engine, rows, transact
+
+
+@pytest.fixture(scope="module")
+def standby() -> Iterator[Path]:
+    """The home of a second server which, like a standby, takes no writes."""
+    home = Path(tempfile.mkdtemp(prefix="dlm-test-"))
+    try:
+        url = embedded.ensure_running(home, durable=False)
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+            connection.execute("SELECT pg_reload_conf()")
+        yield home
+    finally:
+        embedded.stop(home)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def several(database_url: str, standby: Path) -> str:
+    """A host that is not there, one that takes no writes, and the primary, in this order."""
+    primary = conninfo_to_dict(database_url)
+    name = str(primary["dbname"])
+    second = conninfo_to_dict(embedded.database_url(standby, name))
+    _mirror(standby, name)
+    hosts = ("/nonexistent", second["host"], primary["host"])
+    ports = (5432, second.get("port", 5432), primary.get("port", 5432))
+    return (
+        f"postgresql://{primary['user']}@/{primary['dbname']}"
+        f"?host={','.join(map(str, hosts))}&port={','.join(map(str, ports))}"
+        "&target_session_attrs=read-write&connect_timeout=5"
+    )
+
+
+def _mirror(standby: Path, name: str) -> None:
+    """A standby has the databases of its primary."""
+    url = embedded.database_url(standby, "postgres")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SET default_transaction_read_only = off")
+        connection.execute(f"CREATE DATABASE {name}".encode())
+
+
+def test_the_host_that_takes_writes_is_found(database_url: str, standby: Path) -> None:
+    """The catalogue connects past a dead host and a standby, and can write."""
+    engine = make_engine(several(database_url, standby))
+    try:
+        found = transact(
+            engine,
+            "user:test",
+            lambda c: rows(
+                c,
+                "INSERT INTO location (location_id, name) "
+                "VALUES (gen_random_uuid(), 'here') RETURNING name",
+            ),
+        )
+    finally:
+        engine.dispose()
+    assert found == [{"name": "here"}]
+
+
+def test_dagster_finds_it_too(database_url: str, standby: Path) -> None:
+    """With the driver that Dagster uses."""
+    url = sqlalchemy_url(several(database_url, standby), "psycopg2")
+    engine = create_engine(url)
+    try:
+        with engine.connect() as connection:
+            answer = connection.execute(text("SHOW transaction_read_only")).scalar()
+    finally:
+        engine.dispose()
+    assert answer == "off"

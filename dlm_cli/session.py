@@ -45,9 +45,9 @@ def plain_errors(command: F) -> F:
 
 
 @contextmanager
-def catalogue() -> Iterator[Any]:
-    """A core context on the catalogue, in the user's name; the embedded server is started if it
-    sleeps, an empty or older schema is told, never changed."""
+def catalogue(person: str | None = None) -> Iterator[Any]:
+    """A core context on the catalogue in the name of ``person`` (unset: the user of this process);
+    the embedded server is started if it sleeps, an empty or older schema is told, never changed."""
     import getpass
 
     from dlm_core.catalogue import schema
@@ -58,7 +58,7 @@ def catalogue() -> Iterator[Any]:
 
     settings = load_settings()
     engine = make_engine(catalogue_url(settings), pool_size=4)
-    context = Context(engine, settings, f"user:{getpass.getuser()}")
+    context = Context(engine, settings, f"user:{person or getpass.getuser()}")
     try:
         context.transact(schema.check)
         yield context

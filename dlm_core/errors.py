@@ -213,3 +213,9 @@ class BlastRadiusError(SafetyError):
     run and raise the limit for this run if it is meant"""
 
     code = "DLM-502"
+
+
+class RetentionLockError(SafetyError):
+    """hold {hold} is a retention lock until {until}: nobody can shorten it, only lengthen it"""
+
+    code = "DLM-505"

@@ -275,13 +275,18 @@ hold = Table(
     _key("hold_id"),
     _to("oid", "data_item"),
     _to("collection_id", "collection"),
-    Column("uri_prefix", Text),
+    Column("uri_prefix", Text(collation="C")),
     _required("reason", Text),
     _required("actor", Text),
     _created(),
     Column("ends_at", Moment),
+    Column("uri_pattern", Text(collation="C")),
+    _required("everything", Boolean, "false"),
+    _required("locked", Boolean, "false"),
     Index("hold_oid", "oid"),
     Index("hold_collection", "collection_id"),
+    Index("hold_prefix", "uri_prefix", postgresql_where=text("uri_prefix IS NOT NULL")),
+    Index("hold_everything", "hold_id", postgresql_where=text("everything")),
 )
 
 plan = Table(

@@ -150,10 +150,11 @@ def parse_pairs(pairs: Sequence[str], what: str) -> dict[str, str]:
 
 def show_json(value: Any) -> None:
     """Print a value as JSON; times as ISO 8601 UTC, durations in seconds."""
-    print(json.dumps(value, default=_plain, indent=2, ensure_ascii=False))
+    print(json.dumps(value, default=plain_value, indent=2, ensure_ascii=False))
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """The JSON form of a time, duration or key."""
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
     if isinstance(value, timedelta):

@@ -198,7 +198,7 @@ def _proof(row: dict[str, Any]) -> Proof:
 _CERTIFICATE = {
     "deletion_id": "uuid", "step": "text", "basis": "text", "uid": "uuid", "oid": "uuid",
     "storage_id": "uuid", "from_state": "text", "survivors": "jsonb", "survivor_weight": "int2",
-    "target_phase": "text", "holds_examined": "int4", "reason": "text",
+    "target_phase": "text", "holds_examined": "int4", "reason": "text", "size": "int8",
 }  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def certify(
         _CERTIFICATE,
         (
             (new_id(), step, p.basis, p.uid, p.oid, p.storage_id, p.state, Jsonb(p.survivors),
-             p.survivor_weight, p.target_phase, p.holds, p.reason)
+             p.survivor_weight, p.target_phase, p.holds, p.reason, p.size)
             for p, step in proofs
         ),
     )  # fmt: skip

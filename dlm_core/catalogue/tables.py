@@ -13,11 +13,13 @@ from sqlalchemy import (
     Boolean,
     Column,
     Computed,
+    Date,
     Double,
     ForeignKey,
     Index,
     Integer,
     MetaData,
+    Numeric,
     PrimaryKeyConstraint,
     Sequence,
     SmallInteger,
@@ -351,6 +353,7 @@ deletion = Table(
     _required("proved_at", Moment),
     _required("valid_until", Moment),
     _required("xid", Xid8, "pg_current_xact_id()"),
+    Column("size", BigInteger),
     Index("deletion_uid", "uid"),
     postgresql_partition_by="RANGE (deletion_id)",
 )
@@ -374,6 +377,22 @@ event = Table(
     PrimaryKeyConstraint("seq", "at"),
     Index("event_oid", "oid"),
     postgresql_partition_by="RANGE (at)",
+)
+
+audit_seal = Table(
+    "audit_seal",
+    metadata,
+    Column("feed", Text, primary_key=True),
+    Column("day", Date, primary_key=True),
+    _required("rows", BigInteger),
+    _required("digest", Text),
+    _required("key_sum", Numeric),
+    _required("hash_sum", Numeric),
+    _required("product_sum", Numeric),
+    _required("previous", Text),
+    _required("seal", Text),
+    _required("sealed_at", Moment, "clock_timestamp()"),
+    Column("dropped_at", Moment),
 )
 
 delivery = Table(

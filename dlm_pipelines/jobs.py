@@ -18,7 +18,7 @@ from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.trash import execute_purge, execute_restore, execute_trash
 from dlm_core.lifecycle.verify import execute_verify
 from dlm_core.lifecycle.watch import plan_registration
-from dlm_core.lifecycle.work import Context, Executor, Planner, Report, drain
+from dlm_core.lifecycle.work import Context, Executor, Guard, Planner, Report, drain
 from dlm_core.settings import Settings
 from dlm_core.types import OperationKind
 from dlm_pipelines.metadata import proposals_metadata, report_metadata
@@ -38,13 +38,17 @@ class DrainConfig(dg.Config):
 
 
 class ExpiryConfig(DrainConfig):
-    """As for any drainer, and how much this run may delete."""
+    """As for any drainer, and how much this run may delete: not more than the settings allow.
+
+    Beyond them an approved plan leads, never a run's config: else who may launch a run could do
+    without the approvals that a site asks for.
+    """
 
     max_delete_items: int | None = Field(
-        None, description="Replicas this run may trash; unset: DLM_MAX_DELETE_ITEMS."
+        None, description="Replicas this run may trash, at most DLM_MAX_DELETE_ITEMS."
     )
     max_delete_bytes: int | None = Field(
-        None, description="Bytes this run may trash; unset: DLM_MAX_DELETE_BYTES."
+        None, description="Bytes this run may trash, at most DLM_MAX_DELETE_BYTES."
     )
     plan: bool = Field(
         True, description="Trash what is past its time; else only finish what is queued."
@@ -58,6 +62,7 @@ class Work:
     executors: Mapping[OperationKind, Executor]
     planner: Callable[[Settings], Planner] | None
     propose: Callable[[Context], list[Mapping[str, Any]]]
+    guard: Guard | None = None
 
 
 def _nothing(_: Context) -> list[Mapping[str, Any]]:
@@ -105,6 +110,7 @@ WORK: dict[str, Work] = {
         },
         lambda s: expire.ExpiryPlanner(s.max_delete_items, s.max_delete_bytes),
         _propose_deletions,
+        expire.stop_on_errors,
     ),
     "rebalance": Work({}, lambda _: rebalance.plan_rebalance, _propose_leaving),
 }
@@ -118,7 +124,7 @@ def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: C
     if isinstance(config, ExpiryConfig) and not config.plan:
         work = replace(work, planner=None)
     try:
-        settings = site.settings(**overrides)
+        settings = _stricter(site, site.settings(**overrides))
         core = site.context(f"run:{context.run_id}", settings)
         if config.dry_run:
             proposals = work.propose(core)
@@ -132,6 +138,14 @@ def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: C
         raise dg.Failure(f"{error.code}: {error}", allow_retries=error.retryable) from None
 
 
+def _stricter(site: Catalogue, chosen: Settings) -> Settings:
+    """A run's limits on deletion: its own, but never above those of the site."""
+    mine = site.settings()
+    limits = ("max_delete_items", "max_delete_bytes")
+    lowest = {name: min(getattr(chosen, name), getattr(mine, name)) for name in limits}
+    return chosen.model_copy(update=lowest)
+
+
 def _drain(core: Context, work: Work, settings: Settings) -> Report:
     """Drain in a thread of its own, so that an interrupt (a cancelled run, SIGTERM) reaches this
     one, which then lets the work in hand end or be given back."""
@@ -142,7 +156,9 @@ def _drain(core: Context, work: Work, settings: Settings) -> Report:
         try:
             planner = work.planner(settings) if work.planner else None
             linger = settings.linger_seconds if work.executors else 0.0
-            result.append(drain(core, work.executors, planner, linger_seconds=linger))
+            result.append(
+                drain(core, work.executors, planner, guard=work.guard, linger_seconds=linger)
+            )
         except BaseException as error:
             failure.append(error)
 

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Date,
     Double,
     ForeignKey,
+    Identity,
     Index,
     Integer,
     MetaData,
@@ -302,6 +303,35 @@ plan = Table(
     _required("actor", Text),
     _created(),
     Column("applied_at", Moment),
+    _required("state", Text, "'PROPOSED'::text"),
+    Column("reason", Text),
+    _required("approvals", SmallInteger, "1"),
+    _required("valid_until", Moment, "now()"),
+    Index("plan_waiting", "created_at", postgresql_where=text("state = 'PROPOSED'")),
+)
+
+plan_entry = Table(
+    "plan_entry",
+    metadata,
+    _to("plan_id", "plan", primary_key=True),
+    _to("uid", "replica", primary_key=True),
+    _to("oid", "data_item", nullable=False),
+    _required("size", BigInteger),
+    _required("basis", Text),
+    _required("reason", Text),
+    Index("plan_entry_uid", "uid"),
+    Index("plan_entry_oid", "oid"),
+)
+
+plan_decision = Table(
+    "plan_decision",
+    metadata,
+    _to("plan_id", "plan", primary_key=True),
+    _required("actor", Text),
+    _required("decision", Text),
+    Column("reason", Text),
+    _created(),
+    Column("seq", BigInteger, Identity(always=True), primary_key=True),
 )
 
 operation = Table(
@@ -355,6 +385,11 @@ deletion = Table(
     _required("xid", Xid8, "pg_current_xact_id()"),
     Column("size", BigInteger),
     Index("deletion_uid", "uid"),
+    Index(
+        "deletion_trashed",
+        "proved_at",
+        postgresql_where=text("step = 'trash' AND plan_id IS NULL"),
+    ),
     postgresql_partition_by="RANGE (deletion_id)",
 )
 

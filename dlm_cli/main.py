@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dlm_cli import auditing, holds, items, places, plans
+from dlm_cli import auditing, holds, items, places, plans, verifying
 from dlm_cli.session import catalogue, fail, parse_pairs, plain_errors, show_json, show_table
 from dlm_core.errors import DlmError, InputError, ServiceUnavailableError
 
@@ -34,6 +34,7 @@ app.command("register")(items.register)
 app.command("expire")(items.expire)
 app.command("restore")(items.restore)
 app.command("verify")(items.verify)
+app.command("verification")(verifying.verification)
 app.command("retry")(items.retry)
 
 

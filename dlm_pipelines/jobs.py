@@ -14,6 +14,7 @@ from pydantic import Field
 from dlm_core.errors import DlmError
 from dlm_core.lifecycle import expire, rebalance, replicate
 from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.check import plan_verification, propose_verification
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.trash import execute_purge, execute_restore, execute_trash
 from dlm_core.lifecycle.verify import execute_verify
@@ -21,7 +22,7 @@ from dlm_core.lifecycle.watch import plan_registration
 from dlm_core.lifecycle.work import Context, Executor, Guard, Planner, Report, drain
 from dlm_core.settings import Settings
 from dlm_core.types import OperationKind
-from dlm_pipelines.metadata import proposals_metadata, report_metadata
+from dlm_pipelines.metadata import overview_metadata, proposals_metadata, report_metadata
 from dlm_pipelines.resources import Catalogue
 
 
@@ -94,6 +95,17 @@ def _propose_leaving(context: Context) -> list[Mapping[str, Any]]:
     ]
 
 
+def _propose_checks(context: Context) -> list[Mapping[str, Any]]:
+    return [
+        {
+            "item": str(check.oid),
+            "what": f"read again, {check.copies} good copies, looked at {check.looked_at:%Y-%m-%d}",
+            "bytes": check.size,
+        }
+        for check in propose_verification(context)
+    ]
+
+
 WORK: dict[str, Work] = {
     "registration": Work(
         {OperationKind.ADMIT: execute_admit}, lambda _: plan_registration, _nothing
@@ -101,7 +113,9 @@ WORK: dict[str, Work] = {
     "replication": Work(
         {OperationKind.COPY: execute_copy}, lambda _: plan_replication, _propose_copies
     ),
-    "verification": Work({OperationKind.VERIFY: execute_verify}, None, _nothing),
+    "verification": Work(
+        {OperationKind.VERIFY: execute_verify}, lambda _: plan_verification, _propose_checks
+    ),
     "expiry": Work(
         {
             OperationKind.RESTORE: execute_restore,
@@ -133,7 +147,10 @@ def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: C
         with _progress(context):
             report = _drain(core, work, settings)
         _tell_failures(context, report)
-        return dg.Output(report.total, metadata=report_metadata(core, report))
+        told = report_metadata(core, report)
+        if name == "verification":
+            told |= overview_metadata(core)
+        return dg.Output(report.total, metadata=told)
     except DlmError as error:
         raise dg.Failure(f"{error.code}: {error}", allow_retries=error.retryable) from None
 
@@ -252,7 +269,7 @@ JOBS = {
     "verification": _job(
         "verification",
         DrainConfig,
-        "Read replicas again; damage is noticed, set aside, and mended by replication.",
+        "Read replicas again, when due or asked for; damage is noticed, set aside, and mended.",
     ),
     "expiry": _job(
         "expiry",

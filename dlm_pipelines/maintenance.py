@@ -15,6 +15,7 @@ from dlm_pipelines.resources import Catalogue
 #: longer than any copy may take
 _TEMP_AGE = timedelta(days=2)
 _PRUNED_AT_ONCE = 500
+_REPORTED_DAYS = 90
 
 
 @dg.op(
@@ -26,7 +27,7 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     core = catalogue.context(f"run:{context.run_id}")
     core.transact(lambda c: ensure_partitions(c, core.clock()))
     core.transact(fold_tally)
-    _seal(context, core)
+    _tell(context, core)
     swept = 0
     for row in core.transact(core.storages.load).values():
         if not row["managed"] or row["mode"] not in ("read_write", "draining"):
@@ -52,8 +53,9 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     context.log.info(f"{swept} temporary files swept, {len(old)} old runs pruned")
 
 
-def _seal(context: dg.OpExecutionContext, core: Context) -> None:
-    """Seal the days that are over; the newest seals stand in the run, outside the catalogue."""
+def _tell(context: dg.OpExecutionContext, core: Context) -> None:
+    """Seal the days that are over, and tell the newest seals, which so stand outside the catalogue,
+    and how the verification goes."""
     sealed = seal_log(core)
     if sealed is None:
         context.log.warning("the log is not sealed: a long transaction is still running")

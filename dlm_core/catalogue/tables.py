@@ -125,6 +125,11 @@ storage = Table(
     Column("rebalance_after", Moment),
     _created(),
     Column("retired_at", Moment),
+    Column("verify_every_days", Integer, server_default=text("90")),
+    Column("verify_bytes_per_second", BigInteger),
+    Column("verify_bytes_per_day", BigInteger),
+    Column("verify_day", Date),
+    _required("verify_day_bytes", BigInteger, "0"),
     UniqueConstraint("interface", "root", "config"),
 )
 
@@ -218,6 +223,14 @@ replica = Table(
     Column("trashed_at", Moment),
     Column("absent_at", Moment),
     Column("released_at", Moment),
+    Column("told_at", Moment),
+    Column("told_stamp", Text),
+    Index(
+        "replica_check",
+        "storage_id",
+        text("GREATEST(checked_at, told_at)"),
+        postgresql_where=text("state = 'READY'"),
+    ),
     Index("replica_oid", "oid"),
     Index(
         "replica_item_storage",
@@ -411,6 +424,7 @@ event = Table(
     Column("detail", JSONB),
     PrimaryKeyConstraint("seq", "at"),
     Index("event_oid", "oid"),
+    Index("event_doubted", "at", postgresql_where=text("action = 'doubted'")),
     postgresql_partition_by="RANGE (at)",
 )
 

@@ -88,6 +88,7 @@ class _Unavailable:
 
     concurrency = 1
     atomic_write = False
+    tells_content = False
     part_size = None
 
     def __init__(self, name: str, error: DlmError) -> None:

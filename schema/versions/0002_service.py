@@ -1,4 +1,4 @@
-"""Holds by selector, retention locks; the audit's seals, plans to approve."""
+"""Holds by selector, retention locks; the audit's seals, plans to approve; scheduled checks."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ SQL = Path(__file__).resolve().parent.parent / "sql"
 def upgrade() -> None:
     # the driver's own cursor: the files are plain SQL, their % signs are no placeholders
     cursor = op.get_bind().connection.cursor()
-    for name in ("0002_holds.sql", "0002_audit.sql", "0002_plans.sql"):
+    for name in ("0002_holds.sql", "0002_audit.sql", "0002_plans.sql", "0002_verification.sql"):
         cursor.execute((SQL / name).read_text(encoding="utf-8"))
 
 

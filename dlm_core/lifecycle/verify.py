@@ -102,8 +102,9 @@ def look_at(
 ) -> Iterator[Look]:
     """Read payloads on one storage with its concurrency; nothing more once ``stop`` is set.
 
-    ``targets`` are rows with operation_id, uid, path (as catalogued), kind and told_stamp; those
-    that are ``tellable`` are not read if the storage still tells that stamp.
+    ``targets`` are rows with operation_id, uid, path (as catalogued) and kind. Where they say
+    ``tellable``, the storage's stamp is noted; if that is true and the stamp is still told_stamp,
+    the payload is not read.
     """
 
     def read(target: Mapping[str, Any]) -> Look | None:
@@ -113,8 +114,9 @@ def look_at(
         seen, failure, stamp, told = None, None, None, False
         try:
             kind = PayloadKind(target["kind"])
-            stamp = _stamp(storage, target)
-            told = target["tellable"] and stamp is not None and stamp == target["told_stamp"]
+            if "tellable" in target:
+                stamp = _stamp(storage, target)
+                told = target["tellable"] and stamp is not None and stamp == target["told_stamp"]
             if not told:
                 seen = observe(storage, decode_path(target["path"]), kind, context.stop)
         except DlmError as error:

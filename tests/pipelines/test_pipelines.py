@@ -174,6 +174,25 @@ def test_too_much_to_delete_waits_for_an_operator(site, instance, monkeypatch):
     assert site.query("SELECT count(*) AS n FROM deletion WHERE plan_id IS NOT NULL")[0]["n"] == 4
 
 
+def test_checks_that_are_due_are_asked_for_and_done(site, instance):
+    """After the storage's interval the sensor asks for a run, which tells how old the looks are."""
+    register(site, {"x": b"one"})
+    execute(instance, "registration")
+    execute(instance, "replication")
+    assert not sensor(instance, "verification").run_requests
+    site.execute(
+        """UPDATE replica SET created_at = created_at - interval '91 days',
+                  checked_at = checked_at - interval '91 days'"""
+    )
+    (request,) = sensor(instance, "verification").run_requests
+    assert "storages with checks due: a, b" in request.tags["dlm/due"]
+    result = execute(instance, "verification")
+    assert result.success and result.output_for_node("drain_verification") == 2
+    (event,) = [e for e in result.all_events if e.event_type_value == "STEP_OUTPUT"]
+    assert "oldest" in event.event_specific_data.metadata["verification"].value
+    assert not sensor(instance, "verification").run_requests
+
+
 def test_certified_deletions_go_on_while_too_much_waits(site, instance, monkeypatch):
     """What waits for approval keeps nothing else from being done."""
     register(site, {"x": b"one", "y": b"two", "z": b"six"})

@@ -69,6 +69,8 @@ def _line(entry: dict[str, Any]) -> str:
     words = [f"{human(entry['at'])}", entry["who"], entry["noun"], entry["action"], states,
              subject, where]  # fmt: skip
     line = " ".join(word for word in words if word)
+    if entry["action"] == "doubted":
+        line += f" {entry['detail']['found']}, last read {entry['detail']['checked_at']}"
     if entry["why"]:
         line += f": {entry['why']}"
     if entry["certificate"]:

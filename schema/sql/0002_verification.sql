@@ -17,12 +17,13 @@ COMMENT ON COLUMN replica.told_at IS 'When the storage last told the stamp that 
 COMMENT ON COLUMN replica.told_stamp IS 'What the storage said of the content (its ETag) when it was last read and matched.';
 CREATE INDEX replica_check ON replica (storage_id, (GREATEST(checked_at, told_at))) WHERE state = 'READY';
 
--- How old the last good look was when something was found: the time to detect is in the log.
+-- How old the last good look was when something was found: the time to detect is in the log. The
+-- change of state is an event of its own; this one has no states, so that none is counted twice.
 CREATE FUNCTION replica_doubted() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-  INSERT INTO event (noun, action, oid, uid, storage_id, old_state, new_state, actor, detail)
-    VALUES ('replica', 'doubted', NEW.oid, NEW.uid, NEW.storage_id, OLD.state, NEW.state, dlm_actor(),
-            jsonb_build_object('checked_at', OLD.checked_at, 'found_at', dlm_now()));
+  INSERT INTO event (noun, action, oid, uid, storage_id, actor, detail)
+    VALUES ('replica', 'doubted', NEW.oid, NEW.uid, NEW.storage_id, dlm_actor(),
+            jsonb_build_object('found', NEW.state, 'checked_at', OLD.checked_at, 'found_at', dlm_now()));
   RETURN NULL;
 END $$;
 CREATE TRIGGER replica_doubted AFTER UPDATE OF state ON replica FOR EACH ROW

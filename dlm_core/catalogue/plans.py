@@ -348,10 +348,19 @@ def approved_plans(connection: Connection) -> list[uuid.UUID]:
 
 
 def note_applied(connection: Connection, plan_id: uuid.UUID, now: datetime) -> None:
-    """Remember when a plan was first put to work."""
+    """Remember when a plan was first put to work, and end its time if nothing of it is left: then
+    no question looks through its entries any more."""
     run(
         connection,
         "UPDATE plan SET applied_at = :now WHERE plan_id = :id AND applied_at IS NULL",
+        id=plan_id,
+        now=now,
+    )
+    run(
+        connection,
+        """UPDATE plan SET valid_until = :now WHERE plan_id = :id AND valid_until > :now
+              AND NOT EXISTS (SELECT FROM plan_entry e JOIN replica r USING (uid)
+                               WHERE e.plan_id = :id AND r.state NOT IN ('TRASHED', 'DELETED'))""",
         id=plan_id,
         now=now,
     )

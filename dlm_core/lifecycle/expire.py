@@ -68,7 +68,6 @@ class ExpiryPlanner:
         """Trash what approved plans name, each replica with its proof."""
         planned = 0
         for plan_id in context.transact(plans.approved_plans):
-            context.transact(partial(plans.note_applied, plan_id=plan_id, now=context.clock()))
             while not context.stop.is_set():
                 work = partial(plan_batch, context=context, limit=_PLAN_BATCH, plan_id=plan_id)
                 trashed, refused = context.transact(work)
@@ -76,6 +75,7 @@ class ExpiryPlanner:
                 planned += len(trashed)
                 if not trashed and not refused:
                     break
+            context.transact(partial(plans.note_applied, plan_id=plan_id, now=context.clock()))
         return planned
 
     def _check(self, context: Context, due: catalogue.Due) -> None:

@@ -122,7 +122,7 @@ def test_an_approved_plan_lets_exactly_its_replicas_through(build):
     found = site.query("SELECT plan_id FROM deletion")
     assert found == [{"plan_id": plan["plan_id"]}] * 3 and trashed(site) == 3
     after = site.context.transact(lambda c: plans.get_plan(c, plan["plan_id"]))
-    assert after["trashed"] == 3
+    assert (after["trashed"], after["state"]) == (3, "APPROVED (over)")
 
 
 def test_what_is_approved_is_still_proven(build):

@@ -276,6 +276,21 @@ def certify(
     )
 
 
+def note_refusals(connection: Connection, refused: Sequence[Proof]) -> None:
+    """Write refused deletions into the log, each once: when it is asked for again after having been
+    put off, nothing new was decided."""
+    run(
+        connection,
+        """INSERT INTO event (noun, action, oid, uid, storage_id, actor, detail)
+           SELECT 'replica', 'refused', r.oid, r.uid, r.storage_id, dlm_actor(),
+                  jsonb_build_object('reason', u.reason)
+             FROM unnest(CAST(:uids AS uuid[]), CAST(:reasons AS text[])) AS u(uid, reason)
+             JOIN replica r USING (uid) WHERE r.delete_after = r.expires_at""",
+        uids=[proof.uid for proof in refused],
+        reasons=[proof.refusal for proof in refused],
+    )
+
+
 def mark_trashed(connection: Connection, uids: Sequence[uuid.UUID], now: datetime) -> None:
     """The bytes of trashed replicas are out of the way: their paths are free."""
     run(

@@ -119,9 +119,7 @@ def _fraction_stop(connection: Connection, now: datetime, limits: Limits) -> Sto
     if not found:
         return None
     one = found[0]
-    told = (
-        f"{one['n']} items of collection {one['name']!r} would go, of not more than {one['total']}"
-    )
+    told = f"{one['n']} items of collection {one['name']!r} would go, of {one['total']}"
     return Stop("DLM_MAX_DELETE_FRACTION", limits.fraction, told)
 
 

@@ -230,6 +230,7 @@ def _certificate(context: Context) -> timedelta:
 
 
 def _put_off(connection: Connection, refused: Sequence[Proof], now: datetime) -> None:
+    catalogue.note_refusals(connection, refused)
     held = [p.uid for p in refused if p.refusal and p.refusal.startswith("under a hold")]
     others = [p.uid for p in refused if p.uid not in set(held)]
     for uids, delay in ((held, _REFUSED_HELD), (others, _REFUSED)):

@@ -314,3 +314,16 @@ def test_every_decision_is_an_event(build):
     assert told == [("proposed", "PROPOSED"), ("approved", None), ("state", "APPROVED"),
                     ("rejected", None), ("state", "REJECTED")]  # fmt: skip
     assert {row["detail"]["plan_id"] for row in found} == {str(plan["plan_id"])}
+
+
+def test_a_refusal_is_told_once(build):
+    """With its reason; being asked again and refused again decides nothing new."""
+    site = build()
+    (oid,) = add(site, 1)
+    site.execute("UPDATE replica SET expires_at = :n WHERE oid = :o", n=site.now, o=oid)
+    for _ in range(3):
+        assert ExpiryPlanner(MANY, MANY)(site.context) == 0
+        site.advance(minutes=11)
+    (refused,) = site.query("SELECT * FROM event WHERE action = 'refused'")
+    assert refused["detail"]["reason"].startswith("the copies that would be left give 0 of the 2")
+    assert refused["actor"] == "user:test"

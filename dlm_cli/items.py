@@ -223,6 +223,8 @@ def _explain(found: dict[str, Any]) -> None:
         )
     for hold in found["holds"]:
         print(f"  hold by {hold['actor']}: {hold['reason']}")
+    for plan in found["plans"]:
+        print(f"  its deletion is in plan {plan['plan_id']}, {plan['state']}: {plan['reason']}")
     for one in found["operations"]:
         error = f" [{one['error_code']}: {one['error']}]" if one["error"] else ""
         print(f"  {one['state']:9} {one['kind']} on {one['storage']}: {one['reason']}{error}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dlm_cli import items, places
+from dlm_cli import auditing, holds, items, places, plans, verifying
 from dlm_cli.session import catalogue, fail, parse_pairs, plain_errors, show_json, show_table
 from dlm_core.errors import DlmError, InputError, ServiceUnavailableError
 
@@ -26,11 +26,15 @@ app.add_typer(places.location_app, name="location")
 app.add_typer(places.storage_app, name="storage")
 app.add_typer(items.item_app, name="item")
 app.add_typer(items.watch_app, name="watch")
+app.add_typer(holds.hold_app, name="hold")
+app.add_typer(auditing.audit_app, name="audit")
+app.add_typer(plans.plan_app, name="plan")
 app.add_typer(db_app, name="db")
 app.command("register")(items.register)
 app.command("expire")(items.expire)
 app.command("restore")(items.restore)
 app.command("verify")(items.verify)
+app.command("verification")(verifying.verification)
 app.command("retry")(items.retry)
 
 

@@ -21,6 +21,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="Name of the storage.")]
 _PHASES = ("PLASMA", "GAS", "LIQUID", "SOLID")
 
+Every = Annotated[
+    str | None, typer.Option("--verify-every", help="Read copies again after 90d; or never.")
+]
+PerSecond = Annotated[
+    str | None, typer.Option("--verify-per-second", help="Read at most 50MB; or unlimited.")
+]
+PerDay = Annotated[
+    str | None, typer.Option("--verify-per-day", help="Read at most 2TB a day; or unlimited.")
+]
+
 location_app = typer.Typer(no_args_is_help=True, help="Places with a failure domain of their own.")
 storage_app = typer.Typer(no_args_is_help=True, help="Volumes that hold replicas.")
 
@@ -77,37 +87,46 @@ def storage_add(
     low_watermark: Annotated[float | None, typer.Option(help="Fraction, 0.8.")] = None,
     trash_grace: Annotated[str | None, typer.Option(help="e.g. 7d")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Transfers at once.")] = None,
+    verify_every: Every = None,
+    verify_per_second: PerSecond = None,
+    verify_per_day: PerDay = None,
     unmanaged: Annotated[
         bool, typer.Option("--unmanaged", help="Others' files: only read, never changed.")
     ] = False,
     read_only: Annotated[bool, typer.Option("--read-only")] = False,
 ) -> None:
     """Add a storage; it is looked at first."""
-    from dlm_core.catalogue.places import add_storage
+    from dlm_core.catalogue.places import add_storage, set_storage
     from dlm_core.storages.open import open_storage
 
     options = _options(capacity, high_watermark, low_watermark, trash_grace, concurrency)
+    terms = _verify_options(verify_every, verify_per_second, verify_per_day)
+    options |= terms
     chosen = parse_pairs(config, "--config")
     default_class = "object" if interface == "s3" else "disk"
     kind = parse_choice("class", storage_class or default_class, ("disk", "object", "tape"))
     open_storage(name, interface, root, chosen).check()
-    with catalogue() as context:
-        context.transact(
-            lambda c: add_storage(
-                c,
-                name,
-                location=location,
-                interface=interface,
-                root=root,
-                phase=parse_choice("phase", phase, _PHASES) or "",
-                storage_class=kind or "",
-                config=chosen,
-                managed=not unmanaged,
-                mode="read_only" if read_only or unmanaged else "read_write",
-                options=options,
-                now=context.clock(),
-            )
+
+    def add(connection: Any) -> None:
+        add_storage(
+            connection,
+            name,
+            location=location,
+            interface=interface,
+            root=root,
+            phase=parse_choice("phase", phase, _PHASES) or "",
+            storage_class=kind or "",
+            config=chosen,
+            managed=not unmanaged,
+            mode="read_only" if read_only or unmanaged else "read_write",
+            options=options,
+            now=context.clock(),
         )
+        # never is no default
+        set_storage(connection, name, {key: None for key in terms if terms[key] is None})
+
+    with catalogue() as context:
+        context.transact(add)
     print(f"storage {name} added at {location}")
 
 
@@ -125,6 +144,20 @@ def _options(
         "trash_grace": parse_duration(grace),
         "concurrency": concurrency,
     }
+
+
+def _verify_options(
+    every: str | None, per_second: str | None, per_day: str | None
+) -> dict[str, int | None]:
+    """What was given of the verification's terms; never and unlimited are None."""
+    found: dict[str, int | None] = {}
+    if every is not None:
+        duration = None if every == "never" else parse_duration(every)
+        found["verify_every_days"] = max(1, duration.days) if duration else None
+    for key, text in (("verify_bytes_per_second", per_second), ("verify_bytes_per_day", per_day)):
+        if text is not None:
+            found[key] = None if text == "unlimited" else parse_size(text)
+    return found
 
 
 @storage_app.command("list")
@@ -171,12 +204,16 @@ def storage_set(
     low_watermark: Annotated[float | None, typer.Option()] = None,
     trash_grace: Annotated[str | None, typer.Option(help="e.g. 7d")] = None,
     concurrency: Annotated[int | None, typer.Option()] = None,
+    verify_every: Every = None,
+    verify_per_second: PerSecond = None,
+    verify_per_day: PerDay = None,
 ) -> None:
     """Change a storage; what is not named stays."""
     options = _options(capacity, high_watermark, low_watermark, trash_grace, concurrency)
     options["mode"] = parse_choice("mode", mode, ("read_write", "read_only", "offline"))
     options["phase"] = parse_choice("phase", phase, _PHASES)
-    _change(name, {key: value for key, value in options.items() if value is not None})
+    changes = {key: value for key, value in options.items() if value is not None}
+    _change(name, changes | _verify_options(verify_every, verify_per_second, verify_per_day))
     print(f"storage {name} changed")
 
 

@@ -45,9 +45,9 @@ def plain_errors(command: F) -> F:
 
 
 @contextmanager
-def catalogue() -> Iterator[Any]:
-    """A core context on the catalogue, in the user's name; the embedded server is started if it
-    sleeps, an empty or older schema is told, never changed."""
+def catalogue(person: str | None = None) -> Iterator[Any]:
+    """A core context on the catalogue in the name of ``person`` (unset: the user of this process);
+    the embedded server is started if it sleeps, an empty or older schema is told, never changed."""
     import getpass
 
     from dlm_core.catalogue import schema
@@ -58,7 +58,7 @@ def catalogue() -> Iterator[Any]:
 
     settings = load_settings()
     engine = make_engine(catalogue_url(settings), pool_size=4)
-    context = Context(engine, settings, f"user:{getpass.getuser()}")
+    context = Context(engine, settings, f"user:{person or getpass.getuser()}")
     try:
         context.transact(schema.check)
         yield context
@@ -150,10 +150,11 @@ def parse_pairs(pairs: Sequence[str], what: str) -> dict[str, str]:
 
 def show_json(value: Any) -> None:
     """Print a value as JSON; times as ISO 8601 UTC, durations in seconds."""
-    print(json.dumps(value, default=_plain, indent=2, ensure_ascii=False))
+    print(json.dumps(value, default=plain_value, indent=2, ensure_ascii=False))
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """The JSON form of a time, duration or key."""
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
     if isinstance(value, timedelta):

@@ -209,7 +209,21 @@ class DeletionRefusedError(SafetyError):
 
 
 class BlastRadiusError(SafetyError):
-    """{what} would touch {found} {unit}, above the limit of {limit} for one run; look at the dry
-    run and raise the limit for this run if it is meant"""
+    """stopped by {limit}={value}: {found}; nothing of that was trashed, it waits as plan {plan};
+    look at it with 'dlm plan show {plan}', go on with 'dlm plan approve {plan}'"""
 
     code = "DLM-502"
+
+
+class TooManyErrorsError(SafetyError):
+    """stopped by DLM_MAX_DELETE_ERROR_FRACTION={value}: {failed} of {tried} deletions failed, most
+    with {cause}; find out why, then go on with 'dlm run expiry --wait', and 'dlm retry' for what is
+    FAILED"""
+
+    code = "DLM-506"
+
+
+class RetentionLockError(SafetyError):
+    """hold {hold} is a retention lock until {until}: nobody can shorten it, only lengthen it"""
+
+    code = "DLM-505"

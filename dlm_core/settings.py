@@ -60,6 +60,30 @@ class Settings(BaseSettings):
     max_delete_bytes: int = Field(
         100 * 2**40, ge=0, description="One run may trash at most this many bytes."
     )
+    max_delete_items_per_day: int = Field(
+        500_000, ge=0, description="Within 24 hours at most this many replicas may be trashed."
+    )
+    max_delete_bytes_per_day: int = Field(
+        500 * 2**40, ge=0, description="Within 24 hours at most this many bytes may be trashed."
+    )
+    max_delete_fraction: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="At most this share of a collection may expire; 1: all.",
+    )
+    delete_fraction_min_items: int = Field(
+        100, ge=1, description="Collections with fewer items may expire whole."
+    )
+    max_delete_error_fraction: float = Field(
+        0.1, gt=0, le=1, description="A run stops when more of its deletions fail, of 50 or more."
+    )
+    approvals: int = Field(
+        1, ge=1, le=10, description="People who have to approve a plan that a limit stopped."
+    )
+    plan_seconds: float = Field(
+        7 * 86400, gt=0, description="How long a plan can be approved, and an approval is good."
+    )
     dagster_retention_days: float = Field(
         30, gt=0, description="Ended Dagster runs and their events are pruned after this, days."
     )

@@ -14,14 +14,15 @@ from pydantic import Field
 from dlm_core.errors import DlmError
 from dlm_core.lifecycle import expire, rebalance, replicate
 from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.check import plan_verification, propose_verification
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.trash import execute_purge, execute_restore, execute_trash
 from dlm_core.lifecycle.verify import execute_verify
 from dlm_core.lifecycle.watch import plan_registration
-from dlm_core.lifecycle.work import Context, Executor, Planner, Report, drain
+from dlm_core.lifecycle.work import Context, Executor, Guard, Planner, Report, drain
 from dlm_core.settings import Settings
 from dlm_core.types import OperationKind
-from dlm_pipelines.metadata import proposals_metadata, report_metadata
+from dlm_pipelines.metadata import overview_metadata, proposals_metadata, report_metadata
 from dlm_pipelines.resources import Catalogue
 
 
@@ -38,13 +39,17 @@ class DrainConfig(dg.Config):
 
 
 class ExpiryConfig(DrainConfig):
-    """As for any drainer, and how much this run may delete."""
+    """As for any drainer, and how much this run may delete: not more than the settings allow.
+
+    Beyond them an approved plan leads, never a run's config: else who may launch a run could do
+    without the approvals that a site asks for.
+    """
 
     max_delete_items: int | None = Field(
-        None, description="Replicas this run may trash; unset: DLM_MAX_DELETE_ITEMS."
+        None, description="Replicas this run may trash, at most DLM_MAX_DELETE_ITEMS."
     )
     max_delete_bytes: int | None = Field(
-        None, description="Bytes this run may trash; unset: DLM_MAX_DELETE_BYTES."
+        None, description="Bytes this run may trash, at most DLM_MAX_DELETE_BYTES."
     )
     plan: bool = Field(
         True, description="Trash what is past its time; else only finish what is queued."
@@ -58,6 +63,7 @@ class Work:
     executors: Mapping[OperationKind, Executor]
     planner: Callable[[Settings], Planner] | None
     propose: Callable[[Context], list[Mapping[str, Any]]]
+    guard: Guard | None = None
 
 
 def _nothing(_: Context) -> list[Mapping[str, Any]]:
@@ -89,6 +95,17 @@ def _propose_leaving(context: Context) -> list[Mapping[str, Any]]:
     ]
 
 
+def _propose_checks(context: Context) -> list[Mapping[str, Any]]:
+    return [
+        {
+            "item": str(check.oid),
+            "what": f"read again, {check.copies} good copies, looked at {check.looked_at:%Y-%m-%d}",
+            "bytes": check.size,
+        }
+        for check in propose_verification(context)
+    ]
+
+
 WORK: dict[str, Work] = {
     "registration": Work(
         {OperationKind.ADMIT: execute_admit}, lambda _: plan_registration, _nothing
@@ -96,7 +113,9 @@ WORK: dict[str, Work] = {
     "replication": Work(
         {OperationKind.COPY: execute_copy}, lambda _: plan_replication, _propose_copies
     ),
-    "verification": Work({OperationKind.VERIFY: execute_verify}, None, _nothing),
+    "verification": Work(
+        {OperationKind.VERIFY: execute_verify}, lambda _: plan_verification, _propose_checks
+    ),
     "expiry": Work(
         {
             OperationKind.RESTORE: execute_restore,
@@ -105,6 +124,7 @@ WORK: dict[str, Work] = {
         },
         lambda s: expire.ExpiryPlanner(s.max_delete_items, s.max_delete_bytes),
         _propose_deletions,
+        expire.stop_on_errors,
     ),
     "rebalance": Work({}, lambda _: rebalance.plan_rebalance, _propose_leaving),
 }
@@ -118,7 +138,7 @@ def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: C
     if isinstance(config, ExpiryConfig) and not config.plan:
         work = replace(work, planner=None)
     try:
-        settings = site.settings(**overrides)
+        settings = _stricter(site, site.settings(**overrides))
         core = site.context(f"run:{context.run_id}", settings)
         if config.dry_run:
             proposals = work.propose(core)
@@ -127,9 +147,20 @@ def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: C
         with _progress(context):
             report = _drain(core, work, settings)
         _tell_failures(context, report)
-        return dg.Output(report.total, metadata=report_metadata(core, report))
+        told = report_metadata(core, report)
+        if name == "verification":
+            told |= overview_metadata(core)
+        return dg.Output(report.total, metadata=told)
     except DlmError as error:
         raise dg.Failure(f"{error.code}: {error}", allow_retries=error.retryable) from None
+
+
+def _stricter(site: Catalogue, chosen: Settings) -> Settings:
+    """A run's limits on deletion: its own, but never above those of the site."""
+    mine = site.settings()
+    limits = ("max_delete_items", "max_delete_bytes")
+    lowest = {name: min(getattr(chosen, name), getattr(mine, name)) for name in limits}
+    return chosen.model_copy(update=lowest)
 
 
 def _drain(core: Context, work: Work, settings: Settings) -> Report:
@@ -142,7 +173,9 @@ def _drain(core: Context, work: Work, settings: Settings) -> Report:
         try:
             planner = work.planner(settings) if work.planner else None
             linger = settings.linger_seconds if work.executors else 0.0
-            result.append(drain(core, work.executors, planner, linger_seconds=linger))
+            result.append(
+                drain(core, work.executors, planner, guard=work.guard, linger_seconds=linger)
+            )
         except BaseException as error:
             failure.append(error)
 
@@ -236,7 +269,7 @@ JOBS = {
     "verification": _job(
         "verification",
         DrainConfig,
-        "Read replicas again; damage is noticed, set aside, and mended by replication.",
+        "Read replicas again, when due or asked for; damage is noticed, set aside, and mended.",
     ),
     "expiry": _job(
         "expiry",

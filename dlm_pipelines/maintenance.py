@@ -1,25 +1,33 @@
-"""Housekeeping, once a day: partitions, the tally, temporary files, Dagster's old runs."""
+"""Housekeeping, once a day: partitions, the tally, the log's seals, temporary files, old runs."""
 
 from datetime import timedelta
 
 import dagster as dg
 
 from dlm_core.catalogue.housekeeping import ensure_partitions, fold_tally
+from dlm_core.catalogue.seals import newest_seals
 from dlm_core.errors import DlmError
+from dlm_core.lifecycle.seal import seal_log
+from dlm_core.lifecycle.work import Context
 from dlm_core.transfers.sweep import sweep_temp
 from dlm_pipelines.resources import Catalogue
 
 #: longer than any copy may take
 _TEMP_AGE = timedelta(days=2)
 _PRUNED_AT_ONCE = 500
+_REPORTED_DAYS = 90
 
 
-@dg.op(description="Make partitions ahead, fold the tally, sweep temporary files, prune old runs.")
+@dg.op(
+    description="Make partitions ahead, fold the tally, seal the log, sweep temporary files, "
+    "prune old runs."
+)
 def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     """Each part by itself: a storage that is down does not keep the others from being done."""
     core = catalogue.context(f"run:{context.run_id}")
     core.transact(lambda c: ensure_partitions(c, core.clock()))
     core.transact(fold_tally)
+    _tell(context, core)
     swept = 0
     for row in core.transact(core.storages.load).values():
         if not row["managed"] or row["mode"] not in ("read_write", "draining"):
@@ -43,6 +51,18 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     for record in old:
         context.instance.delete_run(record.dagster_run.run_id)
     context.log.info(f"{swept} temporary files swept, {len(old)} old runs pruned")
+
+
+def _tell(context: dg.OpExecutionContext, core: Context) -> None:
+    """Seal the days that are over, and tell the newest seals, which so stand outside the catalogue,
+    and how the verification goes."""
+    sealed = seal_log(core)
+    if sealed is None:
+        context.log.warning("the log is not sealed: a long transaction is still running")
+    heads = core.transact(newest_seals)
+    context.add_output_metadata(
+        {"days_sealed": sealed or 0} | {f"seal_{f}": h for f, h in heads.items()}
+    )
 
 
 @dg.job(

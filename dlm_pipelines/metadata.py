@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 
 from dlm_core.catalogue.browse import uris_of
+from dlm_core.catalogue.checks import check_overview
 from dlm_core.lifecycle.work import Context, Report
 
 _SHOWN = 50
@@ -59,6 +60,27 @@ def _uris(context: Context, report: Report) -> dict[str, str]:
 
 def _why(uris: Mapping[str, str], oid: str) -> str:
     return f"`dlm item why {shlex.quote(uris.get(oid, oid))}`"
+
+
+def overview_metadata(context: Context) -> dict[str, Any]:
+    """The oldest look on each storage and what was planned of the day's budget: cheap to ask."""
+    found = context.transact(lambda c: check_overview(c, context.clock()))
+    return {"verification": _table(found, list(found[0]))} if found else {}
+
+
+def verification_metadata(report: Mapping[str, Any]) -> dict[str, Any]:
+    """How much was read again, by storage and collection, and what was found."""
+    told: dict[str, Any] = {
+        f"read_fraction_{row['storage']}": round(row["read_fraction"], 4)
+        for row in report["storages"]
+        if row["replicas"]
+    }
+    for part in ("storages", "collections", "findings"):
+        if report[part]:
+            columns = dict.fromkeys(key for row in report[part][:_SHOWN] for key in row)
+            rows = [{key: row.get(key) for key in columns} for row in report[part][:_SHOWN]]
+            told[f"verification_{part}"] = _table(rows, list(columns))
+    return told
 
 
 def proposals_metadata(proposals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import dagster as dg
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.capacity import storages_to_observe, storages_to_relieve
+from dlm_core.catalogue.checks import storages_with_checks_due
 from dlm_core.catalogue.deletions import count_expiry_due
 from dlm_core.catalogue.housekeeping import fold_long_tally
 from dlm_core.catalogue.operations import count_due
+from dlm_core.catalogue.plans import approved_plans, waiting_plans
 from dlm_core.catalogue.replicas import count_evaluations_due
 from dlm_core.errors import DlmError
 from dlm_core.lifecycle.rebalance import ASK_AGAIN
@@ -60,9 +62,11 @@ def replication_due(connection: Connection, _: Settings, now: datetime) -> Due:
 
 
 def verification_due(connection: Connection, _: Settings, now: datetime) -> Due:
-    """Replicas to read again."""
+    """Replicas to read again, asked for or by their age."""
     due = count_due(connection, [OperationKind.VERIFY], now)
-    return Due(due, f"{due} replicas to verify")
+    storages = storages_with_checks_due(connection, now)
+    names = ", ".join(storages) or "none"
+    return Due(due + len(storages), f"{due} replicas to verify; storages with checks due: {names}")
 
 
 def expiry_due(connection: Connection, settings: Settings, now: datetime) -> Due:
@@ -71,27 +75,30 @@ def expiry_due(connection: Connection, settings: Settings, now: datetime) -> Due
     Raises
     ------
     Blocked
-        if more is past its time than one run may delete, and there is no other work.
+        if nothing is due but what waits for somebody to approve it.
     """
     files = count_due(
         connection, [OperationKind.TRASH, OperationKind.PURGE, OperationKind.RESTORE], now
     )
     due = count_expiry_due(connection, now, settings.max_delete_items + 1)
-    too_much = due.replicas > settings.max_delete_items or due.bytes > settings.max_delete_bytes
-    if not too_much:
-        words = f"{due.replicas} replicas past their time, {files} file operations"
-        return Due(due.replicas + files, words)
-    told = (
-        f"at least {due.replicas} replicas ({due.bytes} bytes) are past their time, more than "
-        f"one run may delete ({settings.max_delete_items}, {settings.max_delete_bytes} bytes): "
-        "look at a dry run of expiry_job, then launch it with max_delete_items and "
-        "max_delete_bytes raised if it is meant"
+    approved = approved_plans(connection)
+    if not (files or due.replicas or approved):
+        waiting = waiting_plans(connection)
+        if waiting:
+            raise Blocked("; ".join(map(_waiting, waiting)))
+    words = f"{due.replicas} replicas past their time, {files} file operations"
+    if approved:
+        words += f", {len(approved)} approved plans"
+    return Due(due.replicas + files + len(approved), words)
+
+
+def _waiting(plan: Mapping[str, Any]) -> str:
+    key = plan["plan_id"]
+    return (
+        f"{plan['operations']} replicas ({plan['bytes']} bytes) wait for approval, since "
+        f"{plan['reason']}: "
+        f"'dlm plan show {key}', then 'dlm plan approve {key}' or 'dlm plan reject {key}'"
     )
-    if not files:
-        raise Blocked(told)
-    # what was certified before goes on
-    config = {"ops": {"drain_expiry": {"config": {"plan": False}}}}
-    return Due(files, f"{files} file operations; what is past its time is too much", config)
 
 
 def rebalance_due(connection: Connection, _: Settings, now: datetime) -> Due:

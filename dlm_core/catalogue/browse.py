@@ -191,6 +191,12 @@ def explain_item(connection: Connection, uri: str, version: int | None = None) -
                       LATERAL holds_on(i.oid, i.uri, i.collection_id) h WHERE i.oid = :oid""",
             oid=oid,
         ),
+        "plans": rows(
+            connection,
+            """SELECT DISTINCT p.plan_id, p.state, p.reason, p.valid_until
+                 FROM plan_reserved k JOIN plan p USING (plan_id) WHERE k.oid = :oid""",
+            oid=oid,
+        ),
         "operations": rows(
             connection,
             """SELECT o.kind, o.state, s.name AS storage, o.reason, o.attempts, o.due_at, o.actor,

@@ -36,22 +36,44 @@ _DUE_REPLICAS = f"""
    WHERE r.delete_after <= :now AND r.delete_after IS NOT NULL AND r.state IN {_DELETABLE}
      AND (NOT s.managed OR s.mode IN ('read_write', 'draining'))"""
 _DUE_ITEMS = """
-  SELECT i.oid, i.expires_at FROM data_item i
-   WHERE i.expires_at <= :now AND i.expires_at IS NOT NULL AND i.state IN ('READY', 'CORRUPTED')
-     AND NOT EXISTS (SELECT FROM holds_on(i.oid, i.uri, i.collection_id))"""
+  SELECT i.oid, i.expires_at, i.expiry_reason FROM data_item i
+   WHERE i.expires_at <= :now AND i.expires_at IS NOT NULL AND i.state IN ('READY', 'CORRUPTED')"""
+_UNHELD = " AND NOT EXISTS (SELECT FROM holds_on(i.oid, i.uri, i.collection_id))"
+# what no plan names, and what a plan does: see catalogue.plans
+_FREE_REPLICA = " AND NOT EXISTS (SELECT FROM plan_reserved k WHERE k.uid = r.uid)"
+_FREE_ITEM = """ AND NOT EXISTS (
+  SELECT FROM plan_reserved k WHERE k.oid = i.oid AND k.basis = 'item_expired')"""
+_PLANNED_REPLICA = """ AND EXISTS (
+  SELECT FROM plan_entry k WHERE k.plan_id = :plan AND k.uid = r.uid)"""
+_PLANNED_ITEM = """ AND EXISTS (
+  SELECT FROM plan_entry k WHERE k.plan_id = :plan AND k.oid = i.oid AND k.basis = 'item_expired')"""
+
+#: the replicas that are due and that no plan names, as the entries of one
+DUE_ENTRIES = f"""
+  WITH item AS MATERIALIZED ({_DUE_ITEMS}{_FREE_ITEM}{_UNHELD})
+  SELECT r.uid, r.oid, r.size, 'item_expired' AS basis,
+         coalesce(item.expiry_reason, 'its time is over') AS reason
+    FROM item JOIN replica r USING (oid) WHERE r.state IN {_DELETABLE}
+  UNION ALL
+  SELECT r.uid, r.oid, r.size,
+         CASE i.state WHEN 'EXPIRED' THEN 'item_expired' ELSE 'replica_expired' END,
+         coalesce(r.expiry_reason, 'its time is over')
+    FROM ({_DUE_REPLICAS}{_FREE_REPLICA}) due JOIN replica r USING (uid) JOIN data_item i USING (oid)
+   WHERE NOT EXISTS (SELECT FROM item WHERE item.oid = r.oid)"""
 
 
 def count_expiry_due(connection: Connection, now: datetime, limit: int = 1_000_000) -> Due:
     """What has passed its time and could be trashed now; counting stops at ``limit``.
 
-    Replicas on storages where the DLM may not write now, and items under a hold, wait uncounted.
+    Replicas on storages where the DLM may not write now, and items under a hold, wait uncounted;
+    so does what a plan names.
     """
     found = rows(
         connection,
         f"""SELECT count(*) AS n, coalesce(sum(size), 0) AS bytes FROM (
-              SELECT uid, size FROM ({_DUE_REPLICAS}) due
+              SELECT uid, size FROM ({_DUE_REPLICAS}{_FREE_REPLICA}) due
               UNION
-              SELECT r.uid, r.size FROM ({_DUE_ITEMS}) due JOIN replica r USING (oid)
+              SELECT r.uid, r.size FROM ({_DUE_ITEMS}{_FREE_ITEM}{_UNHELD}) due JOIN replica r USING (oid)
                WHERE r.state IN {_DELETABLE}
               LIMIT :limit) d""",
         now=now,
@@ -60,18 +82,23 @@ def count_expiry_due(connection: Connection, now: datetime, limit: int = 1_000_0
     return Due(int(found["n"]), int(found["bytes"]))
 
 
-def expire_items(connection: Connection, now: datetime, limit: int) -> int:
+def expire_items(
+    connection: Connection, now: datetime, limit: int, plan_id: uuid.UUID | None = None
+) -> int:
     """READY and CORRUPTED items past their time and under no hold become EXPIRED, and all their
-    replicas' time is over with them. Returns how many."""
+    replicas' time is over with them: those that no plan names, or those that ``plan_id`` does.
+    Returns how many."""
     run(connection, "LOCK TABLE hold IN SHARE MODE")
+    named = {"plan": plan_id} if plan_id else {}
     found = rows(
         connection,
         f"""WITH due AS MATERIALIZED (
-              {_DUE_ITEMS} ORDER BY i.expires_at LIMIT :limit FOR NO KEY UPDATE OF i SKIP LOCKED)
+              {_DUE_ITEMS}{_PLANNED_ITEM if plan_id else _FREE_ITEM}{_UNHELD} ORDER BY i.expires_at LIMIT :limit FOR NO KEY UPDATE OF i SKIP LOCKED)
             UPDATE data_item i SET state = 'EXPIRED', shortfall = NULL
               FROM due WHERE i.oid = due.oid RETURNING i.oid""",
         now=now,
         limit=limit,
+        **named,
     )
     oids = [row["oid"] for row in found]
     if oids:
@@ -86,16 +113,21 @@ def expire_items(connection: Connection, now: datetime, limit: int) -> int:
     return len(oids)
 
 
-def select_expired(connection: Connection, now: datetime, limit: int) -> list[uuid.UUID]:
-    """Uids of replicas that are due to be deleted, longest due first.
+def select_expired(
+    connection: Connection, now: datetime, limit: int, plan_id: uuid.UUID | None = None
+) -> list[uuid.UUID]:
+    """Uids of replicas that are due to be deleted, longest due first: those that no plan names, or
+    those that ``plan_id`` does.
 
     Those on storages where the DLM may not write now (offline, or read-only though managed) wait.
     """
     found = rows(
         connection,
-        f"{_DUE_REPLICAS} ORDER BY r.delete_after LIMIT :limit",
+        f"""{_DUE_REPLICAS}{_PLANNED_REPLICA if plan_id else _FREE_REPLICA}
+             ORDER BY r.delete_after LIMIT :limit""",
         now=now,
         limit=limit,
+        **({"plan": plan_id} if plan_id else {}),
     )
     return [row["uid"] for row in found]
 
@@ -198,7 +230,7 @@ def _proof(row: dict[str, Any]) -> Proof:
 _CERTIFICATE = {
     "deletion_id": "uuid", "step": "text", "basis": "text", "uid": "uuid", "oid": "uuid",
     "storage_id": "uuid", "from_state": "text", "survivors": "jsonb", "survivor_weight": "int2",
-    "target_phase": "text", "holds_examined": "int4", "reason": "text",
+    "target_phase": "text", "holds_examined": "int4", "reason": "text", "size": "int8",
 }  # fmt: skip
 
 
@@ -222,7 +254,7 @@ def certify(
         _CERTIFICATE,
         (
             (new_id(), step, p.basis, p.uid, p.oid, p.storage_id, p.state, Jsonb(p.survivors),
-             p.survivor_weight, p.target_phase, p.holds, p.reason)
+             p.survivor_weight, p.target_phase, p.holds, p.reason, p.size)
             for p, step in proofs
         ),
     )  # fmt: skip
@@ -241,6 +273,21 @@ def certify(
         """UPDATE replica r SET deletion_id = c.deletion_id,
                   state = CASE c.step WHEN 'trash' THEN 'TRASHED' ELSE r.state END
              FROM certificate c WHERE r.uid = c.uid""",
+    )
+
+
+def note_refusals(connection: Connection, refused: Sequence[Proof]) -> None:
+    """Write refused deletions into the log, each once: when it is asked for again after having been
+    put off, nothing new was decided."""
+    run(
+        connection,
+        """INSERT INTO event (noun, action, oid, uid, storage_id, actor, detail)
+           SELECT 'replica', 'refused', r.oid, r.uid, r.storage_id, dlm_actor(),
+                  jsonb_build_object('reason', u.reason)
+             FROM unnest(CAST(:uids AS uuid[]), CAST(:reasons AS text[])) AS u(uid, reason)
+             JOIN replica r USING (uid) WHERE r.delete_after = r.expires_at""",
+        uids=[proof.uid for proof in refused],
+        reasons=[proof.refusal for proof in refused],
     )
 
 

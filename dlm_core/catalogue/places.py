@@ -30,6 +30,9 @@ CHANGEABLE = (
     "low_watermark",
     "concurrency",
     "trash_grace",
+    "verify_every_days",
+    "verify_bytes_per_second",
+    "verify_bytes_per_day",
 )
 
 
@@ -163,7 +166,13 @@ def _check(row: Mapping[str, Any]) -> None:
         raise InvalidValueError(
             what="watermarks (low, high)", value=(low, high), expected="0 < low < high <= 1"
         )
-    for key, lowest, highest in (("capacity_bytes", 1, 2**63 - 1), ("concurrency", 1, 1024)):
+    for key, lowest, highest in (
+        ("capacity_bytes", 1, 2**63 - 1),
+        ("concurrency", 1, 1024),
+        ("verify_every_days", 1, 36500),
+        ("verify_bytes_per_second", 1, 2**63 - 1),
+        ("verify_bytes_per_day", 1, 2**63 - 1),
+    ):
         value = row.get(key)
         if value is not None and not lowest <= value <= highest:
             raise InvalidValueError(what=key, value=value, expected=f"{lowest} to {highest}")
@@ -186,7 +195,8 @@ def list_storages(connection: Connection) -> list[dict[str, Any]]:
         connection,
         """SELECT s.storage_id, s.name, l.name AS location, s.interface, s.class, s.root, s.config,
                   s.phase, s.mode, s.managed, s.high_watermark, s.low_watermark, s.concurrency,
-                  s.trash_grace, s.created_at, s.retired_at, u.replicas, u.trashed_bytes,
+                  s.trash_grace, s.verify_every_days, s.verify_bytes_per_second,
+                  s.verify_bytes_per_day, s.created_at, s.retired_at, u.replicas, u.trashed_bytes,
                   u.used_bytes AS replica_bytes,
                   CASE WHEN s.capacity_bytes IS NULL AND s.observed_total_bytes IS NOT NULL
                        THEN s.observed_used_bytes ELSE u.used_bytes END AS used_bytes,

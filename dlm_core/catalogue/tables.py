@@ -13,11 +13,14 @@ from sqlalchemy import (
     Boolean,
     Column,
     Computed,
+    Date,
     Double,
     ForeignKey,
+    Identity,
     Index,
     Integer,
     MetaData,
+    Numeric,
     PrimaryKeyConstraint,
     Sequence,
     SmallInteger,
@@ -122,6 +125,11 @@ storage = Table(
     Column("rebalance_after", Moment),
     _created(),
     Column("retired_at", Moment),
+    Column("verify_every_days", Integer, server_default=text("90")),
+    Column("verify_bytes_per_second", BigInteger),
+    Column("verify_bytes_per_day", BigInteger),
+    Column("verify_day", Date),
+    _required("verify_day_bytes", BigInteger, "0"),
     UniqueConstraint("interface", "root", "config"),
 )
 
@@ -215,6 +223,14 @@ replica = Table(
     Column("trashed_at", Moment),
     Column("absent_at", Moment),
     Column("released_at", Moment),
+    Column("told_at", Moment),
+    Column("told_stamp", Text),
+    Index(
+        "replica_check",
+        "storage_id",
+        text("GREATEST(checked_at, told_at)"),
+        postgresql_where=text("state = 'READY'"),
+    ),
     Index("replica_oid", "oid"),
     Index(
         "replica_item_storage",
@@ -275,13 +291,18 @@ hold = Table(
     _key("hold_id"),
     _to("oid", "data_item"),
     _to("collection_id", "collection"),
-    Column("uri_prefix", Text),
+    Column("uri_prefix", Text(collation="C")),
     _required("reason", Text),
     _required("actor", Text),
     _created(),
     Column("ends_at", Moment),
+    Column("uri_pattern", Text(collation="C")),
+    _required("everything", Boolean, "false"),
+    _required("locked", Boolean, "false"),
     Index("hold_oid", "oid"),
     Index("hold_collection", "collection_id"),
+    Index("hold_prefix", "uri_prefix", postgresql_where=text("uri_prefix IS NOT NULL")),
+    Index("hold_everything", "hold_id", postgresql_where=text("everything")),
 )
 
 plan = Table(
@@ -295,6 +316,35 @@ plan = Table(
     _required("actor", Text),
     _created(),
     Column("applied_at", Moment),
+    _required("state", Text, "'PROPOSED'::text"),
+    Column("reason", Text),
+    _required("approvals", SmallInteger, "1"),
+    _required("valid_until", Moment, "now()"),
+    Index("plan_waiting", "created_at", postgresql_where=text("state = 'PROPOSED'")),
+)
+
+plan_entry = Table(
+    "plan_entry",
+    metadata,
+    _to("plan_id", "plan", primary_key=True),
+    _to("uid", "replica", primary_key=True),
+    _to("oid", "data_item", nullable=False),
+    _required("size", BigInteger),
+    _required("basis", Text),
+    _required("reason", Text),
+    Index("plan_entry_uid", "uid"),
+    Index("plan_entry_oid", "oid"),
+)
+
+plan_decision = Table(
+    "plan_decision",
+    metadata,
+    _to("plan_id", "plan", primary_key=True),
+    _required("actor", Text),
+    _required("decision", Text),
+    Column("reason", Text),
+    _created(),
+    Column("seq", BigInteger, Identity(always=True), primary_key=True),
 )
 
 operation = Table(
@@ -346,7 +396,13 @@ deletion = Table(
     _required("proved_at", Moment),
     _required("valid_until", Moment),
     _required("xid", Xid8, "pg_current_xact_id()"),
+    Column("size", BigInteger),
     Index("deletion_uid", "uid"),
+    Index(
+        "deletion_trashed",
+        "proved_at",
+        postgresql_where=text("step = 'trash' AND plan_id IS NULL"),
+    ),
     postgresql_partition_by="RANGE (deletion_id)",
 )
 
@@ -368,7 +424,24 @@ event = Table(
     Column("detail", JSONB),
     PrimaryKeyConstraint("seq", "at"),
     Index("event_oid", "oid"),
+    Index("event_doubted", "at", postgresql_where=text("action = 'doubted'")),
     postgresql_partition_by="RANGE (at)",
+)
+
+audit_seal = Table(
+    "audit_seal",
+    metadata,
+    Column("feed", Text, primary_key=True),
+    Column("day", Date, primary_key=True),
+    _required("rows", BigInteger),
+    _required("digest", Text),
+    _required("key_sum", Numeric),
+    _required("hash_sum", Numeric),
+    _required("product_sum", Numeric),
+    _required("previous", Text),
+    _required("seal", Text),
+    _required("sealed_at", Moment, "clock_timestamp()"),
+    Column("dropped_at", Moment),
 )
 
 delivery = Table(

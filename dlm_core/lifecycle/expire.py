@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 
 from sqlalchemy import Connection
 
 from dlm_core.catalogue import deletions as catalogue
 from dlm_core.catalogue import operations as queue
-from dlm_core.catalogue import replicas
+from dlm_core.catalogue import plans, replicas
 from dlm_core.catalogue.deletions import Proof
-from dlm_core.errors import BlastRadiusError
-from dlm_core.lifecycle.work import Context
+from dlm_core.errors import BlastRadiusError, TooManyErrorsError
+from dlm_core.lifecycle.work import Context, Report
 from dlm_core.types import OperationKind
 
 _PLAN_BATCH = 5000
+#: the share of errors is looked at from so many deletions on
+_ERRORS_OF = 50
 #: a refused deletion is asked for again after this long, or as soon as replication has made what
 #: was missing
 _REFUSED = timedelta(minutes=10)
@@ -25,10 +30,10 @@ _REFUSED_HELD = timedelta(hours=1)
 
 @dataclass(slots=True)
 class ExpiryPlanner:
-    """Plans the expiry of what is due, within what one run may delete (DESIGN §5.6).
+    """Plans the expiry of what is due, within the limits (DESIGN §5.6).
 
-    ``max_items`` counts replicas, ``max_bytes`` their bytes; reaching either stops the run before
-    the next batch with nothing of it trashed.
+    ``max_items`` counts the replicas of one run, ``max_bytes`` their bytes; the other limits are in
+    the context's settings. What people have approved as a plan passes them all and is not counted.
     """
 
     max_items: int
@@ -43,14 +48,15 @@ class ExpiryPlanner:
         Raises
         ------
         BlastRadiusError
-            if more is due than one run may delete.
+            if a limit would be broken: then all that is due waits as a plan, and nothing of it is
+            trashed. What plans named before is no longer due.
         """
-        planned = 0
+        planned = self._apply_plans(context)
         while not context.stop.is_set():
             due = context.transact(lambda c: catalogue.count_expiry_due(c, context.clock()))
             if not due.replicas:
                 break
-            self._check(due)
+            self._check(context, due)
             trashed, refused = context.transact(lambda c: plan_batch(c, context, _PLAN_BATCH))
             self.trashed_items += len(trashed)
             self.trashed_bytes += sum(proof.size for proof in trashed)
@@ -58,27 +64,106 @@ class ExpiryPlanner:
             planned += len(trashed)
         return planned
 
-    def _check(self, due: catalogue.Due) -> None:
-        items, size = self.trashed_items + due.replicas, self.trashed_bytes + due.bytes
-        if items > self.max_items:
+    def _apply_plans(self, context: Context) -> int:
+        """Trash what approved plans name, each replica with its proof."""
+        planned = 0
+        for plan_id in context.transact(plans.approved_plans):
+            while not context.stop.is_set():
+                work = partial(plan_batch, context=context, limit=_PLAN_BATCH, plan_id=plan_id)
+                trashed, refused = context.transact(work)
+                self.refused += len(refused)
+                planned += len(trashed)
+                if not trashed and not refused:
+                    break
+            context.transact(partial(plans.note_applied, plan_id=plan_id, now=context.clock()))
+        return planned
+
+    def _check(self, context: Context, due: catalogue.Due) -> None:
+        done = catalogue.Due(self.trashed_items, self.trashed_bytes)
+        limits = limits_of(context, self.max_items, self.max_bytes)
+        stopped = context.transact(lambda c: _stop(c, context, limits, due, done))
+        if stopped is not None:
+            stop, plan_id = stopped
             raise BlastRadiusError(
-                what="expiry", found=items, unit="replicas", limit=self.max_items
+                limit=stop.limit, value=stop.value, found=stop.found, plan=plan_id
             )
-        if size > self.max_bytes:
-            raise BlastRadiusError(what="expiry", found=size, unit="bytes", limit=self.max_bytes)
+
+
+def limits_of(context: Context, max_items: int, max_bytes: int) -> plans.Limits:
+    """The limits of a run: two of its own, the others from the settings."""
+    settings = context.settings
+    return plans.Limits(
+        max_items,
+        max_bytes,
+        settings.max_delete_items_per_day,
+        settings.max_delete_bytes_per_day,
+        settings.max_delete_fraction,
+        settings.delete_fraction_min_items,
+    )
+
+
+def _stop(
+    connection: Connection,
+    context: Context,
+    limits: plans.Limits,
+    due: catalogue.Due,
+    done: catalogue.Due,
+) -> tuple[plans.Stop, uuid.UUID] | None:
+    """The limit that is reached and the plan that waits now; None if none is, or if another run
+    has just put all that was due into a plan."""
+    stop = plans.find_stop(connection, context.clock(), limits, due, done)
+    if stop is None:
+        return None
+    plan_id = plans.propose_plan(
+        connection,
+        context.clock(),
+        stop,
+        actor=context.actor,
+        approvals=context.settings.approvals,
+        valid_for=timedelta(seconds=context.settings.plan_seconds),
+    )
+    return (stop, plan_id) if plan_id else None
+
+
+def stop_on_errors(context: Context, report: Report) -> None:
+    """End a run in which too many deletions fail: something is wrong that more will not mend.
+
+    Raises
+    ------
+    TooManyErrorsError
+        if more than ``max_delete_error_fraction`` of at least 50 failed, tried again or for good.
+    """
+    # refusals and cancellations (DLM-5xx) are the DLM's own decisions, no failures
+    causes = Counter(
+        {
+            code: count
+            for code, count in (report.failed + report.retried).items()
+            if not code.startswith("DLM-5")
+        }
+    )
+    failed = sum(causes.values())
+    tried = failed + sum(report.done.values())
+    if tried >= _ERRORS_OF and failed > context.settings.max_delete_error_fraction * tried:
+        raise TooManyErrorsError(
+            value=context.settings.max_delete_error_fraction,
+            failed=failed,
+            tried=tried,
+            cause=causes.most_common(1)[0][0],
+        )
 
 
 def plan_batch(
-    connection: Connection, context: Context, limit: int
+    connection: Connection, context: Context, limit: int, plan_id: uuid.UUID | None = None
 ) -> tuple[list[Proof], list[Proof]]:
     """Expire items and trash due replicas in one transaction: (trashed, refused).
 
-    Survivors are locked, certificates written, replicas marked and their file work queued
-    together. A refusal puts the deletion off and asks replication for what is missing.
+    Those that no plan names, or those that the approved ``plan_id`` does. Survivors are locked,
+    certificates written, replicas marked and their file work queued together. A refusal puts the
+    deletion off and asks replication for what is missing.
     """
     now = context.clock()
-    catalogue.expire_items(connection, now, limit)
-    due = catalogue.select_expired(connection, now, limit)
+    catalogue.expire_items(connection, now, limit, plan_id)
+    due = catalogue.select_expired(connection, now, limit, plan_id)
     if not due:
         return [], []
     proofs = catalogue.prove(connection, due)
@@ -87,7 +172,14 @@ def plan_batch(
     granted = [p for p in live if p.refusal is None]
     refused = [p for p in live if p.refusal is not None]
     if granted:
-        trash(connection, granted, actor=context.actor, now=now, valid_for=_certificate(context))
+        trash(
+            connection,
+            granted,
+            actor=context.actor,
+            now=now,
+            valid_for=_certificate(context),
+            plan_id=plan_id,
+        )
     if refused:
         _put_off(connection, refused, now)
     return granted, refused
@@ -100,15 +192,24 @@ def trash(
     actor: str,
     now: datetime,
     valid_for: timedelta,
+    plan_id: uuid.UUID | None = None,
 ) -> None:
     """Certify and mark replicas TRASHED, and queue the move of their bytes."""
     catalogue.certify(
-        connection, [(p, "trash") for p in proofs], actor=actor, now=now, valid_for=valid_for
+        connection,
+        [(p, "trash") for p in proofs],
+        actor=actor,
+        now=now,
+        valid_for=valid_for,
+        plan_id=plan_id,
     )
     catalogue.cancel_operations(connection, [p.uid for p in proofs], ["copy", "verify"], now)
     queue.insert_operations(
         connection,
-        [queue.NewOperation(OperationKind.TRASH, p.oid, p.uid, p.reason, now) for p in proofs],
+        [
+            queue.NewOperation(OperationKind.TRASH, p.oid, p.uid, p.reason, now, plan_id)
+            for p in proofs
+        ],
         actor,
         now,
     )
@@ -129,6 +230,7 @@ def _certificate(context: Context) -> timedelta:
 
 
 def _put_off(connection: Connection, refused: Sequence[Proof], now: datetime) -> None:
+    catalogue.note_refusals(connection, refused)
     held = [p.uid for p in refused if p.refusal and p.refusal.startswith("under a hold")]
     others = [p.uid for p in refused if p.uid not in set(held)]
     for uids, delay in ((held, _REFUSED_HELD), (others, _REFUSED)):

@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from dlm_core.catalogue import checks
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas as catalogue
 from dlm_core.catalogue.engine import rows
@@ -24,9 +25,11 @@ from dlm_core.errors import (
     PayloadNotFoundError,
     StorageError,
 )
+from dlm_core.lifecycle.check import SCHEDULED
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage, quarantine_path
 from dlm_core.transfers.checksums import observe
+from dlm_core.transfers.throttle import paced
 from dlm_core.types import (
     Observation,
     OperationKind,
@@ -37,6 +40,10 @@ from dlm_core.types import (
 )
 
 _READABLE = ("read_write", "read_only", "draining")
+#: a verdict beside the states: the storage said what it said before
+_TOLD = "TOLD"
+#: after so many intervals a replica is read whatever its storage says
+_READ_EVERY = 4
 _CHECKABLE = (ReplicaState.READY, ReplicaState.SUSPECT, ReplicaState.MISSING)
 
 
@@ -88,6 +95,10 @@ class Look:
     observation: Observation | None
     error: DlmError | None
     seconds: float
+    #: what the storage said of the content just before it was read
+    stamp: str | None = None
+    #: that is what it said when it was last read, and nothing was read this time
+    told: bool = False
 
 
 def look_at(
@@ -95,22 +106,29 @@ def look_at(
 ) -> Iterator[Look]:
     """Read payloads on one storage with its concurrency; nothing more once ``stop`` is set.
 
-    ``targets`` are rows with operation_id, uid, path (as catalogued) and kind.
+    ``targets`` are rows with operation_id, uid, path (as catalogued) and kind. Where they say
+    ``tellable``, the storage's stamp is noted; if that is true and the stamp is still told_stamp,
+    the payload is not read.
     """
 
     def read(target: Mapping[str, Any]) -> Look | None:
         if context.stop.is_set():
             return None
         begun = time.monotonic()
-        seen, failure = None, None
+        seen, failure, stamp, told = None, None, None, False
         try:
             kind = PayloadKind(target["kind"])
-            seen = observe(storage, decode_path(target["path"]), kind, context.stop)
+            if "tellable" in target:
+                stamp = _stamp(storage, target)
+                told = target["tellable"] and stamp is not None and stamp == target["told_stamp"]
+            if not told:
+                seen = observe(storage, decode_path(target["path"]), kind, context.stop)
         except DlmError as error:
             failure = error
         if context.stop.is_set():
             return None
-        return Look(target["operation_id"], target["uid"], seen, failure, time.monotonic() - begun)
+        took = time.monotonic() - begun
+        return Look(target["operation_id"], target["uid"], seen, failure, took, stamp, told)
 
     def read_together(group: Sequence[Mapping[str, Any]]) -> list[Look]:
         return [look for target in group if (look := read(target)) is not None]
@@ -137,12 +155,26 @@ def _groups(
         yield group
 
 
+def _stamp(storage: Storage, target: Mapping[str, Any]) -> str | None:
+    """What the storage says of a file's content without its being read; None if it says nothing."""
+    if not getattr(storage, "tells_content", False) or target["kind"] != PayloadKind.FILE:
+        return None
+    entry = storage.stat(decode_path(target["path"]))
+    if entry is None or entry.etag is None:
+        return None
+    return f"{entry.size} {entry.etag}"
+
+
 def execute_verify(context: Context, claim: Claim) -> Report:
     """Verify the replicas of a claim.
 
     The same bytes: READY, checked now. Others: SUSPECT at first, with a second look queued; when
     that differs too the bytes are set aside under a visible name and the replica is CORRUPTED.
     Nothing there, said by a storage that is well: MISSING. An outage proves nothing.
+
+    Scheduled checks ask a storage that can tell the content first: if it says what it said when the
+    bytes were last read, they are read another time, unless this is the last good copy. All is
+    read at the pace that the storage allows, which the drainers share.
     """
     report = Report()
     operations = {op["operation_id"]: op for op in claim.operations}
@@ -150,13 +182,15 @@ def execute_verify(context: Context, claim: Claim) -> Report:
     details = context.transact(
         lambda c: catalogue.replica_details(c, [op["uid"] for op in claim.operations])
     )
+    tellable = _tellable(context, claim)
     groups: dict[uuid.UUID, list[dict[str, Any]]] = defaultdict(list)
     for operation in claim.operations:
         row = dict(details[operation["uid"]], operation_id=operation["operation_id"])
+        row["tellable"] = operation["uid"] in tellable
         if row["state"] in _CHECKABLE and storages[row["storage_id"]]["mode"] in _READABLE:
             groups[row["storage_id"]].append(row)
     for storage_id, targets in groups.items():
-        storage = context.storages.open(storages[storage_id])
+        storage = _paced(context, storages[storage_id])
         writable = storages[storage_id]["managed"] and storages[storage_id]["mode"] != "read_only"
         looks = look_at(storage, targets, context)
         for batch in _batches(looks, 512):
@@ -170,6 +204,23 @@ def execute_verify(context: Context, claim: Claim) -> Report:
     ]
     context.transact(lambda c: queue.finish_operations(c, claim.token, waived, context.clock()))
     return report
+
+
+def _tellable(context: Context, claim: Claim) -> set[uuid.UUID]:
+    scheduled = [op["uid"] for op in claim.operations if op["reason"] == SCHEDULED]
+    if not scheduled:
+        return set()
+    found: set[uuid.UUID] = context.transact(
+        lambda c: checks.select_tellable(c, scheduled, context.clock(), _READ_EVERY)
+    )
+    return found
+
+
+def _paced(context: Context, row: Mapping[str, Any]) -> Storage:
+    storage = context.storages.open(row)
+    rate = row["verify_bytes_per_second"]
+    # each drainer has its share: none knows of the others
+    return paced(storage, rate / context.settings.max_drainers, context.stop) if rate else storage
 
 
 def _batches(looks: Iterator[Look], size: int) -> Iterator[list[Look]]:
@@ -210,6 +261,8 @@ def _judge(
 
 def _verdict(look: Look, row: Mapping[str, Any]) -> tuple[str, DlmError | None]:
     """The state that a look proves, '' for none, and the error to show."""
+    if look.told:
+        return _TOLD, None
     if isinstance(look.error, PayloadNotFoundError):
         return ReplicaState.MISSING, look.error
     if look.observation is None:
@@ -270,10 +323,23 @@ def _write(
     ]
     if good:
         catalogue.mark_ready(connection, good, now)
+    _note_words(connection, [look for look, _, _ in mine], {one.uid for one in good}, now)
     outcomes = [(look, _outcome(context, operations, look, v, e, now)) for look, v, e in mine]
     queue.finish_operations(connection, claim.token, [o for _, o in outcomes], now)
     _queue_second_looks(connection, context, details, mine, now)
     return outcomes
+
+
+def _note_words(
+    connection: Connection, looks: Sequence[Look], good: set[uuid.UUID], now: datetime
+) -> None:
+    """Write what storages said: the same as before, or the stamp of bytes just read and matched."""
+    told = [look.uid for look in looks if look.told]
+    stamps = {look.uid: look.stamp for look in looks if look.stamp and look.uid in good}
+    if told:
+        checks.mark_told(connection, told, now)
+    if stamps:
+        checks.note_stamps(connection, stamps)
 
 
 def _mark(

@@ -88,6 +88,7 @@ class _Unavailable:
 
     concurrency = 1
     atomic_write = False
+    tells_content = False
     part_size = None
 
     def __init__(self, name: str, error: DlmError) -> None:
@@ -200,6 +201,8 @@ class Report:
 
 Executor = Callable[[Context, Claim], Report]
 Planner = Callable[[Context], int]
+#: looks at what was done so far, after each batch; ends the drainer by raising
+Guard = Callable[[Context, Report], None]
 
 
 def outcome_of_error(
@@ -221,12 +224,14 @@ def drain(
     executors: Mapping[OperationKind, Executor],
     planner: Planner | None = None,
     *,
+    guard: Guard | None = None,
     linger_seconds: float = 0.0,
 ) -> Report:
     """Plan and execute until dry, then wait ``linger_seconds`` for new work before ending.
 
     Several drainers may run at once, on several machines: an operation is claimed by one of them.
-    ``planner`` turns due catalogue work into operations and returns how much it planned. When
+    ``planner`` turns due catalogue work into operations and returns how much it planned; what
+    ``guard`` raises after a batch ends the drainer. When
     ``context.stop`` is set the drainer gives back what it has not begun and returns. The report's
     seconds end with the last work, so that rates don't tell of the waiting.
     """
@@ -237,6 +242,8 @@ def drain(
         batch = _claim_and_execute(context, executors)
         report.planned += planned
         report.add(batch)
+        if guard is not None:
+            guard(context, report)
         now = time.monotonic()
         if planned or batch.total:
             last_work = now

@@ -83,7 +83,11 @@ class ReadStream(Readable, Protocol):
 
 
 class Storage(Protocol):
-    """One volume. Implementations are thread-safe and cheap to keep."""
+    """One volume. Implementations are thread-safe and cheap to keep.
+
+    An adapter may also have ``tells_content = True``: its entries' ``etag`` changes when the
+    content does, so that a scheduled check may ask before it reads.
+    """
 
     name: str
     #: how many transfers at once suit this storage

@@ -112,6 +112,7 @@ class S3Storage:
     """
 
     atomic_write = True
+    tells_content = True
 
     def __init__(self, name: str, store: S3Store, concurrency: int = 32) -> None:
         self.name, self.concurrency = name, concurrency

@@ -313,10 +313,9 @@ def test_a_run_that_would_delete_too_much_deletes_nothing(site):
     site.advance(seconds=1)
     for oid in oids:
         expire(site, oid)
-    with pytest.raises(BlastRadiusError, match="10 replicas, above the limit of 9"):
+    with pytest.raises(BlastRadiusError, match="DLM_MAX_DELETE_ITEMS=9: one run would trash 10"):
         ExpiryPlanner(9, 10**9)(site.context)
     assert site.query("SELECT count(*) AS n FROM deletion")[0]["n"] == 0
-    assert ExpiryPlanner(10, 10**9)(site.context) == 10
 
 
 def test_expiry_can_be_looked_at_before_it_happens(site):

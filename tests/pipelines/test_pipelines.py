@@ -3,12 +3,14 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 
 import dagster as dg
 import pytest
 
 from dlm_core.catalogue.browse import set_item_expiry
 from dlm_core.catalogue.engine import make_engine
+from dlm_core.catalogue.plans import approve_plan
 from dlm_core.clock import utc_now
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import Source, register_tree
@@ -58,6 +60,9 @@ def sensor(instance, name):
     context = dg.build_sensor_context(instance=instance, resources={"catalogue": Catalogue()})
     (definition,) = [s for s in sensors.SENSORS if s.name == f"{name}_sensor"]
     return definition.evaluate_tick(context)
+
+
+DAY = timedelta(days=1)
 
 
 def register(site, files):
@@ -146,25 +151,50 @@ def test_a_catalogue_that_is_down_is_told_not_failed(site, instance, monkeypatch
 
 
 def test_too_much_to_delete_waits_for_an_operator(site, instance, monkeypatch):
-    """The sensor says so, the job fails in one line, a run with a raised limit goes on."""
+    """The run that finds it fails in one line; then the sensor says what waits and how to go on,
+    and a run cannot raise the limit by itself; approved, it is done."""
     register(site, {"x": b"one", "y": b"two"})
     execute(instance, "registration")
     execute(instance, "replication")
     monkeypatch.setenv("DLM_MAX_DELETE_ITEMS", "3")
-    for uri in ("test:x", "test:y"):
-        site.context.transact(
-            lambda c, u=uri: set_item_expiry(c, u, site.context.clock(), "no longer wanted")
-        )
-    assert "more than one run may delete" in sensor(instance, "expiry").skip_message
-    result = execute(instance, "expiry")
-    assert not result.success
+    expire(site, "test:x", "test:y")
+    assert sensor(instance, "expiry").run_requests
+    assert not execute(instance, "expiry", max_delete_items=4).success
     assert site.query("SELECT count(*) AS n FROM deletion")[0]["n"] == 0
-    assert execute(instance, "expiry", max_delete_items=4).success
-    assert site.query("SELECT count(*) AS n FROM deletion")[0]["n"] >= 4
+    (plan,) = site.query("SELECT * FROM plan")
+    told = sensor(instance, "expiry")
+    assert not told.run_requests and f"dlm plan approve {plan['plan_id']}" in told.skip_message
+    site.context.transact(
+        lambda c: approve_plan(
+            c, plan["plan_id"], actor="user:kim", now=site.context.clock(), valid_for=DAY
+        )
+    )
+    assert sensor(instance, "expiry").run_requests
+    assert execute(instance, "expiry").success
+    assert site.query("SELECT count(*) AS n FROM deletion WHERE plan_id IS NOT NULL")[0]["n"] == 4
+
+
+def test_checks_that_are_due_are_asked_for_and_done(site, instance):
+    """After the storage's interval the sensor asks for a run, which tells how old the looks are."""
+    register(site, {"x": b"one"})
+    execute(instance, "registration")
+    execute(instance, "replication")
+    assert not sensor(instance, "verification").run_requests
+    site.execute(
+        """UPDATE replica SET created_at = created_at - interval '91 days',
+                  checked_at = checked_at - interval '91 days'"""
+    )
+    (request,) = sensor(instance, "verification").run_requests
+    assert "storages with checks due: a, b" in request.tags["dlm/due"]
+    result = execute(instance, "verification")
+    assert result.success and result.output_for_node("drain_verification") == 2
+    (event,) = [e for e in result.all_events if e.event_type_value == "STEP_OUTPUT"]
+    assert "oldest" in event.event_specific_data.metadata["verification"].value
+    assert not sensor(instance, "verification").run_requests
 
 
 def test_certified_deletions_go_on_while_too_much_waits(site, instance, monkeypatch):
-    """The sensor asks for a run that only finishes what is queued; it trashes nothing new."""
+    """What waits for approval keeps nothing else from being done."""
     register(site, {"x": b"one", "y": b"two", "z": b"six"})
     execute(instance, "registration")
     execute(instance, "replication")
@@ -175,9 +205,9 @@ def test_certified_deletions_go_on_while_too_much_waits(site, instance, monkeypa
     site.execute("UPDATE operation SET due_at = now() WHERE kind = 'purge' AND state = 'QUEUED'")
     monkeypatch.setenv("DLM_MAX_DELETE_ITEMS", "3")
     expire(site, "test:y", "test:z")
-    (request,) = sensor(instance, "expiry").run_requests
-    assert request.run_config == {"ops": {"drain_expiry": {"config": {"plan": False}}}}
-    assert execute(instance, "expiry", plan=False).success
+    assert not execute(instance, "expiry").success
+    assert sensor(instance, "expiry").run_requests
+    assert execute(instance, "expiry").success
     assert private(site) == 0
     assert len(site.visible("a")) == len(site.visible("b")) == 2
 

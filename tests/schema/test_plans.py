@@ -19,12 +19,14 @@ from sqlalchemy import Connection, Engine, event
 from dlm_core.catalogue import (
     browse,
     capacity,
+    checks,
     deletions,
     embedded,
     operations,
     replicas,
 )
 from dlm_core.catalogue import items as catalogue_items
+from dlm_core.catalogue import plans as approval
 from dlm_core.catalogue.engine import make_engine, rows, run
 from dlm_core.catalogue.status import status
 from dlm_core.lifecycle.expire import plan_batch
@@ -38,6 +40,7 @@ ITEMS = 50_000
 MUCH = 100
 LATER = NOW + timedelta(days=1)
 KINDS = list(OperationKind)
+LIMITS = approval.Limits(10**6, 10**15, 10**6, 10**15, 0.5, 100)
 
 _FILL = (
     """CREATE TEMPORARY TABLE made ON COMMIT DROP AS
@@ -211,6 +214,24 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         ),
         {"replica_coldest"},
     ),
+    "storages with checks due are found": (
+        lambda c: checks.storages_with_checks_due(c, LATER),
+        {"replica_check"},
+    ),
+    "checks are selected": (
+        lambda c: checks.select_checks(c, checks.lock_budgets(c, LATER)[0], LATER, 1000),
+        {"replica_check"},
+    ),
+    "the oldest looks are told": (
+        lambda c: checks.check_overview(c, LATER),
+        {"replica_check"},
+    ),
+    "the limits are looked at": (
+        lambda c: approval.find_stop(c, LATER, LIMITS, deletions.Due(1, 1), deletions.Due(0, 0)),
+        set(),
+    ),
+    "approved plans are found": (approval.approved_plans, set()),
+    "waiting plans are found": (approval.waiting_plans, set()),
     "the status is told": (
         lambda c: status(c, NOW),
         {"operation_due", "operation_failed", "data_item_below_target"},

@@ -1,0 +1,329 @@
+"""The blast radius: limits that stop expiry, plans that wait, people who let them go on."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from dlm_core.catalogue import plans
+from dlm_core.errors import (
+    BlastRadiusError,
+    CatalogueError,
+    IllegalTransitionError,
+    StorageUnavailableError,
+    TooManyErrorsError,
+)
+from dlm_core.lifecycle.expire import ExpiryPlanner, stop_on_errors
+from dlm_core.lifecycle.work import drain
+from dlm_core.storages.open import open_storage
+from dlm_core.types import new_id
+from tests.fakes import Hooked
+from tests.site import ALL, make_site, reopen
+
+MANY = 10**9
+WEEK = timedelta(days=7)
+
+
+@pytest.fixture
+def build(engine, tmp_path):
+    """A site of one storage whose settings the test chooses."""
+
+    def make(**settings):
+        site = make_site(engine, tmp_path, **settings)
+        site.add_storage("a", "A")
+        return site
+
+    return make
+
+
+def add(site, count, name="x", **columns):
+    """Items that a LIQUID copy suffices."""
+    return [
+        site.add_item(f"{name}/{n}", b"12345", "a", target_phase="LIQUID", **columns)
+        for n in range(count)
+    ]
+
+
+def expire(site, oids, reason="old"):
+    site.execute(
+        "UPDATE data_item SET expires_at = :now, expiry_reason = :r WHERE oid = ANY(:oids)",
+        now=site.now, oids=oids, r=reason,
+    )  # fmt: skip
+
+
+def collection(site, name):
+    key = new_id()
+    site.execute("INSERT INTO collection (collection_id, name) VALUES (:k, :n)", k=key, n=name)
+    return key
+
+
+def stopped(site, items=MANY, size=MANY):
+    """Run the planner into a limit; the error and the plan that waits."""
+    with pytest.raises(BlastRadiusError) as caught:
+        ExpiryPlanner(items, size)(site.context)
+    plan = site.context.transact(lambda c: plans.get_plan(c, caught.value.details["plan"]))
+    return str(caught.value), plan
+
+
+def approve(site, plan, who="user:kim", valid=WEEK):
+    return site.context.transact(
+        lambda c: plans.approve_plan(c, plan["plan_id"], actor=who, now=site.now, valid_for=valid)
+    )
+
+
+def reject(site, plan, who="user:kim"):
+    site.context.transact(
+        lambda c: plans.reject_plan(c, plan["plan_id"], actor=who, now=site.now, reason="no")
+    )
+
+
+def trashed(site):
+    return site.query("SELECT count(*) AS n FROM replica WHERE state = 'TRASHED'")[0]["n"]
+
+
+def test_a_stop_names_the_limit_what_was_found_and_the_command(build):
+    """And stores what would have gone, with reasons and a hash, in the name of who found it."""
+    site = build()
+    expire(site, add(site, 3), "campaign 7 is over")
+    told, plan = stopped(site, items=2)
+    assert told == (
+        f"stopped by DLM_MAX_DELETE_ITEMS=2: one run would trash 3 replicas; nothing of that was "
+        f"trashed, it waits as plan {plan['plan_id']}; look at it with 'dlm plan show "
+        f"{plan['plan_id']}', go on with 'dlm plan approve {plan['plan_id']}'"
+    )
+    assert (plan["state"], plan["operations"], plan["bytes"]) == ("PROPOSED", 3, 15)
+    assert plan["actor"] == "user:test"
+    assert {e["reason"] for e in plan["entries"]} == {"campaign 7 is over"}
+    assert trashed(site) == 0
+    assert site.query("SELECT state FROM data_item") == [{"state": "READY"}] * 3
+
+
+def test_what_waits_is_left_alone_and_other_things_go_on(build):
+    """No second plan for the same; what becomes due later is looked at by itself."""
+    site = build()
+    expire(site, add(site, 3))
+    stopped(site, items=2)
+    assert ExpiryPlanner(2, MANY)(site.context) == 0
+    expire(site, add(site, 2, "later"))
+    assert ExpiryPlanner(2, MANY)(site.context) == 2
+    assert site.query("SELECT count(*) AS n FROM plan") == [{"n": 1}]
+
+
+def test_an_approved_plan_lets_exactly_its_replicas_through(build):
+    """Past the limit, with certificates that name the plan; and nothing that came later."""
+    site = build()
+    expire(site, add(site, 3))
+    _, plan = stopped(site, items=2)
+    expire(site, add(site, 4, "later"))
+    assert approve(site, plan)["state"] == "APPROVED"
+    with pytest.raises(BlastRadiusError, match="would trash 4 replicas"):
+        ExpiryPlanner(2, MANY)(site.context)
+    found = site.query("SELECT plan_id FROM deletion")
+    assert found == [{"plan_id": plan["plan_id"]}] * 3 and trashed(site) == 3
+    after = site.context.transact(lambda c: plans.get_plan(c, plan["plan_id"]))
+    assert (after["trashed"], after["state"]) == (3, "APPROVED (over)")
+
+
+def test_what_is_approved_is_still_proven(build):
+    """A hold that comes after the approval, and a copy that is needed: refused as always."""
+    site = build()
+    held, last, free = add(site, 3)
+    expire(site, [held, free])
+    site.execute("UPDATE replica SET expires_at = :n WHERE oid = :o", n=site.now, o=last)
+    _, plan = stopped(site, items=2)
+    approve(site, plan)
+    site.execute(
+        "INSERT INTO hold (hold_id, oid, reason, actor, created_at) VALUES (:k, :o, 'r', 'a', :n)",
+        k=new_id(), o=held, n=site.now,
+    )  # fmt: skip
+    assert ExpiryPlanner(2, MANY)(site.context) == 1
+    states = [site.item(oid)["state"] for oid in (held, last, free)]
+    assert states == ["READY", "READY", "EXPIRED"]
+
+
+def test_a_rejected_plan_stays_and_can_be_approved_after_all(build):
+    """A rejection takes an approval back, has no end, and is told by 'dlm item why'."""
+    site = build()
+    oids = add(site, 3)
+    expire(site, oids)
+    _, plan = stopped(site, items=2)
+    approve(site, plan)
+    reject(site, plan)
+    site.advance(days=300)
+    assert ExpiryPlanner(MANY, MANY)(site.context) == 0
+    approve(site, plan)
+    assert ExpiryPlanner(2, MANY)(site.context) == 3
+
+
+def test_two_people_have_to_approve_where_the_site_says_so(build):
+    """The same person twice is one; a rejection between starts again."""
+    site = build(approvals=2)
+    expire(site, add(site, 3))
+    _, plan = stopped(site, items=2)
+    for who in ("user:kim", "user:kim"):
+        assert approve(site, plan, who)["state"] == "PROPOSED"
+    reject(site, plan, "user:lee")
+    assert approve(site, plan, "user:lee")["state"] == "REJECTED"
+    assert ExpiryPlanner(2, MANY)(site.context) == 0
+    assert approve(site, plan, "user:kim")["state"] == "APPROVED"
+    assert ExpiryPlanner(2, MANY)(site.context) == 3
+
+
+def test_approvals_and_proposals_run_out(build):
+    """What is not done in time is looked at anew; what has run out cannot be approved."""
+    site = build(plan_seconds=3600)
+    expire(site, add(site, 3))
+    _, plan = stopped(site, items=2)
+    site.advance(hours=1)
+    with pytest.raises(IllegalTransitionError, match="run out"):
+        approve(site, plan)
+    _, again = stopped(site, items=2)
+    assert again["plan_id"] != plan["plan_id"]
+    assert again["content_hash"] == plan["content_hash"]
+    approve(site, again, valid=timedelta(hours=1))
+    site.advance(hours=1)
+    stopped(site, items=2)
+
+
+@pytest.mark.parametrize("limit", ["items", "bytes"])
+def test_a_day_has_a_limit_of_its_own(build, limit):
+    """Runs of two, five in 24 hours: the third stops; a day later it goes on by itself."""
+    day = {"max_delete_items_per_day": 5} if limit == "items" else {"max_delete_bytes_per_day": 25}
+    site = build(**day)
+    for name in ("one", "two"):
+        expire(site, add(site, 2, name))
+        assert ExpiryPlanner(2, MANY)(site.context) == 2
+        site.advance(hours=1)
+    expire(site, add(site, 2, "three"))
+    told, _ = stopped(site)
+    assert f"DLM_MAX_DELETE_{limit.upper()}_PER_DAY={next(iter(day.values()))}" in told
+    assert "4 replicas (20 bytes) were trashed in the last 24 hours" in told
+    site.advance(hours=24)
+    assert ExpiryPlanner(2, MANY)(site.context) == 2
+
+
+def test_what_was_approved_is_not_counted_against_the_day(build):
+    """Somebody has looked at it."""
+    site = build(max_delete_items_per_day=3)
+    expire(site, add(site, 4))
+    _, plan = stopped(site)
+    approve(site, plan)
+    expire(site, add(site, 3, "later"))
+    assert ExpiryPlanner(MANY, MANY)(site.context) == 7
+
+
+def test_most_of_a_collection_does_not_go_by_itself(build):
+    """Of ten items six are too many, at once or bit by bit; five are not, nor small collections."""
+    site = build(max_delete_fraction=0.5, delete_fraction_min_items=10)
+    large, small = collection(site, "large"), collection(site, "small")
+    oids = add(site, 10, "large", collection_id=large)
+    expire(site, add(site, 9, "small", collection_id=small))
+    expire(site, oids[:5])
+    assert ExpiryPlanner(MANY, MANY)(site.context) == 14
+    expire(site, oids[5:6])
+    told, plan = stopped(site)
+    assert "DLM_MAX_DELETE_FRACTION=0.5: 6 items of collection 'large' would go" in told
+    approve(site, plan)
+    assert ExpiryPlanner(MANY, MANY)(site.context) == 1
+
+
+def test_a_run_ends_when_too_many_deletions_fail(build):
+    """Six of fifty is more than a tenth: it stops after that batch, and says with what."""
+    site = build(batch_size=50)
+    expire(site, add(site, 120))
+    ExpiryPlanner(MANY, MANY)(site.context)
+    left = iter(range(6))
+
+    def fail(call, path):
+        if call == "rename" and next(left, None) is not None:
+            raise StorageUnavailableError(storage="a", message="no answer")
+
+    reopen(site, lambda row: Hooked(open_storage(row["name"], "posix", row["root"], {}), fail))
+    with pytest.raises(TooManyErrorsError, match="6 of 50 deletions failed, most with DLM-301"):
+        drain(site.context, ALL, guard=stop_on_errors)
+    assert len(site.private("a", "trash")) == 44
+
+
+def test_five_of_fifty_failures_are_borne(build):
+    """A tenth is not more than a tenth; what failed is tried again."""
+    site = build(batch_size=50)
+    expire(site, add(site, 50))
+    ExpiryPlanner(MANY, MANY)(site.context)
+    left = iter(range(5))
+
+    def fail(call, path):
+        if call == "rename" and next(left, None) is not None:
+            raise StorageUnavailableError(storage="a", message="no answer")
+
+    reopen(site, lambda row: Hooked(open_storage(row["name"], "posix", row["root"], {}), fail))
+    drain(site.context, ALL, guard=stop_on_errors)
+    site.advance(minutes=1)
+    drain(site.context, ALL, guard=stop_on_errors)
+    assert len(site.private("a", "trash")) == 50
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE plan SET state = 'APPROVED'",
+        "UPDATE plan SET content_hash = repeat('0', 64)",
+        "UPDATE plan SET approvals = 1",
+        "DELETE FROM plan_entry",
+        "UPDATE plan_entry SET reason = 'x'",
+        "DELETE FROM plan_decision",
+        "UPDATE plan_decision SET actor = 'user:other'",
+        "DELETE FROM plan",
+    ],
+)
+def test_plans_and_decisions_are_not_changed_with_plain_sql(build, statement):
+    """The database approves nothing without the people it takes, and forgets nobody."""
+    site = build(approvals=2)
+    expire(site, add(site, 3))
+    _, plan = stopped(site, items=2)
+    approve(site, plan)
+    with pytest.raises(CatalogueError):
+        site.execute(statement)
+
+
+def test_entries_that_were_slipped_in_are_not_approved(build):
+    """An entry that the proposal did not have spoils the hash; after the decision none is taken."""
+    site = build()
+    oids = add(site, 4)
+    expire(site, oids[:3])
+    _, plan = stopped(site, items=2)
+    slip = """INSERT INTO plan_entry SELECT :plan, uid, oid, size, 'item_expired', 'x'
+                FROM replica WHERE oid = :oid"""
+    values = {"plan": plan["plan_id"], "oid": oids[3]}
+    site.execute(slip, **values)
+    with pytest.raises(CatalogueError, match="not those that were proposed"):
+        approve(site, plan)
+
+
+def test_every_decision_is_an_event(build):
+    """Proposed, approved, rejected: with who and which plan."""
+    site = build()
+    expire(site, add(site, 3))
+    _, plan = stopped(site, items=2)
+    approve(site, plan)
+    reject(site, plan, "user:lee")
+    found = site.query(
+        "SELECT action, new_state, detail FROM event WHERE noun = 'plan' ORDER BY seq"
+    )
+    told = [(row["action"], row["new_state"]) for row in found]
+    assert told == [("proposed", "PROPOSED"), ("approved", None), ("state", "APPROVED"),
+                    ("rejected", None), ("state", "REJECTED")]  # fmt: skip
+    assert {row["detail"]["plan_id"] for row in found} == {str(plan["plan_id"])}
+
+
+def test_a_refusal_is_told_once(build):
+    """With its reason; being asked again and refused again decides nothing new."""
+    site = build()
+    (oid,) = add(site, 1)
+    site.execute("UPDATE replica SET expires_at = :n WHERE oid = :o", n=site.now, o=oid)
+    for _ in range(3):
+        assert ExpiryPlanner(MANY, MANY)(site.context) == 0
+        site.advance(minutes=11)
+    (refused,) = site.query("SELECT * FROM event WHERE action = 'refused'")
+    assert refused["detail"]["reason"].startswith("the copies that would be left give 0 of the 2")
+    assert refused["actor"] == "user:test"

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +36,17 @@ an_index = st.integers(0, 7)
 a_job = st.sampled_from(JOBS)
 
 
+def recorded(function: Callable[..., None]) -> Callable[..., None]:
+    """Keep what is called with what, so that it can be called again."""
+
+    @wraps(function)
+    def call(self: Lifecycle, **arguments: Any) -> None:
+        self.calls.append((function.__name__, arguments))
+        function(self, **arguments)
+
+    return call
+
+
 class Lifecycle(RuleBasedStateMachine):
     """Everything that can happen to a site."""
 
@@ -42,17 +54,20 @@ class Lifecycle(RuleBasedStateMachine):
     engine: ClassVar[Engine]
     #: steps executed by all machines of this process
     steps: ClassVar[int] = 0
-    #: the shortest story that ended with a violation: (rules, name and detail)
-    shortest: ClassVar[tuple[list[str], str] | None] = None
+    #: the first machine that broke a promise
+    broken: ClassVar[Lifecycle | None] = None
     told: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
 
     def __init__(self) -> None:
         super().__init__()
         self.story: list[str] = []
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.violation: Violation | None = None
         self._uuids = types.uuid_utils
         self._home = tempfile.TemporaryDirectory(prefix="dlm-sim-", dir=_fast_folder())
 
     @initialize(layout=st.sampled_from(_LAYOUTS), salt=st.integers(0, 999))
+    @recorded
     def begin(self, layout: tuple[str, ...], salt: int) -> None:
         self.world = World(type(self).engine, Path(self._home.name) / "site", salt)
         self.model = self.world.model
@@ -75,17 +90,13 @@ class Lifecycle(RuleBasedStateMachine):
         cls.told()
 
     def _guard(self, action: Callable[[], Any]) -> Any:
-        """Do something; a violation is kept with the story that led to it."""
+        """Do something; a violation is kept."""
         try:
             return action()
         except Violation as violation:
-            self._broken(str(violation))
+            self.violation = self.violation or violation
+            Lifecycle.broken = Lifecycle.broken or self
             raise
-
-    def _broken(self, what: str) -> None:
-        cls = type(self)
-        if cls.shortest is None or len(self.story) <= len(cls.shortest[0]):
-            cls.shortest = (list(self.story), what)
 
     # --- choosing --------------------------------------------------------------------------------
 
@@ -108,6 +119,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.model.items) < _ITEMS)
     @rule(where=an_index, phase=st.sampled_from(_TARGETS), at_once=st.booleans())
+    @recorded
     def register(self, where: int, phase: str, at_once: bool) -> None:
         name = self._storage(where)
         if self.model.stores[name].mode != "read_write":
@@ -130,6 +142,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @precondition(_has_items)
     @rule(which=an_index, where=an_index)
+    @recorded
     def register_a_copy(self, which: int, where: int) -> None:
         """A user brought a copy by hand and registers it."""
         item, name = self._item(which), self._storage(where)
@@ -146,6 +159,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @precondition(_has_items)
     @rule(which=an_index, later=st.sampled_from((0, 0, 600, None)))
+    @recorded
     def expire_item(self, which: int, later: int | None) -> None:
         item = self._item(which)
         self._tell("expire", item.uri, "never" if later is None else f"in {later} s")
@@ -161,6 +175,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @precondition(_has_items)
     @rule(which=an_index)
+    @recorded
     def expire_copy(self, which: int) -> None:
         replica = self._replica(which)
         if replica is None:
@@ -180,6 +195,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @precondition(_has_items)
     @rule(which=an_index, phase=st.sampled_from(_TARGETS))
+    @recorded
     def retarget(self, which: int, phase: str) -> None:
         item = self._item(which)
         self._tell("target of", item.uri, "is", phase)
@@ -192,6 +208,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @precondition(_has_items)
     @rule(which=an_index, all_items=st.booleans(), later=st.sampled_from((None, 1800)))
+    @recorded
     def hold(self, which: int, all_items: bool, later: int | None) -> None:
         prefix = "test:" if all_items else self._item(which).uri
         self._tell("hold", prefix, f"for {later} s" if later else "")
@@ -202,12 +219,14 @@ class Lifecycle(RuleBasedStateMachine):
 
     @precondition(lambda self: any(h.ends_at is None for h in self.model.holds))
     @rule()
+    @recorded
     def release_holds(self) -> None:
         self._tell("release all holds")
         self._guard(self.world.end_holds)
 
     @precondition(lambda self: any(r.state == "TRASHED" for r in self.model.replicas.values()))
     @rule(which=an_index, at_once=st.booleans())
+    @recorded
     def restore(self, which: int, at_once: bool) -> None:
         trashed = [r for r in self.model.replicas.values() if r.state == "TRASHED"]
         replica = trashed[which % len(trashed)]
@@ -236,6 +255,7 @@ class Lifecycle(RuleBasedStateMachine):
         return bool(within) and not self.world.is_busy(replica.oid)
 
     @rule(which=an_index)
+    @recorded
     def verify_all_on(self, which: int) -> None:
         name = self._storage(which)
         self._tell("ask for verification of", name)
@@ -249,6 +269,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @rule(which=an_index, mode=st.sampled_from(("draining", "draining", "read_write", "read_only",
                                                 "offline")))  # fmt: skip
+    @recorded
     def set_mode(self, which: int, mode: str) -> None:
         name = self._storage(which)
         self._tell("set", name, mode)
@@ -262,6 +283,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @precondition(lambda self: any(s.mode == "draining" for s in self.model.stores.values()))
     @rule(which=an_index)
+    @recorded
     def retire(self, which: int) -> None:
         draining = [s.name for s in self.model.stores.values() if s.mode == "draining"]
         name = draining[which % len(draining)]
@@ -275,11 +297,13 @@ class Lifecycle(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.model.stores) < _STORAGES)
     @rule(location=st.sampled_from("ABC"), phase=st.sampled_from(_PHASES))
+    @recorded
     def add_storage(self, location: str, phase: str) -> None:
         self._tell("add a storage at", location, phase)
         self._guard(lambda: self.world.add_storage(location, phase))
 
     @rule(which=an_index, factor=st.sampled_from((1.0, 1.5, None)))
+    @recorded
     def fill_up(self, which: int, factor: float | None) -> None:
         """What lies there is more than the high watermark of a capacity, or there is room again."""
         name = self._storage(which)
@@ -296,6 +320,7 @@ class Lifecycle(RuleBasedStateMachine):
     # --- the environment -------------------------------------------------------------------------
 
     @rule(which=an_index, how=st.sampled_from(("lose", "damage", "trash")))
+    @recorded
     def harm(self, which: int, how: str) -> None:
         """Bytes rot or go, but never the last good ones."""
         place = self._victim(which, how == "trash", within_work=False)
@@ -318,6 +343,7 @@ class Lifecycle(RuleBasedStateMachine):
         return found[which % len(found)] if found else None
 
     @rule(which=an_index, fault=st.sampled_from(FAULTS))
+    @recorded
     def fault(self, which: int, fault: str) -> None:
         name = self._storage(which)
         self._tell(name, "is", fault)
@@ -325,6 +351,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @precondition(lambda self: any(r.state == "TRASHED" for r in self.model.replicas.values()))
     @rule(which=an_index)
+    @recorded
     def put_a_stranger(self, which: int) -> None:
         """Somebody puts a file where a copy was that lies in the trash now."""
         trashed = [r for r in self.model.replicas.values() if r.state == "TRASHED" and r.trashed_at]
@@ -337,6 +364,7 @@ class Lifecycle(RuleBasedStateMachine):
             self.model.strangers[replica.storage, replica.path] = b"stranger"
 
     @rule(seconds=st.sampled_from(_JUMPS))
+    @recorded
     def advance(self, seconds: int) -> None:
         self._tell("advance", seconds)
         self.model.now += timedelta(seconds=seconds)
@@ -344,11 +372,13 @@ class Lifecycle(RuleBasedStateMachine):
     # --- the DLM ---------------------------------------------------------------------------------
 
     @rule(job=a_job)
+    @recorded
     def work(self, job: str) -> None:
         self._tell("run", job)
         self._guard(lambda: self.world.run(self.world.worker("A"), job))
 
     @rule(seconds=st.sampled_from(_JUMPS))
+    @recorded
     def settle(self, seconds: int) -> None:
         self._tell("settle, then", seconds, "s, and settle")
         self._guard(self.world.settle)
@@ -356,6 +386,7 @@ class Lifecycle(RuleBasedStateMachine):
         self._guard(self.world.settle)
 
     @rule(job=a_job, point=st.integers(0, 60), event=st.sampled_from(_EVENTS), which=an_index)
+    @recorded
     def work_disturbed(self, job: str, point: int, event: str, which: int) -> None:
         """At one commit or storage call of a job, before or after it, something else happens."""
         self._tell("run", job, "and at point", point, event, which)

@@ -1,9 +1,10 @@
-"""Run the machine for about so many steps."""
+"""Run the machine for about so many steps, and find the shortest story of a violation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis.errors import Flaky
@@ -13,13 +14,14 @@ from sqlalchemy import Engine
 from tests.simulation.machine import Lifecycle
 from tests.simulation.model import Violation
 
+Calls = Sequence[tuple[str, dict[str, Any]]]
 _STORY, _STORIES = 60, 10
 _TELL_EVERY = 1000
 
 
 @dataclass
 class Result:
-    """``steps`` counts what was really executed, replays while shrinking included."""
+    """``steps`` counts what was really executed, but for the replays that shorten a story."""
 
     steps: int
     violation: str | None = None
@@ -27,41 +29,84 @@ class Result:
 
 
 def simulate(
-    engine: Engine,
-    steps: int,
-    seed_: int,
-    tell: Callable[[int], None] = lambda _: None,
-    *,
-    shrink: bool = True,
+    engine: Engine, steps: int, seed_: int, tell: Callable[[int], None] = lambda _: None
 ) -> Result:
     """About ``steps`` steps in stories of at most 60; ends with the first violation.
 
     The same ``seed_`` brings the same stories. ``tell`` is called every thousand steps.
     """
-    Lifecycle.engine, Lifecycle.steps, Lifecycle.shortest = engine, 0, None
+    Lifecycle.engine, Lifecycle.steps, Lifecycle.broken = engine, 0, None
     Lifecycle.told = staticmethod(
         lambda: tell(Lifecycle.steps) if Lifecycle.steps % _TELL_EVERY == 0 else None
     )
-    phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
     chunk = 0
-    while Lifecycle.steps < steps and Lifecycle.shortest is None:
+    while Lifecycle.steps < steps:
         left = steps - Lifecycle.steps
-        chosen = settings(
-            max_examples=max(1, min(_STORIES, -(-left // _STORY))),
-            stateful_step_count=_STORY,
-            database=None,
-            deadline=None,
-            phases=phases,
-            verbosity=Verbosity.quiet,
-            suppress_health_check=list(HealthCheck),
-        )
         machine = seed(seed_ * 1_000_003 + chunk)(Lifecycle)
         try:
-            run_state_machine_as_test(machine, settings=chosen)
+            run_state_machine_as_test(machine, settings=_chosen(left))
         except (Violation, Flaky):
-            # the machine has kept the shortest story that it saw end with a violation
-            if Lifecycle.shortest is None:
+            if Lifecycle.broken is None:
                 raise
+            return _found(Lifecycle.broken)
         chunk += 1
-    story, violation = Lifecycle.shortest or ([], None)
-    return Result(Lifecycle.steps, violation, story)
+    return Result(Lifecycle.steps)
+
+
+def _found(broken: Lifecycle) -> Result:
+    steps, Lifecycle.told = Lifecycle.steps, staticmethod(lambda: None)
+    shortest = shorten(broken)
+    return Result(steps, str(shortest.violation), shortest.story)
+
+
+def _chosen(left: int) -> settings:
+    return settings(
+        max_examples=max(1, min(_STORIES, -(-left // _STORY))),
+        stateful_step_count=_STORY,
+        database=None,
+        deadline=None,
+        # Hypothesis would shrink for many minutes what shorten() does in seconds
+        phases=[Phase.generate],
+        verbosity=Verbosity.quiet,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+
+
+def replay(calls: Calls) -> Lifecycle:
+    """A machine after these calls, or after the first that ends in a violation."""
+    machine = Lifecycle()
+    try:
+        needs = {rule.function.__name__: rule.preconditions for rule in machine.rules}
+        for name, arguments in calls:
+            if all(holds(machine) for holds in needs.get(name, ())):
+                getattr(machine, name)(**arguments)
+                machine.all_is_well()
+    except Violation:
+        pass
+    finally:
+        machine.teardown()
+    return machine
+
+
+def shorten(broken: Lifecycle) -> Lifecycle:
+    """The shortest machine found that breaks the same promise: calls are left out, half of them at
+    a time, then fewer, as long as it still does (Zeller's delta debugging)."""
+    assert broken.violation is not None
+    name, size = broken.violation.name, len(broken.calls) // 2
+    while size >= 1:
+        start = 1  # the first call makes the site
+        while start < len(broken.calls):
+            tried = _without(broken, start, start + size, name)
+            if tried is None:
+                start += size
+            else:
+                broken = tried
+        size //= 2
+    return broken
+
+
+def _without(broken: Lifecycle, start: int, end: int, name: str) -> Lifecycle | None:
+    tried = replay([*broken.calls[:start], *broken.calls[end:]])
+    same = tried.violation is not None and tried.violation.name == name
+    return tried if same else None

@@ -275,8 +275,8 @@ class World:
         return Commit(
             events,
             rows(connection, _CERTIFICATES),
-            rows(connection, _ITEMS, oids=[event["oid"] for event in made]) if made else [],
-            rows(connection, _REPLICAS, uids=[event["uid"] for event in made]) if made else [],
+            rows(connection, _ITEMS, oids=_keys(made, "item", "oid")) if made else [],
+            rows(connection, _REPLICAS, uids=_keys(made, "replica", "uid")) if made else [],
         )
 
     def tell(self, commit: Commit) -> None:
@@ -419,6 +419,10 @@ class World:
         for hold in self.model.holds:
             if hold.ends_at is None or hold.ends_at > self.model.now:
                 hold.ends_at = self.model.now
+
+
+def _keys(events: Iterable[Mapping[str, Any]], noun: str, key: str) -> list[uuid.UUID]:
+    return [event[key] for event in events if event["noun"] == noun]
 
 
 def content(number: int) -> bytes:

@@ -23,6 +23,7 @@ from dlm_core.errors import (
     DlmError,
     IntegrityError,
     NotFoundError,
+    PathRefusedError,
     PayloadExistsError,
     PayloadNotFoundError,
     StorageUnavailableError,
@@ -168,13 +169,22 @@ def _from_trash(storage: Storage, row: Row) -> Observation | None:
         except PayloadNotFoundError:
             pass  # it never left, or an earlier try brought it back: reading will tell
         except PayloadExistsError:
-            if storage.stat(trashed) is not None:
-                storage.remove(path)  # half of an object store's rename; the trash has it whole
-                storage.rename(trashed, path)
+            # an object store's rename that got half-way, or somebody's file: the bytes tell
+            if not _is_payload(storage, path, row):
+                raise
+            storage.remove(trashed)
     try:
         return observe(storage, path, PayloadKind(row["kind"]))
     except PayloadNotFoundError:
         return None
+
+
+def _is_payload(storage: Storage, path: str, row: Row) -> bool:
+    try:
+        seen = observe(storage, path, PayloadKind(row["kind"]))
+    except PathRefusedError:
+        return False  # of another kind
+    return (seen.digest, seen.size) == (row["item_digest"], row["item_size"])
 
 
 # --- purge ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pytest
 
 from dlm_core.catalogue import deletions
+from dlm_core.catalogue.operations import retry_failed
 from dlm_core.errors import BlastRadiusError, CatalogueError, NotFoundError
 from dlm_core.lifecycle.expire import ExpiryPlanner, propose_expiry
 from dlm_core.lifecycle.rebalance import propose_rebalance
@@ -174,6 +175,42 @@ def test_trash_can_be_restored_until_its_grace_ends(site):
     site.settle()
     with pytest.raises(NotFoundError):
         request(site, oid)
+
+
+def test_a_restore_never_removes_a_file_that_somebody_put_in_its_place(site):
+    """What lies where a copy was is not the DLM's: the restore FAILS, both files stay, and a retry
+    brings the copy back once the place is free."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    site.advance(seconds=1)
+    expire(site, oid)
+    site.settle()
+    (site.folder / "a" / "x").write_bytes(b"somebody's")
+    request(site, oid, storage_id=site.storages["a"])
+    site.settle()
+    assert site.visible("a") == {"x": b"somebody's"}
+    assert len(site.private("a", "trash")) == 1
+    (failed,) = site.query("SELECT * FROM operation WHERE state = 'FAILED'")
+    assert (failed["kind"], failed["error_code"]) == ("restore", "DLM-304")
+    (site.folder / "a" / "x").unlink()
+    site.context.transact(lambda c: retry_failed(c, site.now))
+    site.settle()
+    assert site.visible("a") == {"x": b"good bytes"}
+    assert site.replicas(oid)["a"] == "READY"
+
+
+def test_a_restore_finishes_what_an_object_store_left_half_way(site):
+    """The copy is back whole, its source in the trash was not deleted yet: only that is left."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    site.advance(seconds=1)
+    expire(site, oid)
+    site.settle()
+    (site.folder / "a" / "x").write_bytes(b"good bytes")
+    request(site, oid, storage_id=site.storages["a"])
+    site.settle()
+    assert site.replicas(oid)["a"] == "READY"
+    assert site.visible("a") == {"x": b"good bytes"} and site.private("a", "trash") == []
 
 
 def test_a_replica_expires_only_once_the_copies_it_assumes_are_there(site):

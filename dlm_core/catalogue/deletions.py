@@ -283,16 +283,29 @@ def undo_trash(connection: Connection, seen: Sequence[Seen], now: datetime) -> s
 def take_back_path(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
     """Reserve the paths of trashed replicas again, before their bytes are moved back there.
 
-    Returns those that got theirs: where a newer copy has taken the place, nothing is brought back.
+    Returns those that got theirs: where a newer copy has taken the place, or is on its way back
+    itself, nothing is brought back.
     """
     found = rows(
         connection,
         """UPDATE replica r SET trashed_at = NULL
             WHERE r.uid = ANY(:uids) AND r.state = 'TRASHED' AND NOT EXISTS (
               SELECT FROM replica x WHERE x.storage_id = r.storage_id AND x.uid <> r.uid
-                 AND ((x.path = r.path AND x.state <> 'DELETED' AND x.trashed_at IS NULL)
-                      OR (x.oid = r.oid AND x.state NOT IN ('TRASHED', 'DELETED'))))
+                 AND x.state <> 'DELETED' AND (x.path = r.path OR x.oid = r.oid)
+                 AND (x.trashed_at IS NULL OR (x.uid = ANY(:uids) AND x.uid > r.uid)))
            RETURNING r.uid""",
+        uids=list(uids),
+    )
+    return {row["uid"] for row in found}
+
+
+def displaced(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+    """Those of trashed replicas whose item has a newer copy on their storage by now."""
+    found = rows(
+        connection,
+        """SELECT r.uid FROM replica r WHERE r.uid = ANY(:uids) AND EXISTS (
+             SELECT FROM replica x WHERE x.storage_id = r.storage_id AND x.oid = r.oid
+                AND x.uid <> r.uid AND x.state NOT IN ('TRASHED', 'DELETED'))""",
         uids=list(uids),
     )
     return {row["uid"] for row in found}

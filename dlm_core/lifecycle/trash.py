@@ -140,11 +140,18 @@ def _busy(connection: Connection, uid: uuid.UUID, now: datetime) -> bool:
 
 
 def execute_restore(context: Context, claim: Claim) -> Report:
-    """Bring bytes back from the trash, read them, and believe them only then."""
+    """Bring bytes back from the trash, read them, and believe them only then.
+
+    Where a newer copy of the item was begun meanwhile they go to the trash again.
+    """
 
     def write(connection: Connection, ok: Sequence[Effected], now: datetime) -> None:
         good, damaged, missing = [], [], []
+        displaced = catalogue.displaced(connection, [e.row["uid"] for e in ok])
+        _trash_again(connection, context, [e.row for e in ok if e.row["uid"] in displaced], now)
         for e in ok:
+            if e.row["uid"] in displaced:
+                continue
             if e.result is None:
                 missing.append(e.row)
             elif (e.result.digest, e.result.size) == (e.row["item_digest"], e.row["item_size"]):
@@ -159,6 +166,21 @@ def execute_restore(context: Context, claim: Claim) -> Report:
                 replicas.mark_state(connection, uids, state, only_from=[ReplicaState.TRASHED])
 
     return _run(context, claim, _from_trash, write)
+
+
+def _trash_again(
+    connection: Connection, context: Context, rows: Sequence[Row], now: datetime
+) -> None:
+    reason = "a newer copy of the item has taken its place"
+    queue.insert_operations(
+        connection,
+        [
+            queue.NewOperation(OperationKind.TRASH, row["oid"], row["uid"], reason, now)
+            for row in rows
+        ],
+        context.actor,
+        now,
+    )
 
 
 def _from_trash(storage: Storage, row: Row) -> Observation | None:

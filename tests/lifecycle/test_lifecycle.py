@@ -6,7 +6,7 @@ from dlm_core.catalogue import deletions
 from dlm_core.catalogue.operations import retry_failed
 from dlm_core.errors import BlastRadiusError, CatalogueError, NotFoundError
 from dlm_core.lifecycle.expire import ExpiryPlanner, propose_expiry
-from dlm_core.lifecycle.rebalance import propose_rebalance
+from dlm_core.lifecycle.rebalance import plan_rebalance, propose_rebalance
 from dlm_core.lifecycle.replicate import plan_replication, propose_replication
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
@@ -211,6 +211,44 @@ def test_a_restore_finishes_what_an_object_store_left_half_way(site):
     site.settle()
     assert site.replicas(oid)["a"] == "READY"
     assert site.visible("a") == {"x": b"good bytes"} and site.private("a", "trash") == []
+
+
+def trashed_on_a(site):
+    """An item whose copy on a lies in the trash, with good ones on b and c."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    site.execute(
+        "UPDATE replica SET expires_at = :now WHERE oid = :oid AND storage_id = :s",
+        oid=oid, s=site.storages["a"], now=site.now,
+    )  # fmt: skip
+    for _ in range(2):
+        site.settle()
+        site.advance(minutes=1)
+    assert site.replicas(oid) == {"a": "TRASHED", "b": "READY", "c": "READY"}
+    return oid
+
+
+def test_a_copy_planned_while_the_old_one_comes_back_sends_that_to_the_trash_again(site):
+    """One live copy of an item on a storage: the restore gives way, and the work goes on."""
+    oid = trashed_on_a(site)
+    other = site.add_item("other", b"2", "b", target_phase="LIQUID")
+    request(site, oid, storage_id=site.storages["a"])
+    site.set_storage("c", mode="draining")
+    plan_rebalance(site.context)
+    plan_replication(site.context)
+    states = "SELECT state FROM replica WHERE oid = :oid AND storage_id = :s ORDER BY uid"
+    rows = site.query(states, oid=oid, s=site.storages["a"])
+    assert [row["state"] for row in rows] == ["TRASHED", "PENDING"]
+    site.advance(seconds=1)
+    expire(site, other)
+    site.settle()
+    rows = site.query(states, oid=oid, s=site.storages["a"])
+    assert [row["state"] for row in rows] == ["TRASHED", "READY"]
+    assert site.visible("a") == {"test/x": b"good bytes"}
+    assert set(site.replicas(other).values()) == {"TRASHED"}
+    site.advance(hours=2)
+    site.settle()
+    assert site.private("a", "trash") == []
 
 
 def test_a_replica_expires_only_once_the_copies_it_assumes_are_there(site):

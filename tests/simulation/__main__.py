@@ -38,6 +38,8 @@ def main() -> int:
     finally:
         embedded.stop(home)
         shutil.rmtree(home, ignore_errors=True)
+    for what, count in sorted(result.seen.items()):
+        sys.stdout.write(f"{count:8} {what}\n")
     if result.violation is not None:
         sys.stdout.write(f"\n{result.violation}\nafter\n")
         sys.stdout.writelines(f"  {n}. {line}\n" for n, line in enumerate(result.story, 1))

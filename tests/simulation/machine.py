@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +34,7 @@ _JUMPS = (30, 301, 601, 3601, 7200, 86400)
 _EVENTS = ("crash", "stop", "overtake", "hold", "lose", "drain", "restore", "expire", *JOBS)
 
 an_index = st.integers(0, 7)
+mostly = st.sampled_from((True, True, False))
 a_job = st.sampled_from(JOBS)
 
 
@@ -41,8 +43,15 @@ def recorded(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def call(self: Lifecycle, **arguments: Any) -> None:
-        self.calls.append((function.__name__, arguments))
-        function(self, **arguments)
+        if not self.nested:
+            self.calls.append((function.__name__, arguments))
+        outer, self.nested = self.nested, True
+        try:
+            function(self, **arguments)
+            if outer:
+                self.all_is_well()
+        finally:
+            self.nested = outer
 
     return call
 
@@ -56,12 +65,15 @@ class Lifecycle(RuleBasedStateMachine):
     steps: ClassVar[int] = 0
     #: the first machine that broke a promise
     broken: ClassVar[Lifecycle | None] = None
+    #: what all machines have seen, see Model.seen
+    seen: ClassVar[Counter[str]] = Counter()
     told: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
 
     def __init__(self) -> None:
         super().__init__()
         self.story: list[str] = []
         self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.nested = False
         self.violation: Violation | None = None
         self._uuids = types.uuid_utils
         self._home = tempfile.TemporaryDirectory(prefix="dlm-sim-", dir=_fast_folder())
@@ -77,6 +89,8 @@ class Lifecycle(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         types.uuid_utils = self._uuids
+        if hasattr(self, "model"):
+            Lifecycle.seen += self.model.seen
         self._home.cleanup()
 
     # --- telling ---------------------------------------------------------------------------------
@@ -106,19 +120,23 @@ class Lifecycle(RuleBasedStateMachine):
 
     def _item(self, index: int) -> Item:
         items = list(self.model.items.values())
-        return items[index % len(items)]
+        live = [item for item in items if item.state != "DELETED"] or items
+        return live[index % len(live)]
 
     def _replica(self, index: int) -> Replica | None:
         found = [r for r in self.model.replicas.values() if r.state not in ("DELETED", "PENDING")]
         return found[index % len(found)] if found else None
+
+    def _live(self) -> int:
+        return sum(item.state != "DELETED" for item in self.model.items.values())
 
     def _has_items(self) -> bool:
         return bool(self.model.items)
 
     # --- users -----------------------------------------------------------------------------------
 
-    @precondition(lambda self: len(self.model.items) < _ITEMS)
-    @rule(where=an_index, phase=st.sampled_from(_TARGETS), at_once=st.booleans())
+    @precondition(lambda self: self._live() < _ITEMS)
+    @rule(where=an_index, phase=st.sampled_from(_TARGETS), at_once=mostly)
     @recorded
     def register(self, where: int, phase: str, at_once: bool) -> None:
         name = self._storage(where)
@@ -385,6 +403,23 @@ class Lifecycle(RuleBasedStateMachine):
         self.model.now += timedelta(seconds=seconds)
         self._guard(self.world.settle)
 
+    @precondition(_has_items)
+    @rule(which=an_index, what=st.sampled_from(("item", "copy", "target", "drain")), job=a_job,
+          point=st.integers(0, 60), event=st.sampled_from(_EVENTS))  # fmt: skip
+    def let_go(self, which: int, what: str, job: str, point: int, event: str) -> None:
+        """The whole way out: something is to go, the grace passes, and a job is disturbed."""
+        if what == "item":
+            self.expire_item(which=which, later=0)
+        elif what == "copy":
+            self.expire_copy(which=which)
+        elif what == "target":
+            self.retarget(which=which, phase="GAS")
+            self.expire_copy(which=which)
+        else:
+            self.set_mode(which=which, mode="draining")
+        self.settle(seconds=3601)
+        self.work_disturbed(job=job, point=point, event=event, which=which)
+
     @rule(job=a_job, point=st.integers(0, 60), event=st.sampled_from(_EVENTS), which=an_index)
     @recorded
     def work_disturbed(self, job: str, point: int, event: str, which: int) -> None:
@@ -435,6 +470,7 @@ class Lifecycle(RuleBasedStateMachine):
         for name, found in (
             ("disk-as-told", self.world.check_disk()),
             ("bytes-add-up", self.world.check_sums()),
+            ("nothing-forgotten", self.world.check_forgotten()),
             ("states-as-told", self.world.check_states()),
         ):
             if found is not None:

@@ -8,6 +8,7 @@ happen, and judges each of them. It never asks the code under test what is right
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -100,6 +101,8 @@ class Model:
     holds: list[Hold] = field(default_factory=list)
     #: what the environment damaged or took, by place: the step in which it did
     taken: dict[tuple[str, str], int] = field(default_factory=dict)
+    #: how often each transition was made, certificates were written
+    seen: Counter[str] = field(default_factory=Counter)
     #: content and target phase of what users register, by uri
     announced: dict[str, tuple[bytes, str]] = field(default_factory=dict)
     #: files that others put there and never registered
@@ -245,6 +248,8 @@ class Model:
             raise Violation("no-deletion-without-certificate", f"{storage}:{path} was removed")
         replica = self.replicas[uuid.UUID(path.removeprefix(TRASH))]
         item = self.items[replica.oid]
+        if self.bytes_at(storage, replica.path) == data:
+            return  # it is back in its place whole: what an object store left of a rename
         if replica.purge is None or replica.purge[1] < self.now:
             raise Violation(
                 "no-deletion-without-certificate",
@@ -257,6 +262,7 @@ class Model:
         for hold in self.holds:
             if self._holds(hold, item) and hold.after < replica.purge[0]:
                 raise Violation("holds-keep", f"{storage}:{path} of {item.uri} was purged")
+        replica.trashed_at = None
 
     # --- judging what the DLM writes in the catalogue --------------------------------------------
 
@@ -289,6 +295,7 @@ class Model:
                 "transitions-legal", f"{noun} {_key(event)} went from {thing.state}/{old} to {new}"
             )
         thing.state = new
+        self.seen[f"{noun} {old} to {new}"] += 1
         if isinstance(thing, Item):
             self._item_became(thing, old, new)
         else:
@@ -334,6 +341,7 @@ class Model:
         self, row: Row, others: Sequence[Row], states: Mapping[uuid.UUID, str]
     ) -> None:
         item = self.items[row["oid"]]
+        self.seen[f"certificate of a {row['step']}, {row['basis']}"] += 1
         name = f"the {row['step']} certificate of a copy of {item.uri}"
         if not row["proved_at"] <= self.now < row["valid_until"]:
             raise Violation("no-deletion-without-certificate", f"{name} is not valid now")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ class Result:
     steps: int
     violation: str | None = None
     story: list[str] = field(default_factory=list)
+    #: transitions and certificates, by what they were
+    seen: Counter[str] = field(default_factory=Counter)
 
 
 def simulate(
@@ -36,6 +39,7 @@ def simulate(
     The same ``seed_`` brings the same stories. ``tell`` is called every thousand steps.
     """
     Lifecycle.engine, Lifecycle.steps, Lifecycle.broken = engine, 0, None
+    Lifecycle.seen = Counter()
     Lifecycle.told = staticmethod(
         lambda: tell(Lifecycle.steps) if Lifecycle.steps % _TELL_EVERY == 0 else None
     )
@@ -50,13 +54,14 @@ def simulate(
                 raise
             return _found(Lifecycle.broken)
         chunk += 1
-    return Result(Lifecycle.steps)
+    return Result(Lifecycle.steps, seen=Lifecycle.seen)
 
 
 def _found(broken: Lifecycle) -> Result:
-    steps, Lifecycle.told = Lifecycle.steps, staticmethod(lambda: None)
+    steps, seen = Lifecycle.steps, Counter(Lifecycle.seen)
+    Lifecycle.told = staticmethod(lambda: None)
     shortest = shorten(broken)
-    return Result(steps, str(shortest.violation), shortest.story)
+    return Result(steps, str(shortest.violation), shortest.story, seen)
 
 
 def _chosen(left: int) -> settings:

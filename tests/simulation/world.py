@@ -23,8 +23,17 @@ from sqlalchemy import Connection, Engine, text
 
 from dlm_core import types
 from dlm_core.catalogue import places
-from dlm_core.catalogue.engine import rows, run
-from dlm_core.errors import PayloadNotFoundError, StorageFullError, StorageUnavailableError
+from dlm_core.catalogue.capacity import storages_to_relieve
+from dlm_core.catalogue.deletions import count_expiry_due
+from dlm_core.catalogue.engine import begin, rows, run
+from dlm_core.catalogue.operations import count_due
+from dlm_core.catalogue.replicas import count_evaluations_due
+from dlm_core.errors import (
+    DlmError,
+    PayloadNotFoundError,
+    StorageFullError,
+    StorageUnavailableError,
+)
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.expire import ExpiryPlanner
 from dlm_core.lifecycle.rebalance import plan_rebalance
@@ -37,7 +46,7 @@ from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import PRIVATE, Entry, Usage
 from dlm_core.types import OperationKind
 from tests.fakes import Wrapped
-from tests.simulation.model import Commit, Hold, Model, Store, Tree
+from tests.simulation.model import Commit, Hold, Model, Store, Tree, Violation
 
 GRACE = timedelta(hours=1)
 _BEGIN = datetime(2026, 6, 1, tzinfo=UTC)
@@ -291,13 +300,29 @@ class World:
         planner, executors = _JOBS[job]
         if job == "expiry":
             planner = ExpiryPlanner(1000, 1 << 40)
-        drain(worker, executors, planner)
+        try:
+            drain(worker, executors, planner)
+        except DlmError as error:
+            # every trouble of one item is that item's: the others' work goes on
+            raise Violation("work-goes-on", f"{job} ended with {error.code}: {error}") from error
 
     def settle(self) -> None:
         """What the sensors would ask for at this moment, all jobs twice."""
         worker = self.worker("settle")
         for job in JOBS * 2:
-            self.run(worker, job)
+            if self.is_due(job):
+                self.run(worker, job)
+
+    def is_due(self, job: str) -> bool:
+        """What the sensor of a job asks."""
+        now = self.model.now
+        with begin(self.engine, "sensor", now) as connection:
+            return (
+                count_due(connection, list(_JOBS[job][1]), now) > 0
+                or (job == "replication" and count_evaluations_due(connection, now) > 0)
+                or (job == "expiry" and count_expiry_due(connection, now).replicas > 0)
+                or (job == "rebalance" and bool(storages_to_relieve(connection, now)))
+            )
 
     # --- places ----------------------------------------------------------------------------------
 
@@ -384,6 +409,12 @@ class World:
             differing = rows(connection, _RECOUNT)
         return str(differing) if differing else None
 
+    def check_forgotten(self) -> str | None:
+        """Replicas that wait for work which nobody has queued."""
+        with self.engine.connect() as connection:
+            found = rows(connection, _FORGOTTEN)
+        return str(found) if found else None
+
     def check_states(self) -> str | None:
         """Where the model and the catalogue differ."""
         with self.engine.connect() as connection:
@@ -466,5 +497,12 @@ _RECOUNT = """
 _BUSY = """
   SELECT FROM operation WHERE oid = :oid AND kind IN ('trash', 'purge', 'restore')
      AND (state = 'RUNNING' OR (kind = 'restore' AND state = 'QUEUED'))"""
+_FORGOTTEN = """
+  SELECT r.uid, r.path, r.state FROM replica r
+   WHERE r.state IN ('PENDING', 'SUSPECT', 'TRASHED') AND NOT EXISTS (
+     SELECT FROM operation o WHERE o.uid = r.uid AND o.state IN ('QUEUED', 'RUNNING', 'FAILED')
+        AND o.kind = ANY(CASE r.state WHEN 'PENDING' THEN ARRAY['admit', 'copy']
+                                      WHEN 'SUSPECT' THEN ARRAY['verify']
+                                      ELSE ARRAY['trash', 'purge', 'restore'] END))"""
 _STATES = """
   SELECT oid AS key, state FROM data_item UNION ALL SELECT uid, state FROM replica"""

@@ -164,6 +164,7 @@ def execute_restore(context: Context, claim: Claim) -> Report:
             if rows:
                 uids = [row["uid"] for row in rows]
                 replicas.mark_state(connection, uids, state, only_from=[ReplicaState.TRASHED])
+        _look_again(connection, context, damaged, "damaged when it came out of the trash", now)
 
     return _run(context, claim, _from_trash, write)
 
@@ -298,7 +299,6 @@ def _reads_well(storage: Storage, row: Row) -> bool:
 
 
 def _suspect(connection: Connection, context: Context, rows: Sequence[Row]) -> None:
-    now = context.clock()
     turned = replicas.mark_state(
         connection,
         [row["uid"] for row in rows],
@@ -306,12 +306,18 @@ def _suspect(connection: Connection, context: Context, rows: Sequence[Row]) -> N
         only_from=[ReplicaState.READY],
     )
     reason = "not found as catalogued when a purge looked at its survivors"
+    suspects = [row for row in rows if row["uid"] in turned]
+    _look_again(connection, context, suspects, reason, context.clock())
+
+
+def _look_again(
+    connection: Connection, context: Context, rows: Sequence[Row], reason: str, now: datetime
+) -> None:
     queue.insert_operations(
         connection,
         [
             queue.NewOperation(OperationKind.VERIFY, row["oid"], row["uid"], reason, now, None, -1)
             for row in rows
-            if row["uid"] in turned
         ],
         context.actor,
         now,
@@ -340,8 +346,10 @@ def _certify_purge(
         valid_for=timedelta(seconds=context.settings.certificate_seconds),
     )
     granted = {p.uid for p in good}
+    needed = [p for p in proofs if _is_needed(p) and p.uid not in blind]
+    returning = _bring_back(connection, context, needed, now)
     outcomes = [
-        _not_purged(context, operations[p.uid], p, p.uid in blind, now)
+        _not_purged(context, operations[p.uid], p, p.uid in returning, now)
         for p in proofs
         if p.uid not in granted
     ]
@@ -354,9 +362,6 @@ def _certify_purge(
         for uid in gone
     ]  # fmt: skip
     queue.finish_operations(connection, claim.token, outcomes, now)
-    _bring_back(
-        connection, context, [p for p in proofs if _is_needed(p) and p.uid not in blind], now
-    )
     return {operations[uid]["operation_id"] for uid in granted}
 
 
@@ -366,9 +371,9 @@ def _is_needed(proof: catalogue.Proof) -> bool:
 
 
 def _not_purged(
-    context: Context, operation: Row, proof: catalogue.Proof, blind: bool, now: datetime
+    context: Context, operation: Row, proof: catalogue.Proof, returning: bool, now: datetime
 ) -> queue.Outcome:
-    if blind or not _is_needed(proof):
+    if not returning:
         why = proof.refusal or "a survivor could not be looked at"
         due = now + timedelta(seconds=context.settings.retry_base_seconds * 12)
         return queue.Outcome(operation["operation_id"], OperationState.QUEUED, "DLM-501", why, due)
@@ -380,8 +385,9 @@ def _not_purged(
 
 def _bring_back(
     connection: Connection, context: Context, proofs: Sequence[catalogue.Proof], now: datetime
-) -> None:
-    """Queue the way back of trashed copies that are needed again, if their place is free."""
+) -> set[uuid.UUID]:
+    """Queue the way back of trashed copies that are needed again, if their place is free; those
+    that come back."""
     by_uid = {proof.uid: proof for proof in proofs}
     taken = catalogue.take_back_path(connection, list(by_uid)) if by_uid else set()
     queue.insert_operations(
@@ -395,6 +401,7 @@ def _bring_back(
         context.actor,
         now,
     )
+    return taken
 
 
 # --- the frame they share -------------------------------------------------------------------------

@@ -251,6 +251,38 @@ def test_a_copy_planned_while_the_old_one_comes_back_sends_that_to_the_trash_aga
     assert site.private("a", "trash") == []
 
 
+def test_trash_whose_place_is_taken_is_not_forgotten(site):
+    """It is needed again and cannot come back: its purge stays queued until the item has what it
+    needs, and then it goes."""
+    oid = trashed_on_a(site)
+    site.set_storage("c", mode="draining")
+    plan_rebalance(site.context)
+    plan_replication(site.context)
+    site.advance(hours=2)
+    site.work(OperationKind.PURGE)
+    (purge,) = site.query("SELECT state, error_code FROM operation WHERE kind = 'purge'")
+    assert (purge["state"], purge["error_code"]) == ("QUEUED", "DLM-501")
+    for _ in range(3):
+        site.settle()
+        site.advance(hours=2)
+    assert site.private("a", "trash") == []
+    assert site.replicas(oid) == {"a": "READY", "b": "READY", "c": "DELETED"}
+
+
+def test_damage_in_the_trash_gets_its_second_look(site):
+    """What comes back damaged is SUSPECT, looked at again, set aside and made anew."""
+    oid = trashed_on_a(site)
+    (name,) = site.private("a", "trash")
+    (site.folder / "a" / ".dlm" / "trash" / name).write_bytes(b"evil bytes")
+    site.set_storage("c", mode="draining")
+    request(site, oid, storage_id=site.storages["a"])
+    site.work(OperationKind.RESTORE)
+    assert site.replicas(oid)["a"] == "SUSPECT"
+    site.settle()
+    assert site.replicas(oid)["a"] == "READY"
+    assert len(site.private("a", "quarantine")) == 1
+
+
 def test_a_replica_expires_only_once_the_copies_it_assumes_are_there(site):
     """A replica past its time waits: it is replaced first, and survivors are in its certificate."""
     oid = site.add_item("x", b"good bytes", "a")

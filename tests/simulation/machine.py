@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from sqlalchemy import Engine
 
 from dlm_core import types
@@ -43,15 +43,9 @@ def recorded(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def call(self: Lifecycle, **arguments: Any) -> None:
-        if not self.nested:
-            self.calls.append((function.__name__, arguments))
-        outer, self.nested = self.nested, True
-        try:
-            function(self, **arguments)
-            if outer:
-                self.all_is_well()
-        finally:
-            self.nested = outer
+        self.calls.append((function.__name__, arguments))
+        function(self, **arguments)
+        self.all_is_well()
 
     return call
 
@@ -73,7 +67,6 @@ class Lifecycle(RuleBasedStateMachine):
         super().__init__()
         self.story: list[str] = []
         self.calls: list[tuple[str, dict[str, Any]]] = []
-        self.nested = False
         self.violation: Violation | None = None
         self._uuids = types.uuid_utils
         self._home = tempfile.TemporaryDirectory(prefix="dlm-sim-", dir=_fast_folder())
@@ -367,6 +360,16 @@ class Lifecycle(RuleBasedStateMachine):
         self._tell(name, "is", fault)
         self.world.faults[name] = fault
 
+    @precondition(lambda self: any(f != "honest" for f in self.world.faults.values()))
+    @rule()
+    @recorded
+    def mend(self) -> None:
+        self._tell("all storages are honest and up again")
+        self.world.faults.clear()
+        for name, store in self.model.stores.items():
+            if store.mode in ("read_only", "offline"):
+                self._guard(partial(self._mode, name, "read_write"))
+
     @precondition(lambda self: any(r.state == "TRASHED" for r in self.model.replicas.values()))
     @rule(which=an_index)
     @recorded
@@ -461,10 +464,9 @@ class Lifecycle(RuleBasedStateMachine):
 
     # --- after every step ------------------------------------------------------------------------
 
-    @invariant()
     def all_is_well(self) -> None:
-        if hasattr(self, "world"):
-            self._guard(self._check)
+        """The invariants that are not judged at the very moment when something happens."""
+        self._guard(self._check)
 
     def _check(self) -> None:
         for name, found in (

@@ -256,9 +256,7 @@ class Model:
                 f"{storage}:{path} was purged, its certificate is {replica.purge}",
             )
         if replica.trashed_at is None or self.now < replica.trashed_at + self.grace:
-            raise Violation(
-                "trash-restorable", f"{storage}:{path} went before its grace was over"
-            )
+            raise Violation("trash-restorable", f"{storage}:{path} went before its grace was over")
         for hold in self.holds:
             if self._holds(hold, item) and hold.after < replica.purge[0]:
                 raise Violation("holds-keep", f"{storage}:{path} of {item.uri} was purged")

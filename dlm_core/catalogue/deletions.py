@@ -280,6 +280,21 @@ def undo_trash(connection: Connection, seen: Sequence[Seen], now: datetime) -> s
     return {row["uid"] for row in found}
 
 
+#: a trashed replica whose place on its storage nothing of its path or its item has taken, nor is on
+#: its way back to; of several in the trash the newest
+_PLACE_IS_FREE = """
+  r.uid = ANY(:uids) AND r.state = 'TRASHED' AND NOT EXISTS (
+    SELECT FROM replica x WHERE x.storage_id = r.storage_id AND x.uid <> r.uid
+       AND x.state <> 'DELETED' AND (x.path = r.path OR x.oid = r.oid)
+       AND (x.trashed_at IS NULL OR (x.uid = ANY(:uids) AND x.uid > r.uid)))"""
+
+
+def free_places(connection: Connection, uids: Sequence[uuid.UUID]) -> list[uuid.UUID]:
+    """Those of trashed replicas that :func:`take_back_path` could bring back."""
+    found = rows(connection, f"SELECT uid FROM replica r WHERE {_PLACE_IS_FREE}", uids=list(uids))
+    return [row["uid"] for row in found]
+
+
 def take_back_path(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
     """Reserve the paths of trashed replicas again, before their bytes are moved back there.
 
@@ -288,12 +303,7 @@ def take_back_path(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uui
     """
     found = rows(
         connection,
-        """UPDATE replica r SET trashed_at = NULL
-            WHERE r.uid = ANY(:uids) AND r.state = 'TRASHED' AND NOT EXISTS (
-              SELECT FROM replica x WHERE x.storage_id = r.storage_id AND x.uid <> r.uid
-                 AND x.state <> 'DELETED' AND (x.path = r.path OR x.oid = r.oid)
-                 AND (x.trashed_at IS NULL OR (x.uid = ANY(:uids) AND x.uid > r.uid)))
-           RETURNING r.uid""",
+        f"UPDATE replica r SET trashed_at = NULL WHERE {_PLACE_IS_FREE} RETURNING r.uid",
         uids=list(uids),
     )
     return {row["uid"] for row in found}

@@ -115,16 +115,15 @@ def request_restore(
     AlreadyExistsError
         if a newer copy has taken the place; then there is nothing to restore.
     """
-    wanted = [
-        row["uid"]
-        for row in catalogue.newest_trashed(connection, oid, storage_id)
-        if not _busy(connection, row["uid"], now)
-    ]
+    trashed = [row["uid"] for row in catalogue.newest_trashed(connection, oid, storage_id)]
+    # the purge of those that cannot come back stays queued
+    free = catalogue.free_places(connection, trashed)
+    wanted = [uid for uid in free if not _busy(connection, uid, now)]
+    if trashed and not free:
+        raise AlreadyExistsError(noun="newer copy of the item in the place of trashed", key=oid)
     if not wanted:
         raise NotFoundError("trashed replica of item", oid, "what is purged cannot come back")
     taken = catalogue.take_back_path(connection, wanted)
-    if not taken:
-        raise AlreadyExistsError(noun="newer copy of the item in the place of trashed", key=oid)
     return queue.insert_operations(
         connection,
         [queue.NewOperation(OperationKind.RESTORE, oid, uid, reason, now) for uid in taken],

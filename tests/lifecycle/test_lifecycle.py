@@ -5,11 +5,14 @@ import pytest
 from dlm_core.catalogue import deletions
 from dlm_core.catalogue.operations import retry_failed
 from dlm_core.errors import BlastRadiusError, CatalogueError, NotFoundError
+from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.expire import ExpiryPlanner, propose_expiry
 from dlm_core.lifecycle.rebalance import plan_rebalance, propose_rebalance
+from dlm_core.lifecycle.register import Source, register_list
 from dlm_core.lifecycle.replicate import plan_replication, propose_replication
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
+from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind
 from tests.site import make_site
 
@@ -267,6 +270,32 @@ def test_trash_whose_place_is_taken_is_not_forgotten(site):
         site.advance(hours=2)
     assert site.private("a", "trash") == []
     assert site.replicas(oid) == {"a": "READY", "b": "READY", "c": "DELETED"}
+
+
+def test_a_restore_leaves_the_purge_of_what_cannot_come_back(site):
+    """Two copies in the trash, one place taken anew: the other comes back, the first is purged
+    when its grace is over."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    (other,) = set(site.replicas(oid)) - {"a"}
+    site.advance(seconds=1)
+    expire(site, oid)
+    site.settle()
+    request(site, oid, storage_id=site.storages[other])
+    site.settle()
+    site.execute(
+        "UPDATE replica SET expires_at = :now WHERE oid = :oid AND storage_id = :s",
+        oid=oid, s=site.storages[other], now=site.now,
+    )  # fmt: skip
+    (site.folder / "a" / "x").write_bytes(b"good bytes")
+    register_list(site.context, Source("a", "test"), ["x"])
+    drain(site.context, {OperationKind.ADMIT: execute_admit})
+    site.settle()
+    assert site.replicas(oid)[other] == "TRASHED"
+    assert request(site, oid) == 1
+    site.advance(hours=2)
+    site.settle()
+    assert site.private("a", "trash") == [] and site.replicas(oid)[other] == "READY"
 
 
 def test_damage_in_the_trash_gets_its_second_look(site):

@@ -31,9 +31,24 @@ _PHASES = ("GAS", "LIQUID", "SOLID")
 _TARGETS = ("PLASMA", "GAS", "LIQUID", "LIQUID", "SOLID", "SOLID")
 #: seconds; a lease is 300, a refusal waits 600 or 3600, the grace is 3600
 _JUMPS = (30, 301, 601, 3601, 7200, 86400)
-_EVENTS = ("crash", "stop", "overtake", "hold", "lose", "drain", "restore", "expire", *JOBS)
+_EVENTS = (
+    "crash",
+    "crash",
+    "crash",
+    "overtake",
+    "overtake",
+    "stop",
+    "hold",
+    "lose",
+    "drain",
+    "restore",
+    "expire",
+    *JOBS,
+)
 
 an_index = st.integers(0, 7)
+a_point = st.integers(0, 60)
+an_event = st.sampled_from(_EVENTS)
 mostly = st.sampled_from((True, True, False))
 a_job = st.sampled_from(JOBS)
 
@@ -407,23 +422,31 @@ class Lifecycle(RuleBasedStateMachine):
         self._guard(self.world.settle)
 
     @precondition(_has_items)
-    @rule(which=an_index, what=st.sampled_from(("item", "copy", "target", "drain")), job=a_job,
-          point=st.integers(0, 60), event=st.sampled_from(_EVENTS))  # fmt: skip
-    def let_go(self, which: int, what: str, job: str, point: int, event: str) -> None:
-        """The whole way out: something is to go, the grace passes, and a job is disturbed."""
+    @rule(
+        which=an_index,
+        what=st.sampled_from(("item", "copy", "surplus", "drain")),
+        first=st.tuples(a_point, an_event),
+        job=st.sampled_from(("expiry", "expiry", *JOBS)),
+        second=st.tuples(a_point, an_event),
+    )
+    def let_go(self, which: int, what: str, first: Any, job: str, second: Any) -> None:
+        """The whole way out: something is to go while its replacement is made, the grace passes,
+        and a job is disturbed; each of these is a step."""
         if what == "item":
             self.expire_item(which=which, later=0)
-        elif what == "copy":
-            self.expire_copy(which=which)
-        elif what == "target":
-            self.retarget(which=which, phase="GAS")
-            self.expire_copy(which=which)
-        else:
+        elif what == "drain":
             self.set_mode(which=which, mode="draining")
+            self.work(job="rebalance")
+        else:
+            if what == "surplus":
+                self.retarget(which=which, phase="LIQUID")
+            self.expire_copy(which=which)
+        self.work_disturbed(job="replication", point=first[0], event=first[1], which=which)
+        self.work(job="expiry")
         self.settle(seconds=3601)
-        self.work_disturbed(job=job, point=point, event=event, which=which)
+        self.work_disturbed(job=job, point=second[0], event=second[1], which=which)
 
-    @rule(job=a_job, point=st.integers(0, 60), event=st.sampled_from(_EVENTS), which=an_index)
+    @rule(job=a_job, point=a_point, event=an_event, which=an_index)
     @recorded
     def work_disturbed(self, job: str, point: int, event: str, which: int) -> None:
         """At one commit or storage call of a job, before or after it, something else happens."""

@@ -385,6 +385,12 @@ class Model:
             if self.keeps(item) and not self.good_copies(item):
                 raise Violation("nothing-lost", f"no good copy of {item.uri} is left")
 
+    def check_retired_is_empty(self) -> None:
+        for replica in self.replicas.values():
+            if replica.state != "DELETED" and self.stores[replica.storage].mode == "retired":
+                where = f"{replica.storage}:{replica.path}"
+                raise Violation("retired-is-empty", f"{where} is {replica.state} there")
+
     def check_ready_is_there(self) -> None:
         for replica in self.replicas.values():
             if replica.state == "READY" and not self.is_there(replica):

@@ -32,7 +32,12 @@ class Result:
 
 
 def simulate(
-    engine: Engine, steps: int, seed_: int, tell: Callable[[int], None] = lambda _: None
+    engine: Engine,
+    steps: int,
+    seed_: int,
+    tell: Callable[[int], None] = lambda _: None,
+    *,
+    shortened: bool = True,
 ) -> Result:
     """About ``steps`` steps in stories of at most 60; ends with the first violation.
 
@@ -52,15 +57,15 @@ def simulate(
         except (Violation, Flaky):
             if Lifecycle.broken is None:
                 raise
-            return _found(Lifecycle.broken)
+            return _found(Lifecycle.broken, shortened)
         chunk += 1
     return Result(Lifecycle.steps, seen=Lifecycle.seen)
 
 
-def _found(broken: Lifecycle) -> Result:
+def _found(broken: Lifecycle, shortened: bool) -> Result:
     steps, seen = Lifecycle.steps, Counter(Lifecycle.seen)
     Lifecycle.told = staticmethod(lambda: None)
-    shortest = shorten(broken)
+    shortest = shorten(broken) if shortened else broken
     return Result(steps, str(shortest.violation), shortest.story, seen)
 
 

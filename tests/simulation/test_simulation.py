@@ -7,9 +7,8 @@ from collections.abc import Callable
 import pytest
 from sqlalchemy import Engine
 
-from dlm_core.catalogue import deletions, operations
-from dlm_core.lifecycle import trash, verify
-from dlm_core.types import ReplicaState
+from dlm_core.catalogue import deletions
+from dlm_core.lifecycle import trash
 from tests.simulation.machine import Lifecycle
 from tests.simulation.run import replay, simulate
 
@@ -89,24 +88,11 @@ def holds_are_ignored(patch: Patch) -> None:
     in_proof("THEN (SELECT string_agg", "THEN NULL::text || (SELECT string_agg")(patch)
 
 
-def lost_leases_still_write(patch: Patch) -> None:
-    patch.setattr(operations, "lock_claimed", lambda connection, token, ids: set(ids))
-
-
-def one_look_condemns(patch: Patch) -> None:
+def removal_is_believed(patch: Patch) -> None:
     """A purge that believes its own "done"."""
     patch.setattr(
         trash, "_purge", lambda storage, row: storage.remove(trash.trash_path(row["uid"]))
     )
-
-
-def outages_are_absence(patch: Patch) -> None:
-    def verdict(look, row):
-        found = _verdict(look, row)
-        return (ReplicaState.READY, None) if found[0] == "" else found
-
-    _verdict = verify._verdict
-    patch.setattr(verify, "_verdict", verdict)
 
 
 def restored_unread(patch: Patch) -> None:
@@ -123,13 +109,12 @@ def restored_unread(patch: Patch) -> None:
 
 
 SABOTAGES = {
-    pending_counts: {"survivors-exist", "nothing-lost"},
+    pending_counts: {"survivors-exist", "work-goes-on"},
     locations_are_ignored: {"survivors-suffice"},
     survivors_are_not_looked_at: {"survivors-exist", "nothing-lost"},
     grace_is_a_minute_short: {"trash-restorable"},
     holds_are_ignored: {"holds-keep", "work-goes-on"},
-    lost_leases_still_write: {"work-goes-on", "transitions-legal", "nothing-forgotten"},
-    one_look_condemns: {"deleted-means-gone"},
+    removal_is_believed: {"deleted-means-gone"},
     restored_unread: {"ready-is-there"},
 }
 

@@ -430,10 +430,11 @@ class Lifecycle(RuleBasedStateMachine):
         first=st.tuples(a_point, an_event),
         job=st.sampled_from(("expiry", "expiry", *JOBS)),
         second=st.tuples(a_point, an_event),
+        back=st.booleans(),
     )
-    def let_go(self, which: int, what: str, first: Any, job: str, second: Any) -> None:
-        """The whole way out: something is to go while its replacement is made, the grace passes,
-        and a job is disturbed; each of these is a step."""
+    def let_go(self, which: int, what: str, first: Any, job: str, second: Any, back: bool) -> None:
+        """The whole way out, and half of the times back: something is to go while its replacement
+        is made, the grace passes, and a job is disturbed; each of these is a step."""
         if what == "item":
             self.expire_item(which=which, later=0)
         elif what == "drain":
@@ -445,6 +446,8 @@ class Lifecycle(RuleBasedStateMachine):
             self.expire_copy(which=which)
         self.work_disturbed(job="replication", point=first[0], event=first[1], which=which)
         self.work(job="expiry")
+        if back and any(r.state == "TRASHED" for r in self.model.replicas.values()):
+            self.restore(which=which, at_once=True)
         self.settle(seconds=3601)
         self.work_disturbed(job=job, point=second[0], event=second[1], which=which)
 

@@ -24,11 +24,11 @@ def _machine_forgets(engine: Engine):
 
 
 @pytest.mark.timeout(600)
-def test_nothing_is_lost_in_two_thousand_steps(engine):
+def test_nothing_is_lost_in_a_thousand_steps(engine):
     """Every promise holds after every step, and the steps go all the way to the purge and back."""
-    result = simulate(engine, 2000, 1)
+    result = simulate(engine, 1000, 1)
     assert result.violation is None, "\n".join([result.violation or "", *result.story])
-    assert result.steps >= 2000
+    assert result.steps >= 1000
     for what in ("replica TRASHED to DELETED", "replica TRASHED to READY", "item READY to EXPIRED"):
         assert result.seen[what] > 0, what
 
@@ -44,7 +44,7 @@ def test_nothing_is_lost_in_ten_thousand_steps(engine, seed):
 
 def test_the_same_seed_brings_the_same_story(engine):
     """A violation can be looked at again: steps and what they did repeat."""
-    first, second = (simulate(engine, 200, 5) for _ in range(2))
+    first, second = (simulate(engine, 60, 5) for _ in range(2))
     assert (first.steps, first.seen) == (second.steps, second.seen)
 
 

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := dlm_core dlm_pipelines dlm_cli tests benchmarks schema
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test test-all lint format bench lock clean
+.PHONY: help install demo up test test-all simulate lint format bench lock clean
 
 help: ## show this
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -33,6 +33,11 @@ test: install ## run the tests
 
 test-all: install ## the slow and the exhaustive ones too
 	$(BIN)/python -m pytest -m ''
+
+STEPS ?= 20000
+SEED ?= 1
+simulate: install ## random stories beside a model; STEPS=20000 SEED=1 may be set
+	$(BIN)/python -m tests.simulation --steps $(STEPS) --seed $(SEED)
 
 lint: install ## check style, types and layers
 	$(BIN)/ruff check $(SOURCES)

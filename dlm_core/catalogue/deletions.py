@@ -327,19 +327,42 @@ def undo_trash(connection: Connection, seen: Sequence[Seen], now: datetime) -> s
     return {row["uid"] for row in found}
 
 
+#: a trashed replica whose place on its storage nothing of its path or its item has taken, nor is on
+#: its way back to; of several in the trash the newest
+_PLACE_IS_FREE = """
+  r.uid = ANY(:uids) AND r.state = 'TRASHED' AND NOT EXISTS (
+    SELECT FROM replica x WHERE x.storage_id = r.storage_id AND x.uid <> r.uid
+       AND x.state <> 'DELETED' AND (x.path = r.path OR x.oid = r.oid)
+       AND (x.trashed_at IS NULL OR (x.uid = ANY(:uids) AND x.uid > r.uid)))"""
+
+
+def free_places(connection: Connection, uids: Sequence[uuid.UUID]) -> list[uuid.UUID]:
+    """Those of trashed replicas that :func:`take_back_path` could bring back."""
+    found = rows(connection, f"SELECT uid FROM replica r WHERE {_PLACE_IS_FREE}", uids=list(uids))
+    return [row["uid"] for row in found]
+
+
 def take_back_path(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
     """Reserve the paths of trashed replicas again, before their bytes are moved back there.
 
-    Returns those that got theirs: where a newer copy has taken the place, nothing is brought back.
+    Returns those that got theirs: where a newer copy has taken the place, or is on its way back
+    itself, nothing is brought back.
     """
     found = rows(
         connection,
-        """UPDATE replica r SET trashed_at = NULL
-            WHERE r.uid = ANY(:uids) AND r.state = 'TRASHED' AND NOT EXISTS (
-              SELECT FROM replica x WHERE x.storage_id = r.storage_id AND x.uid <> r.uid
-                 AND ((x.path = r.path AND x.state <> 'DELETED' AND x.trashed_at IS NULL)
-                      OR (x.oid = r.oid AND x.state NOT IN ('TRASHED', 'DELETED'))))
-           RETURNING r.uid""",
+        f"UPDATE replica r SET trashed_at = NULL WHERE {_PLACE_IS_FREE} RETURNING r.uid",
+        uids=list(uids),
+    )
+    return {row["uid"] for row in found}
+
+
+def displaced(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+    """Those of trashed replicas whose item has a newer copy on their storage by now."""
+    found = rows(
+        connection,
+        """SELECT r.uid FROM replica r WHERE r.uid = ANY(:uids) AND EXISTS (
+             SELECT FROM replica x WHERE x.storage_id = r.storage_id AND x.oid = r.oid
+                AND x.uid <> r.uid AND x.state NOT IN ('TRASHED', 'DELETED'))""",
         uids=list(uids),
     )
     return {row["uid"] for row in found}

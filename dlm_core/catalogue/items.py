@@ -12,7 +12,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import copy_rows, rows, run
-from dlm_core.errors import NotFoundError
+from dlm_core.errors import IllegalTransitionError, NotFoundError
 from dlm_core.types import Observation, PayloadKind, encode_path, new_id, uri_bucket
 
 _STAGED = {
@@ -68,7 +68,13 @@ def announce(
     """Merge a chunk: new items with a PENDING replica, new replicas of known items, and an admit
     operation for each. ``known`` are rows whose item has a live replica on the storage, or whose
     path there belongs to another item.
+
+    Raises
+    ------
+    IllegalTransitionError
+        if the storage is retired.
     """
+    _must_be_in_use(connection, storage_id)
     copy_rows(
         connection,
         "announced",
@@ -114,6 +120,19 @@ def announce(
     )[0]["n"]
     known = _known(connection, storage_id) if new != _count(connection) else []
     return Merged(created, new - created, known)
+
+
+def _must_be_in_use(connection: Connection, storage_id: uuid.UUID) -> None:
+    """Refuse a retired storage; one that is to be retired now waits for us, or we for it."""
+    found = rows(
+        connection,
+        """SELECT name FROM storage WHERE storage_id = :id AND mode <> 'retired' FOR KEY SHARE""",
+        id=storage_id,
+    )
+    if not found:
+        known = rows(connection, "SELECT name FROM storage WHERE storage_id = :id", id=storage_id)
+        name = known[0]["name"] if known else storage_id
+        raise IllegalTransitionError(noun="storage", key=name, old="retired", new="use")
 
 
 def jsonb(value: Mapping[str, Any] | None) -> Jsonb:
@@ -232,7 +251,14 @@ def insert_replica(
     expires_at: datetime | None,
     now: datetime,
 ) -> None:
-    """One announced replica."""
+    """One announced replica.
+
+    Raises
+    ------
+    IllegalTransitionError
+        if the storage is retired.
+    """
+    _must_be_in_use(connection, storage_id)
     run(
         connection,
         """INSERT INTO replica (uid, oid, storage_id, path, size, mtime, expires_at, created_at,

@@ -88,14 +88,17 @@ def replicas_of(
 def insert_pending(
     connection: Connection, records: Sequence[dict[str, Any]], now: datetime
 ) -> set[uuid.UUID]:
-    """Insert replicas that are to be copied; the uids that were, others' places were taken."""
+    """Insert replicas that are to be copied; the uids that were, others' places were taken or
+    their storage retired at this moment (it waits for us, or we for it)."""
     found = rows(
         connection,
         """INSERT INTO replica (uid, oid, storage_id, path, size, created_at, accessed_at)
-           SELECT u.uid, u.oid, u.storage_id, u.path, u.size, :now, :now
+           SELECT u.uid, u.oid, storage_id, u.path, u.size, :now, :now
              FROM unnest(CAST(:uids AS uuid[]), CAST(:oids AS uuid[]), CAST(:storages AS uuid[]),
                          CAST(:paths AS text[]), CAST(:sizes AS bigint[]))
                   AS u(uid, oid, storage_id, path, size)
+             JOIN (SELECT storage_id FROM storage WHERE storage_id = ANY(:storages)
+                      AND mode <> 'retired' FOR KEY SHARE) s USING (storage_id)
            ON CONFLICT DO NOTHING RETURNING uid""",
         now=now,
         uids=[record["uid"] for record in records],

@@ -23,6 +23,7 @@ from dlm_core.errors import (
     DlmError,
     IntegrityError,
     NotFoundError,
+    PathRefusedError,
     PayloadExistsError,
     PayloadNotFoundError,
     StorageUnavailableError,
@@ -114,16 +115,15 @@ def request_restore(
     AlreadyExistsError
         if a newer copy has taken the place; then there is nothing to restore.
     """
-    wanted = [
-        row["uid"]
-        for row in catalogue.newest_trashed(connection, oid, storage_id)
-        if not _busy(connection, row["uid"], now)
-    ]
+    trashed = [row["uid"] for row in catalogue.newest_trashed(connection, oid, storage_id)]
+    # the purge of those that cannot come back stays queued
+    free = catalogue.free_places(connection, trashed)
+    wanted = [uid for uid in free if not _busy(connection, uid, now)]
+    if trashed and not free:
+        raise AlreadyExistsError(noun="newer copy of the item in the place of trashed", key=oid)
     if not wanted:
         raise NotFoundError("trashed replica of item", oid, "what is purged cannot come back")
     taken = catalogue.take_back_path(connection, wanted)
-    if not taken:
-        raise AlreadyExistsError(noun="newer copy of the item in the place of trashed", key=oid)
     return queue.insert_operations(
         connection,
         [queue.NewOperation(OperationKind.RESTORE, oid, uid, reason, now) for uid in taken],
@@ -139,11 +139,18 @@ def _busy(connection: Connection, uid: uuid.UUID, now: datetime) -> bool:
 
 
 def execute_restore(context: Context, claim: Claim) -> Report:
-    """Bring bytes back from the trash, read them, and believe them only then."""
+    """Bring bytes back from the trash, read them, and believe them only then.
+
+    Where a newer copy of the item was begun meanwhile they go to the trash again.
+    """
 
     def write(connection: Connection, ok: Sequence[Effected], now: datetime) -> None:
         good, damaged, missing = [], [], []
+        displaced = catalogue.displaced(connection, [e.row["uid"] for e in ok])
+        _trash_again(connection, context, [e.row for e in ok if e.row["uid"] in displaced], now)
         for e in ok:
+            if e.row["uid"] in displaced:
+                continue
             if e.result is None:
                 missing.append(e.row)
             elif (e.result.digest, e.result.size) == (e.row["item_digest"], e.row["item_size"]):
@@ -156,8 +163,24 @@ def execute_restore(context: Context, claim: Claim) -> Report:
             if rows:
                 uids = [row["uid"] for row in rows]
                 replicas.mark_state(connection, uids, state, only_from=[ReplicaState.TRASHED])
+        _look_again(connection, context, damaged, "damaged when it came out of the trash", now)
 
     return _run(context, claim, _from_trash, write)
+
+
+def _trash_again(
+    connection: Connection, context: Context, rows: Sequence[Row], now: datetime
+) -> None:
+    reason = "a newer copy of the item has taken its place"
+    queue.insert_operations(
+        connection,
+        [
+            queue.NewOperation(OperationKind.TRASH, row["oid"], row["uid"], reason, now)
+            for row in rows
+        ],
+        context.actor,
+        now,
+    )
 
 
 def _from_trash(storage: Storage, row: Row) -> Observation | None:
@@ -168,13 +191,22 @@ def _from_trash(storage: Storage, row: Row) -> Observation | None:
         except PayloadNotFoundError:
             pass  # it never left, or an earlier try brought it back: reading will tell
         except PayloadExistsError:
-            if storage.stat(trashed) is not None:
-                storage.remove(path)  # half of an object store's rename; the trash has it whole
-                storage.rename(trashed, path)
+            # an object store's rename that got half-way, or somebody's file: the bytes tell
+            if not _is_payload(storage, path, row):
+                raise
+            storage.remove(trashed)
     try:
         return observe(storage, path, PayloadKind(row["kind"]))
     except PayloadNotFoundError:
         return None
+
+
+def _is_payload(storage: Storage, path: str, row: Row) -> bool:
+    try:
+        seen = observe(storage, path, PayloadKind(row["kind"]))
+    except PathRefusedError:
+        return False  # of another kind
+    return (seen.digest, seen.size) == (row["item_digest"], row["item_size"])
 
 
 # --- purge ----------------------------------------------------------------------------------------
@@ -266,7 +298,6 @@ def _reads_well(storage: Storage, row: Row) -> bool:
 
 
 def _suspect(connection: Connection, context: Context, rows: Sequence[Row]) -> None:
-    now = context.clock()
     turned = replicas.mark_state(
         connection,
         [row["uid"] for row in rows],
@@ -274,12 +305,18 @@ def _suspect(connection: Connection, context: Context, rows: Sequence[Row]) -> N
         only_from=[ReplicaState.READY],
     )
     reason = "not found as catalogued when a purge looked at its survivors"
+    suspects = [row for row in rows if row["uid"] in turned]
+    _look_again(connection, context, suspects, reason, context.clock())
+
+
+def _look_again(
+    connection: Connection, context: Context, rows: Sequence[Row], reason: str, now: datetime
+) -> None:
     queue.insert_operations(
         connection,
         [
             queue.NewOperation(OperationKind.VERIFY, row["oid"], row["uid"], reason, now, None, -1)
             for row in rows
-            if row["uid"] in turned
         ],
         context.actor,
         now,
@@ -308,8 +345,10 @@ def _certify_purge(
         valid_for=timedelta(seconds=context.settings.certificate_seconds),
     )
     granted = {p.uid for p in good}
+    needed = [p for p in proofs if _is_needed(p) and p.uid not in blind]
+    returning = _bring_back(connection, context, needed, now)
     outcomes = [
-        _not_purged(context, operations[p.uid], p, p.uid in blind, now)
+        _not_purged(context, operations[p.uid], p, p.uid in returning, now)
         for p in proofs
         if p.uid not in granted
     ]
@@ -322,9 +361,6 @@ def _certify_purge(
         for uid in gone
     ]  # fmt: skip
     queue.finish_operations(connection, claim.token, outcomes, now)
-    _bring_back(
-        connection, context, [p for p in proofs if _is_needed(p) and p.uid not in blind], now
-    )
     return {operations[uid]["operation_id"] for uid in granted}
 
 
@@ -334,9 +370,9 @@ def _is_needed(proof: catalogue.Proof) -> bool:
 
 
 def _not_purged(
-    context: Context, operation: Row, proof: catalogue.Proof, blind: bool, now: datetime
+    context: Context, operation: Row, proof: catalogue.Proof, returning: bool, now: datetime
 ) -> queue.Outcome:
-    if blind or not _is_needed(proof):
+    if not returning:
         why = proof.refusal or "a survivor could not be looked at"
         due = now + timedelta(seconds=context.settings.retry_base_seconds * 12)
         return queue.Outcome(operation["operation_id"], OperationState.QUEUED, "DLM-501", why, due)
@@ -348,8 +384,9 @@ def _not_purged(
 
 def _bring_back(
     connection: Connection, context: Context, proofs: Sequence[catalogue.Proof], now: datetime
-) -> None:
-    """Queue the way back of trashed copies that are needed again, if their place is free."""
+) -> set[uuid.UUID]:
+    """Queue the way back of trashed copies that are needed again, if their place is free; those
+    that come back."""
     by_uid = {proof.uid: proof for proof in proofs}
     taken = catalogue.take_back_path(connection, list(by_uid)) if by_uid else set()
     queue.insert_operations(
@@ -363,6 +400,7 @@ def _bring_back(
         context.actor,
         now,
     )
+    return taken
 
 
 # --- the frame they share -------------------------------------------------------------------------

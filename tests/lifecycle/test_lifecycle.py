@@ -3,12 +3,16 @@
 import pytest
 
 from dlm_core.catalogue import deletions
+from dlm_core.catalogue.operations import retry_failed
 from dlm_core.errors import BlastRadiusError, CatalogueError, NotFoundError
+from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.expire import ExpiryPlanner, propose_expiry
-from dlm_core.lifecycle.rebalance import propose_rebalance
+from dlm_core.lifecycle.rebalance import plan_rebalance, propose_rebalance
+from dlm_core.lifecycle.register import Source, register_list
 from dlm_core.lifecycle.replicate import plan_replication, propose_replication
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
+from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind
 from tests.site import make_site
 
@@ -174,6 +178,138 @@ def test_trash_can_be_restored_until_its_grace_ends(site):
     site.settle()
     with pytest.raises(NotFoundError):
         request(site, oid)
+
+
+def test_a_restore_never_removes_a_file_that_somebody_put_in_its_place(site):
+    """What lies where a copy was is not the DLM's: the restore FAILS, both files stay, and a retry
+    brings the copy back once the place is free."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    site.advance(seconds=1)
+    expire(site, oid)
+    site.settle()
+    (site.folder / "a" / "x").write_bytes(b"somebody's")
+    request(site, oid, storage_id=site.storages["a"])
+    site.settle()
+    assert site.visible("a") == {"x": b"somebody's"}
+    assert len(site.private("a", "trash")) == 1
+    (failed,) = site.query("SELECT * FROM operation WHERE state = 'FAILED'")
+    assert (failed["kind"], failed["error_code"]) == ("restore", "DLM-304")
+    (site.folder / "a" / "x").unlink()
+    site.context.transact(lambda c: retry_failed(c, site.now))
+    site.settle()
+    assert site.visible("a") == {"x": b"good bytes"}
+    assert site.replicas(oid)["a"] == "READY"
+
+
+def test_a_restore_finishes_what_an_object_store_left_half_way(site):
+    """The copy is back whole, its source in the trash was not deleted yet: only that is left."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    site.advance(seconds=1)
+    expire(site, oid)
+    site.settle()
+    (site.folder / "a" / "x").write_bytes(b"good bytes")
+    request(site, oid, storage_id=site.storages["a"])
+    site.settle()
+    assert site.replicas(oid)["a"] == "READY"
+    assert site.visible("a") == {"x": b"good bytes"} and site.private("a", "trash") == []
+
+
+def trashed_on_a(site):
+    """An item whose copy on a lies in the trash, with good ones on b and c."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    site.execute(
+        "UPDATE replica SET expires_at = :now WHERE oid = :oid AND storage_id = :s",
+        oid=oid, s=site.storages["a"], now=site.now,
+    )  # fmt: skip
+    for _ in range(2):
+        site.settle()
+        site.advance(minutes=1)
+    assert site.replicas(oid) == {"a": "TRASHED", "b": "READY", "c": "READY"}
+    return oid
+
+
+def test_a_copy_planned_while_the_old_one_comes_back_sends_that_to_the_trash_again(site):
+    """One live copy of an item on a storage: the restore gives way, and the work goes on."""
+    oid = trashed_on_a(site)
+    other = site.add_item("other", b"2", "b", target_phase="LIQUID")
+    request(site, oid, storage_id=site.storages["a"])
+    site.set_storage("c", mode="draining")
+    plan_rebalance(site.context)
+    plan_replication(site.context)
+    states = "SELECT state FROM replica WHERE oid = :oid AND storage_id = :s ORDER BY uid"
+    rows = site.query(states, oid=oid, s=site.storages["a"])
+    assert [row["state"] for row in rows] == ["TRASHED", "PENDING"]
+    site.advance(seconds=1)
+    expire(site, other)
+    site.settle()
+    rows = site.query(states, oid=oid, s=site.storages["a"])
+    assert [row["state"] for row in rows] == ["TRASHED", "READY"]
+    assert site.visible("a") == {"test/x": b"good bytes"}
+    assert set(site.replicas(other).values()) == {"TRASHED"}
+    site.advance(hours=2)
+    site.settle()
+    assert site.private("a", "trash") == []
+
+
+def test_trash_whose_place_is_taken_is_not_forgotten(site):
+    """It is needed again and cannot come back: its purge stays queued until the item has what it
+    needs, and then it goes."""
+    oid = trashed_on_a(site)
+    site.set_storage("c", mode="draining")
+    plan_rebalance(site.context)
+    plan_replication(site.context)
+    site.advance(hours=2)
+    site.work(OperationKind.PURGE)
+    (purge,) = site.query("SELECT state, error_code FROM operation WHERE kind = 'purge'")
+    assert (purge["state"], purge["error_code"]) == ("QUEUED", "DLM-501")
+    for _ in range(3):
+        site.settle()
+        site.advance(hours=2)
+    assert site.private("a", "trash") == []
+    assert site.replicas(oid) == {"a": "READY", "b": "READY", "c": "DELETED"}
+
+
+def test_a_restore_leaves_the_purge_of_what_cannot_come_back(site):
+    """Two copies in the trash, one place taken anew: the other comes back, the first is purged
+    when its grace is over."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    (other,) = set(site.replicas(oid)) - {"a"}
+    site.advance(seconds=1)
+    expire(site, oid)
+    site.settle()
+    request(site, oid, storage_id=site.storages[other])
+    site.settle()
+    site.execute(
+        "UPDATE replica SET expires_at = :now WHERE oid = :oid AND storage_id = :s",
+        oid=oid, s=site.storages[other], now=site.now,
+    )  # fmt: skip
+    (site.folder / "a" / "x").write_bytes(b"good bytes")
+    register_list(site.context, Source("a", "test"), ["x"])
+    drain(site.context, {OperationKind.ADMIT: execute_admit})
+    site.settle()
+    assert site.replicas(oid)[other] == "TRASHED"
+    assert request(site, oid) == 1
+    site.advance(hours=2)
+    site.settle()
+    assert site.private("a", "trash") == [] and site.replicas(oid)[other] == "READY"
+
+
+def test_damage_in_the_trash_gets_its_second_look(site):
+    """What comes back damaged is SUSPECT, looked at again, set aside and made anew."""
+    oid = trashed_on_a(site)
+    (name,) = site.private("a", "trash")
+    (site.folder / "a" / ".dlm" / "trash" / name).write_bytes(b"evil bytes")
+    site.set_storage("c", mode="draining")
+    request(site, oid, storage_id=site.storages["a"])
+    site.work(OperationKind.RESTORE)
+    assert site.replicas(oid)["a"] == "SUSPECT"
+    site.settle()
+    assert site.replicas(oid)["a"] == "READY"
+    assert len(site.private("a", "quarantine")) == 1
 
 
 def test_a_replica_expires_only_once_the_copies_it_assumes_are_there(site):

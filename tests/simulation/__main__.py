@@ -1,0 +1,52 @@
+"""``make simulate STEPS=… SEED=…``: many steps, and the shortest story of a violation."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from dlm_core.catalogue import embedded, schema
+from dlm_core.catalogue.engine import make_engine
+from tests.simulation.run import simulate
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="simulate", description=__doc__)
+    parser.add_argument("--steps", type=int, default=20_000, help="about so many")
+    parser.add_argument("--seed", type=int, default=1)
+    chosen = parser.parse_args()
+    # not below the working folder, whose path may be too long for a socket
+    home = Path(tempfile.mkdtemp(prefix="dlm-sim-"))
+    begun = time.monotonic()
+
+    def tell(steps: int) -> None:
+        seconds = time.monotonic() - begun
+        sys.stdout.write(f"{steps} steps, {seconds:.0f} s, {steps / seconds:.0f} a second\n")
+        sys.stdout.flush()
+
+    try:
+        embedded.ensure_running(home, durable=False)
+        url = embedded.database_url(home)
+        schema.upgrade(url)
+        engine = make_engine(url)
+        result = simulate(engine, chosen.steps, chosen.seed, tell)
+        engine.dispose()
+    finally:
+        embedded.stop(home)
+        shutil.rmtree(home, ignore_errors=True)
+    for what, count in sorted(result.seen.items()):
+        sys.stdout.write(f"{count:8} {what}\n")
+    if result.violation is not None:
+        sys.stdout.write(f"\n{result.violation}\nafter\n")
+        sys.stdout.writelines(f"  {n}. {line}\n" for n, line in enumerate(result.story, 1))
+    violations = int(result.violation is not None)
+    sys.stdout.write(f"steps: {result.steps} violations: {violations} seed: {chosen.seed}\n")
+    return violations
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The simulation in the suite: bounded, long, and able to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from sqlalchemy import Engine
+
+from dlm_core.catalogue import deletions
+from dlm_core.lifecycle import trash
+from tests.simulation.machine import Lifecycle
+from tests.simulation.run import replay, simulate
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def _machine_forgets(engine: Engine):
+    """No test inherits another's engine or findings."""
+    Lifecycle.engine = engine
+    yield
+    Lifecycle.broken = None
+
+
+@pytest.mark.timeout(600)
+def test_nothing_is_lost_in_a_thousand_steps(engine):
+    """Every promise holds after every step, and the steps go all the way to the purge and back."""
+    result = simulate(engine, 1000, 1)
+    assert result.violation is None, "\n".join([result.violation or "", *result.story])
+    assert result.steps >= 1000
+    for what in ("replica TRASHED to DELETED", "replica TRASHED to READY", "item READY to EXPIRED"):
+        assert result.seen[what] > 0, what
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", [101, 102])
+def test_nothing_is_lost_in_ten_thousand_steps(engine, seed):
+    """As the short one, long enough to make every transition of the table but rare ones."""
+    result = simulate(engine, 10_000, seed)
+    assert result.violation is None, "\n".join([result.violation or "", *result.story])
+
+
+def test_the_same_seed_brings_the_same_story(engine):
+    """A violation can be looked at again: steps and what they did repeat."""
+    first, second = (simulate(engine, 60, 5) for _ in range(2))
+    assert (first.steps, first.seen) == (second.steps, second.seen)
+
+
+# --- the simulation can fail ----------------------------------------------------------------------
+
+
+def in_proof(old: str, new: str) -> Callable[[Patch], None]:
+    def sabotage(patch: Patch) -> None:
+        assert old in deletions._PROVE
+        patch.setattr(deletions, "_PROVE", deletions._PROVE.replace(old, new))
+
+    return sabotage
+
+
+def pending_counts(patch: Patch) -> None:
+    in_proof("r.state = 'READY' AND", "r.state IN ('READY', 'PENDING') AND")(patch)
+
+
+def locations_are_ignored(patch: Patch) -> None:
+    in_proof("GROUP BY oid, location_id", "GROUP BY oid, location_id, uid")(patch)
+
+
+def survivors_are_not_looked_at(patch: Patch) -> None:
+    patch.setattr(trash, "look_at_survivors", lambda *_: set())
+
+
+def grace_is_a_minute_short(patch: Patch) -> None:
+    purge_later = trash._purge_later
+
+    def early(context, effected, now):
+        from dataclasses import replace
+        from datetime import timedelta
+
+        operation = purge_later(context, effected, now)
+        return replace(operation, due_at=operation.due_at - timedelta(seconds=60))
+
+    patch.setattr(trash, "_purge_later", early)
+
+
+def holds_are_ignored(patch: Patch) -> None:
+    in_proof("THEN (SELECT string_agg", "THEN NULL::text || (SELECT string_agg")(patch)
+
+
+def removal_is_believed(patch: Patch) -> None:
+    """A purge that believes its own "done"."""
+    patch.setattr(
+        trash, "_purge", lambda storage, row: storage.remove(trash.trash_path(row["uid"]))
+    )
+
+
+def restored_unread(patch: Patch) -> None:
+    """A restore that takes its bytes for good without reading them."""
+
+    def believe(storage, row):
+        from dlm_core.types import Observation
+
+        from_trash(storage, row)
+        return Observation(row["item_size"], row["item_digest"])
+
+    from_trash = trash._from_trash
+    patch.setattr(trash, "_from_trash", believe)
+
+
+SABOTAGES = {
+    pending_counts: {"survivors-exist", "work-goes-on"},
+    locations_are_ignored: {"survivors-suffice"},
+    survivors_are_not_looked_at: {"survivors-exist", "nothing-lost"},
+    grace_is_a_minute_short: {"trash-restorable"},
+    holds_are_ignored: {"holds-keep", "work-goes-on"},
+    removal_is_believed: {"deleted-means-gone"},
+    restored_unread: {"ready-is-there"},
+}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sabotage", SABOTAGES, ids=lambda one: one.__name__)
+def test_what_is_broken_on_purpose_is_found(engine, monkeypatch, sabotage):
+    """Each of these faults breaks a promise within some thousand steps; its shortest story breaks
+    the same promise again and is told in words."""
+    sabotage(monkeypatch)
+    result = simulate(engine, 4000, 1)
+    assert result.violation is not None, "the fault was not found"
+    assert result.violation.split(":")[0] in SABOTAGES[sabotage]
+    assert Lifecycle.broken is not None
+    assert result.story[0].startswith("begin")
+    assert len(result.story) <= len(Lifecycle.broken.story)
+
+
+def test_a_story_can_be_replayed(engine, monkeypatch):
+    """The calls of a broken machine break it again, at the same place."""
+    grace_is_a_minute_short(monkeypatch)
+    simulate(engine, 4000, 1)
+    broken = Lifecycle.broken
+    assert broken is not None
+    again = replay(broken.calls)
+    assert str(again.violation) == str(broken.violation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
 from dlm_core.transfers.sweep import sweep_temp
 from tests.crashpoints.points import Crash, CrashingStorage, Points, watch_commits
-from tests.crashpoints.scenarios import Scenario
+from tests.crashpoints.scenarios import SCENARIOS, Scenario
 from tests.site import Site, make_site, reopen
 
 State = dict[str, Any]
+_LONG = timedelta(hours=4)
 
 
 @dataclass
@@ -69,12 +71,15 @@ class Arena:
         return name
 
     def create(self, name: str, template: str) -> None:
+        """A database like ``template``."""
         self._execute(f"CREATE DATABASE {name} TEMPLATE {template}")
 
     def drop(self, name: str) -> None:
+        """Remove a database, whoever is connected to it still."""
         self._execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
     def url(self, name: str) -> str:
+        """How a database is reached."""
         return embedded.database_url(self.postgres_home, name)
 
     def _execute(self, statement: str) -> None:
@@ -114,21 +119,21 @@ def act(url: str, folder: Path, scenario: Scenario, now: datetime, points: Point
 
 
 def recover(url: str, folder: Path, scenario: Scenario, now: datetime) -> State:
-    """A new process: the commands again, the sensors until all is quiet, the sweep; what is then.
+    """A new process: the queue, the commands again, the sensors, the sweep; the state after it.
 
-    Every run ends at the same time of day, so that graces and leases are over in all of them.
+    Long enough that graces, leases and back-offs are over in every run.
     """
     engine = make_engine(url)
     try:
         site = attach(engine, folder, scenario, now)
         site.advance(hours=1)  # leases have run out
-        while site.now < now + timedelta(hours=12):
+        site.work()
+        end = site.now + _LONG
+        while site.now < end:
             scenario.act(site)
-        for name, storage_id in site.storages.items():
-            rows = site.query("SELECT * FROM storage WHERE storage_id = :s", s=storage_id)
-            assert rows[0]["name"] == name
+        for row in site.query("SELECT * FROM storage"):
             # files have the time of this machine, whatever the site's clock says
-            sweep_temp(open_row(rows[0]), timedelta(0), utc_now() + timedelta(hours=1))
+            sweep_temp(open_row(row), timedelta(0), utc_now() + timedelta(hours=1))
         return describe(site)
     finally:
         engine.dispose()
@@ -220,3 +225,19 @@ def difference(expected: State, found: State) -> list[str]:
         if len(want) != len(got):
             lines.append(f"{part}: {len(got)} instead of {len(want)}")
     return lines
+
+
+def exhaust(home: Path, name: str) -> tuple[int, list[str], str]:
+    """How many points a scenario has, what failed at which, and its line of the table."""
+    scenario = next(one for one in SCENARIOS if one.name == name)
+    begun, bad = time.monotonic(), []
+    arena = Arena(home, "template_dlm", home / name.replace(" ", "-"))
+    arena.prepare(scenario)
+    expected, names = reference(arena, scenario)
+    for at, point in enumerate(names, start=1):
+        wrong = difference(expected, crash_at(arena, scenario, at))
+        if wrong:
+            bad.append(f"  point {at} ({point}): " + "\n    ".join(wrong[:6]))
+    arena.drop(arena.prepared)
+    seconds = time.monotonic() - begun
+    return len(names), bad, f"{name:24} {len(names):7} {len(bad):7} {seconds:8.1f}"

@@ -35,7 +35,7 @@ class Scenario:
     name: str
     prepare: Step
     command: Step = nothing
-    #: minutes between the looks of the sensors, each one an hour of the uninterrupted run
+    #: how often the sensors look, an hour apart
     rounds: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -43,7 +43,6 @@ class Scenario:
         """The command and what the sensors make of it."""
         self.command(site)
         for _ in range(self.rounds):
-            site.settle()
             drain(site.context, {OperationKind.ADMIT: execute_admit})
             site.settle()
             site.advance(hours=1)

@@ -171,7 +171,7 @@ def storage_test(name: Name, as_json: Json = False) -> None:
     storage = _writable(name)
     folder = f".dlm/test-{new_id()}"
     try:
-        found = [one for one in _checked(storage, folder, told=not as_json)]
+        found = list(_checked(storage, folder, told=not as_json))
     finally:
         storage.remove(folder)
     if as_json:

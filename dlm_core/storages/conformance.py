@@ -162,9 +162,7 @@ def a_failing_source_leaves_nothing_visible(storage: Storage, folder: str) -> No
             raise ConnectionResetError("gone")
 
     path = f"{folder}/x"
-    _refuses(
-        storage, lambda: storage.write(path, Broken(), 10), ConnectionResetError, "the write"
-    )
+    _refuses(storage, lambda: storage.write(path, Broken(), 10), ConnectionResetError, "the write")
     _want(storage, storage.stat(path) is None, "something is visible after it")
 
 

@@ -279,9 +279,7 @@ def test_a_storage_that_fails_a_check_is_told(
 ) -> None:
     """With the reason, exit code 4, and the scratch folder removed all the same."""
     real = open_storage
-    monkeypatch.setattr(
-        "dlm_core.storages.open.open_storage", lambda *row: Tampering(real(*row))
-    )
+    monkeypatch.setattr("dlm_core.storages.open.open_storage", lambda *row: Tampering(real(*row)))
     result = dlm("storage", "test", "a", "--json")
     assert result.code == 4
     failed = {one["check"]: one["reason"] for one in result.json if not one["ok"]}

@@ -138,9 +138,7 @@ def _restore(site: Site) -> None:
 def _restore_one(site: Site, oid: uuid.UUID) -> None:
     try:
         site.context.transact(
-            lambda c: request_restore(
-                c, oid=oid, storage_id=None, actor="user:test", now=site.now
-            )
+            lambda c: request_restore(c, oid=oid, storage_id=None, actor="user:test", now=site.now)
         )
     except (NotFoundError, AlreadyExistsError):
         pass  # told so when it is asked for twice

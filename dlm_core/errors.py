@@ -158,6 +158,12 @@ class AccessDeniedError(StorageError):
     code = "DLM-306"
 
 
+class NonconformingError(StorageError):
+    """storage {storage} does not keep the contract: {message}"""
+
+    code = "DLM-307"
+
+
 # --- bytes: exit code 5 -----------------------------------------------------------------------
 
 

@@ -6,12 +6,15 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from dlm_cli.s3_server import S3Server, s3_server
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
+from tests.fakes import QuotaStorage
+from tests.faulty import Faulty
 
 KEYS = {"access_key_env": "DLM_TEST_S3_KEY", "secret_key_env": "DLM_TEST_S3_SECRET"}
 
@@ -30,18 +33,17 @@ def s3_config(server: S3Server) -> dict[str, str]:
     return {"endpoint": server.endpoint, **KEYS}
 
 
-@pytest.fixture(params=["posix", "s3", "quota"])
+@pytest.fixture(params=["posix", "s3", "quota", "faulty", "faulty_s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """An empty storage of each kind; all keep the one contract."""
-    if request.param == "s3":
+    """An empty storage of each kind; all keep the one contract, wrappers with faults off too."""
+    if request.param.endswith("s3"):
         server = request.getfixturevalue("s3")
         root = f"{server.bucket}/{uuid.uuid4().hex}"
-        return open_storage("bucket", "s3", root, s3_config(server))
+        bucket = open_storage("bucket", "s3", root, s3_config(server))
+        return bucket if request.param == "s3" else cast(Storage, Faulty(bucket))
     root = tmp_path / "root"
     root.mkdir()
     inner = open_storage("disk", "posix", str(root), {})
     if request.param == "quota":
-        from tests.fakes import QuotaStorage
-
-        return QuotaStorage(inner, 1 << 40)
-    return inner
+        return cast(Storage, QuotaStorage(inner, 1 << 40))
+    return cast(Storage, Faulty(inner)) if request.param == "faulty" else inner

@@ -15,7 +15,9 @@ from sqlalchemy import Engine
 from dlm_cli.session import parse_duration, parse_size, parse_time
 from dlm_core.catalogue.engine import rows
 from dlm_core.errors import InvalidValueError
+from dlm_core.storages.open import open_storage
 from tests.cli.site import Dlm, refused
+from tests.fakes import Tampering
 
 # --- the process itself ---------------------------------------------------------------------------
 
@@ -179,6 +181,39 @@ def test_sizes_and_durations_are_taken_as_people_write_them(dlm: Dlm, storages: 
         assert dlm("storage", "show", "a", "--json").json["capacity_bytes"] == size
     assert dlm("storage", "set", "a", "--trash-grace", "7d").code == 0
     assert dlm("storage", "show", "a", "--json").json["trash_grace"] == 7 * 86400
+
+
+def test_a_storage_is_tested_in_a_scratch_folder(dlm: Dlm, storages: dict[str, Path]) -> None:
+    """Every check is told with its result, and nothing is left on the storage."""
+    (storages["a"] / "theirs").write_bytes(b"1")
+    result = dlm("storage", "test", "a")
+    assert result.code == 0 and "of 14 checks passed" in result.out
+    assert result.out.count("ok ") == 14 and "FAILED" not in result.out
+    assert [str(f.relative_to(storages["a"])) for f in storages["a"].rglob("*") if f.is_file()] == [
+        "theirs"
+    ]
+    assert list((storages["a"] / ".dlm").glob("test-*")) == []
+
+
+def test_a_storage_that_fails_a_check_is_told(
+    dlm: Dlm, storages: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the reason, exit code 4, and the scratch folder removed all the same."""
+    real = open_storage
+    monkeypatch.setattr("dlm_core.storages.open.open_storage", lambda *row: Tampering(real(*row)))
+    result = dlm("storage", "test", "a", "--json")
+    assert result.code == 4
+    failed = {one["check"]: one["reason"] for one in result.json if not one["ok"]}
+    assert "read back differently" in failed["bytes of every size come back"]
+    assert len(failed) < len(result.json)
+    assert list((storages["a"] / ".dlm").glob("test-*")) == []
+
+
+def test_a_storage_that_may_not_be_written_is_not_tested(dlm: Dlm, storages: Any) -> None:
+    """Read-only, offline, others' files: refused before anything is done."""
+    dlm("storage", "set", "a", "--mode", "read_only")
+    refused(dlm("storage", "test", "a"), "DLM-101", 2)
+    refused(dlm("storage", "test", "nope"), "DLM-102", 2)
 
 
 def test_a_storage_is_drained_called_off_and_retired(dlm: Dlm, storages: Any) -> None:

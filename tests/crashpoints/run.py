@@ -1,0 +1,243 @@
+"""Interrupt a scenario at one point, recover, and compare with the run that nothing interrupted."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from sqlalchemy import Engine
+
+from dlm_core.catalogue import embedded
+from dlm_core.catalogue.engine import make_engine
+from dlm_core.clock import utc_now
+from dlm_core.storages.open import open_storage
+from dlm_core.storages.port import Storage
+from dlm_core.transfers.sweep import sweep_temp
+from tests.crashpoints.points import Crash, CrashingStorage, Points, watch_commits
+from tests.crashpoints.scenarios import SCENARIOS, Scenario
+from tests.site import Site, make_site, reopen
+
+State = dict[str, Any]
+_LONG = timedelta(hours=4)
+
+
+@dataclass
+class Arena:
+    """A database server and a folder; a prepared scenario is kept in both to start from."""
+
+    postgres_home: Path
+    template: str
+    folder: Path
+    prepared: str = ""
+    now: datetime | None = None
+
+    @property
+    def live(self) -> Path:
+        return self.folder / "site"
+
+    @property
+    def kept(self) -> Path:
+        return self.folder / "kept"
+
+    def prepare(self, scenario: Scenario) -> None:
+        """Make what the scenario starts from, once."""
+        self.prepared = f"kept_{uuid.uuid4().hex}"
+        self.create(self.prepared, self.template)
+        shutil.rmtree(self.live, ignore_errors=True)
+        shutil.rmtree(self.kept, ignore_errors=True)
+        self.live.mkdir(parents=True)
+        engine = make_engine(embedded.database_url(self.postgres_home, self.prepared))
+        site = make_site(engine, self.live, **scenario.settings)
+        scenario.prepare(site)
+        self.now = site.now
+        engine.dispose()
+        shutil.copytree(self.live, self.kept)
+
+    def start(self) -> str:
+        """A fresh copy of what was prepared, in the same folder; its database's name."""
+        shutil.rmtree(self.live)
+        shutil.copytree(self.kept, self.live)
+        name = f"run_{uuid.uuid4().hex}"
+        self.create(name, self.prepared)
+        return name
+
+    def create(self, name: str, template: str) -> None:
+        """A database like ``template``."""
+        self._execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+
+    def drop(self, name: str) -> None:
+        """Remove a database, whoever is connected to it still."""
+        self._execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+    def url(self, name: str) -> str:
+        """How a database is reached."""
+        return embedded.database_url(self.postgres_home, name)
+
+    def _execute(self, statement: str) -> None:
+        url = embedded.database_url(self.postgres_home, "postgres")
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(statement.encode())
+
+
+def attach(engine: Engine, folder: Path, scenario: Scenario, now: datetime) -> Site:
+    """A new process's view of a site that is there."""
+    site = make_site(engine, folder, **scenario.settings)
+    site.now = now
+    rows = site.query("SELECT name, storage_id FROM storage")
+    site.storages = {row["name"]: row["storage_id"] for row in rows}
+    return site
+
+
+def open_row(row: Mapping[str, Any]) -> Storage:
+    """The real adapter of a storage's row."""
+    return open_storage(row["name"], row["interface"], row["root"], row["config"])
+
+
+def act(url: str, folder: Path, scenario: Scenario, now: datetime, points: Points) -> datetime:
+    """Run the scenario with its points counted; the time at its end, or at its crash."""
+    engine = make_engine(url)
+    try:
+        site = attach(engine, folder, scenario, now)
+        reopen(site, lambda row: CrashingStorage(open_row(row), points))
+        watch_commits(engine, points)
+        try:
+            scenario.act(site)
+        except Crash:
+            pass
+        return site.now
+    finally:
+        engine.dispose()
+
+
+def recover(url: str, folder: Path, scenario: Scenario, now: datetime) -> State:
+    """A new process: the queue, the commands again, the sensors, the sweep; the state after it.
+
+    Long enough that graces, leases and back-offs are over in every run.
+    """
+    engine = make_engine(url)
+    try:
+        site = attach(engine, folder, scenario, now)
+        site.advance(hours=1)  # leases have run out
+        site.work()
+        end = site.now + _LONG
+        while site.now < end:
+            scenario.act(site)
+        for row in site.query("SELECT * FROM storage"):
+            # files have the time of this machine, whatever the site's clock says
+            sweep_temp(open_row(row), timedelta(0), utc_now() + timedelta(hours=1))
+        return describe(site)
+    finally:
+        engine.dispose()
+
+
+def describe(site: Site) -> State:
+    """The catalogue without times and chance, and every file on every storage."""
+    items = "SELECT uri, version, state, kind, size, digest, target_phase, phase_weight, shortfall, expires_at IS NOT NULL AS expires, expiry_reason FROM data_item ORDER BY uri, version"  # noqa: E501
+    replicas = "SELECT i.uri, s.name, r.state, r.path, r.size, r.digest, r.expires_at IS NOT NULL AS expires, r.expiry_reason, r.trashed_at IS NOT NULL AS trashed, r.absent_at IS NOT NULL AS absent, r.excluded_until FROM replica r JOIN data_item i USING (oid) JOIN storage s USING (storage_id) ORDER BY i.uri, s.name, r.state, r.path"  # noqa: E501
+    unfinished = "SELECT o.kind, o.state, i.uri, s.name FROM operation o JOIN data_item i USING (oid) JOIN replica r ON r.uid = o.uid JOIN storage s ON s.storage_id = r.storage_id WHERE o.state NOT IN ('DONE', 'CANCELLED') ORDER BY 1, 2, 3, 4"  # noqa: E501
+    certificates = "SELECT DISTINCT d.step, d.basis, i.uri, s.name, d.reason FROM deletion d JOIN data_item i USING (oid) JOIN storage s USING (storage_id) ORDER BY 1, 2, 3, 4, 5"  # noqa: E501
+    usage = "SELECT s.name, u.used_bytes, u.trashed_bytes FROM storage_usage u JOIN storage s USING (storage_id) ORDER BY 1"  # noqa: E501
+    manifest = "SELECT i.uri, m.path, m.size, m.digest FROM manifest_file m JOIN data_item i USING (oid) ORDER BY 1, 2"  # noqa: E501
+    sources = {"items": items, "replicas": replicas, "unfinished": unfinished,
+               "certificates": certificates, "usage": usage, "manifest": manifest}  # fmt: skip
+    state: State = {name: site.query(sql) for name, sql in sources.items()}
+    state["files"] = _files(site)
+    return state
+
+
+def _files(site: Site) -> dict[str, bytes]:
+    """Contents by path; the ids in names of the DLM's own files replaced by what they stand for."""
+    meaning = {
+        str(row["uid"]): row["uri"]
+        for row in site.query("SELECT r.uid, i.uri FROM replica r JOIN data_item i USING (oid)")
+    }
+    found = {}
+    for name in site.storages:
+        for file in sorted((site.folder / name).rglob("*")):
+            if not file.is_file():
+                continue
+            parts = list(file.relative_to(site.folder).parts)
+            if parts[1] == ".dlm" and len(parts) > 3:
+                parts[3] = meaning.get(parts[3].split(".")[0], parts[3])
+            found["/".join(parts)] = file.read_bytes()
+    return found
+
+
+def reference(arena: Arena, scenario: Scenario) -> tuple[State, list[str]]:
+    """The state that the uninterrupted run reaches, and the names of its points."""
+    assert arena.now is not None
+    name, points = arena.start(), Points()
+    try:
+        end = act(arena.url(name), arena.live, scenario, arena.now, points)
+        state = recover(arena.url(name), arena.live, scenario, end)
+    finally:
+        arena.drop(name)
+    assert not [path for path in state["files"] if "/.dlm/tmp/" in path]
+    return state, points.names
+
+
+def crash_at(arena: Arena, scenario: Scenario, at: int) -> State:
+    """The state after a crash at one point and the recovery from it."""
+    assert arena.now is not None
+    name = arena.start()
+    try:
+        points = Points(at)
+        end = act(arena.url(name), arena.live, scenario, arena.now, points)
+        assert len(points.names) == at, "the points do not come in the same order each time"
+        return recover(arena.url(name), arena.live, scenario, end)
+    finally:
+        arena.drop(name)
+
+
+def kill_at(arena: Arena, scenario: Scenario, at: int) -> tuple[int, State]:
+    """As :func:`crash_at`, by SIGKILL of a process of its own; its exit code too."""
+    assert arena.now is not None
+    name = arena.start()
+    try:
+        command = [sys.executable, "-m", "tests.crashpoints.kill", arena.url(name),
+                   str(arena.live), scenario.name, arena.now.isoformat(), str(at)]  # fmt: skip
+        code = subprocess.run(command, check=False, timeout=60).returncode
+        end = arena.now + timedelta(hours=scenario.rounds)
+        return code, recover(arena.url(name), arena.live, scenario, end)
+    finally:
+        arena.drop(name)
+
+
+def difference(expected: State, found: State) -> list[str]:
+    """What is not as it should be, a line each."""
+    lines = []
+    for part, wanted in expected.items():
+        is_map = isinstance(wanted, dict)
+        want = [f"{k}: {v!r}" for k, v in wanted.items()] if is_map else [str(r) for r in wanted]
+        have = found[part]
+        got = [f"{k}: {v!r}" for k, v in have.items()] if is_map else [str(r) for r in have]
+        lines += [f"{part} lacks {line}" for line in want if line not in got]
+        lines += [f"{part} has {line}" for line in got if line not in want]
+        if len(want) != len(got):
+            lines.append(f"{part}: {len(got)} instead of {len(want)}")
+    return lines
+
+
+def exhaust(home: Path, name: str) -> tuple[int, list[str], str]:
+    """How many points a scenario has, what failed at which, and its line of the table."""
+    scenario = next(one for one in SCENARIOS if one.name == name)
+    begun, bad = time.monotonic(), []
+    arena = Arena(home, "template_dlm", home / name.replace(" ", "-"))
+    arena.prepare(scenario)
+    expected, names = reference(arena, scenario)
+    for at, point in enumerate(names, start=1):
+        wrong = difference(expected, crash_at(arena, scenario, at))
+        if wrong:
+            bad.append(f"  point {at} ({point}): " + "\n    ".join(wrong[:6]))
+    arena.drop(arena.prepared)
+    seconds = time.monotonic() - begun
+    return len(names), bad, f"{name:24} {len(names):7} {len(bad):7} {seconds:8.1f}"

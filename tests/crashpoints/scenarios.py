@@ -1,0 +1,239 @@
+"""What is interrupted: each scenario prepares a site and names the commands a user then gives.
+
+A command that got no answer is given again; so each may be repeated, and what the sensors do by
+themselves is no part of it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dlm_core.catalogue.items import Terms
+from dlm_core.errors import AlreadyExistsError, NotFoundError
+from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.lifecycle.trash import request_restore
+from dlm_core.lifecycle.verify import request_verification
+from dlm_core.lifecycle.work import drain
+from dlm_core.types import OperationKind
+from tests.site import Site
+
+Step = Callable[[Site], object]
+
+
+def nothing(site: Site) -> None:
+    """No command: the work is due already."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``prepare`` runs once; ``command`` and what follows from it is interrupted at every point."""
+
+    name: str
+    prepare: Step
+    command: Step = nothing
+    #: how often the sensors look, an hour apart
+    rounds: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def act(self, site: Site) -> None:
+        """The command and what the sensors make of it."""
+        self.command(site)
+        for _ in range(self.rounds):
+            drain(site.context, {OperationKind.ADMIT: execute_admit})
+            site.settle()
+            site.advance(hours=1)
+
+
+def three_storages(site: Site) -> None:
+    """Three locations, a storage each."""
+    for name in ("a", "b", "c"):
+        site.add_storage(name, name.upper())
+
+
+def _write(site: Site, storage: str, files: dict[str, bytes]) -> None:
+    for path, data in files.items():
+        file = site.folder / storage / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+
+
+def _one(site: Site, **columns: Any) -> uuid.UUID:
+    three_storages(site)
+    return site.add_item("x/1.dat", b"payload", "a", **columns)
+
+
+def _tree(site: Site, target: str = "SOLID") -> None:
+    three_storages(site)
+    _write(site, "a", {"t.ms/one": b"1" * 10, "t.ms/sub/two": b"2" * 20})
+    source = Source("a", "test", as_directory=["*.ms"], terms=Terms(target_phase=target))
+    register_tree(site.context, source)
+    drain(site.context, {OperationKind.ADMIT: execute_admit})
+
+
+def _several(site: Site) -> None:
+    three_storages(site)
+    for n in range(4):
+        site.add_item(f"s/{n}", bytes([n]) * (n + 1), "a")
+
+
+def _settled(make: Step) -> Step:
+    def prepare(site: Site) -> None:
+        make(site)
+        site.settle()
+        site.advance(minutes=1)
+
+    return prepare
+
+
+def _expire(site: Site) -> None:
+    site.execute(
+        "UPDATE data_item SET expires_at = :now, expiry_reason = 'done' WHERE expires_at IS NULL",
+        now=site.now,
+    )
+
+
+def _expired(make: Step) -> Step:
+    def prepare(site: Site) -> None:
+        _settled(make)(site)
+        _expire(site)
+
+    return prepare
+
+
+def _trashed(make: Step) -> Step:
+    def prepare(site: Site) -> None:
+        _expired(make)(site)
+        site.settle()
+
+    return prepare
+
+
+def _purgeable(make: Step) -> Step:
+    def prepare(site: Site) -> None:
+        _trashed(make)(site)
+        site.advance(hours=2)
+
+    return prepare
+
+
+def _leaving(site: Site) -> None:
+    """A surplus copy whose survivors have to be looked at before it is purged."""
+    _settled(_one)(site)
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID'")
+    site.execute(
+        "UPDATE replica SET expires_at = :now WHERE storage_id = :s",
+        now=site.now, s=site.storages["a"],
+    )  # fmt: skip
+
+
+def _restore(site: Site) -> None:
+    for row in site.query("SELECT oid FROM data_item"):
+        _restore_one(site, row["oid"])
+
+
+def _restore_one(site: Site, oid: uuid.UUID) -> None:
+    try:
+        site.context.transact(
+            lambda c: request_restore(c, oid=oid, storage_id=None, actor="user:test", now=site.now)
+        )
+    except (NotFoundError, AlreadyExistsError):
+        pass  # told so when it is asked for twice
+
+
+def _inbox(site: Site) -> None:
+    for name in ("a", "b"):
+        site.add_storage(name, name.upper())
+    _write(site, "a", {"in/1": b"one", "in/2": b"two", "t.ms/x": b"3", "t.ms/y/z": b"4"})
+
+
+def _register(site: Site) -> None:
+    register_tree(site.context, Source("a", "test", as_directory=["*.ms"]))
+
+
+def _drain_storage(site: Site) -> None:
+    site.set_storage("a", mode="draining")
+
+
+def _full(site: Site) -> None:
+    _settled(_several)(site)
+    for name in ("b", "c"):
+        site.set_storage(name, capacity_bytes=100_000)
+
+
+def _lower_watermark(site: Site) -> None:
+    site.set_storage("a", capacity_bytes=11, high_watermark=0.8, low_watermark=0.4)
+
+
+def _target(phase: str) -> Step:
+    def command(site: Site) -> None:
+        site.execute("UPDATE data_item SET target_phase = :phase", phase=phase)
+        _surplus_leaves(site, phase)
+
+    return command
+
+
+def _surplus_leaves(site: Site, phase: str) -> None:
+    """A lower target frees nothing by itself: the operator says which copy is not wanted."""
+    if phase == "LIQUID":
+        site.execute(
+            "UPDATE replica SET expires_at = :now, expiry_reason = 'policy' "
+            "WHERE storage_id = :s AND expires_at IS NULL AND state = 'READY'",
+            now=site.now, s=site.storages["a"],
+        )  # fmt: skip
+
+
+def _hold(site: Site) -> None:
+    site.execute(
+        "INSERT INTO hold (hold_id, uri_prefix, reason, actor, created_at) "
+        "SELECT gen_random_uuid(), 'test:', 'audit', 'user:a', :now "
+        "WHERE NOT EXISTS (SELECT FROM hold)",
+        now=site.now,
+    )
+
+
+def _held(site: Site) -> None:
+    _expired(_one)(site)
+    _hold(site)
+    site.settle()
+
+
+def _release(site: Site) -> None:
+    site.execute("UPDATE hold SET ends_at = :now WHERE ends_at IS NULL", now=site.now)
+
+
+def _damage(site: Site) -> None:
+    _settled(_one)(site)
+    (site.folder / "a" / "x" / "1.dat").write_bytes(b"DAMAGED")
+
+
+def _verify(site: Site) -> None:
+    site.context.transact(lambda c: request_verification(c, actor="user:test", now=site.now))
+
+
+_KEEP = {"trash_grace_seconds": 90 * 86400}
+
+SCENARIOS = [
+    Scenario("copy a file", _one),
+    Scenario("copy a directory", _tree),
+    Scenario("copy several", _several),
+    Scenario("trash", _expired(_one), settings=_KEEP),
+    Scenario("trash a directory", _expired(_tree), settings=_KEEP),
+    Scenario("trash a surplus copy", _leaving, settings=_KEEP),
+    Scenario("purge", _purgeable(_one)),
+    Scenario("purge a directory", _purgeable(_tree)),
+    Scenario("purge a surplus copy", _leaving, rounds=2),
+    Scenario("restore", _trashed(_one), _restore, settings=_KEEP),
+    Scenario("restore a directory", _trashed(_tree), _restore, settings=_KEEP),
+    Scenario("register", _inbox, _register),
+    Scenario("drain", _settled(_several), _drain_storage, rounds=3),
+    Scenario("rebalance", _full, _lower_watermark, rounds=3),
+    Scenario("raise the target", lambda s: _one(s, target_phase="LIQUID"), _target("SOLID")),
+    Scenario("lower the target", _settled(_one), _target("LIQUID"), rounds=2),
+    Scenario("place a hold", _expired(_one), _hold, rounds=2),
+    Scenario("release a hold", _held, _release, rounds=3),
+    Scenario("verify damage", _damage, _verify),
+]

@@ -81,7 +81,7 @@ def expiry_due(connection: Connection, settings: Settings, now: datetime) -> Due
         connection, [OperationKind.TRASH, OperationKind.PURGE, OperationKind.RESTORE], now
     )
     due = count_expiry_due(connection, now, settings.max_delete_items + 1)
-    approved = approved_plans(connection)
+    approved = approved_plans(connection, now)
     if not (files or due.replicas or approved):
         waiting = waiting_plans(connection)
         if waiting:

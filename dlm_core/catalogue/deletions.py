@@ -82,6 +82,18 @@ def count_expiry_due(connection: Connection, now: datetime, limit: int = 1_000_0
     return Due(int(found["n"]), int(found["bytes"]))
 
 
+def plan_is_due(connection: Connection, now: datetime, plan_id: uuid.UUID) -> bool:
+    """Whether something that a plan names could expire or be trashed now."""
+    found = rows(
+        connection,
+        f"""SELECT EXISTS ({_DUE_REPLICAS}{_PLANNED_REPLICA})
+                OR EXISTS ({_DUE_ITEMS}{_PLANNED_ITEM}{_UNHELD}) AS due""",
+        now=now,
+        plan=plan_id,
+    )
+    return bool(found[0]["due"])
+
+
 def expire_items(
     connection: Connection, now: datetime, limit: int, plan_id: uuid.UUID | None = None
 ) -> int:

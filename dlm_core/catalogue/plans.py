@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from dlm_core.catalogue.deletions import DUE_ENTRIES, Due
+from dlm_core.catalogue.deletions import DUE_ENTRIES, Due, plan_is_due
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.errors import IllegalTransitionError, NotFoundError
 from dlm_core.types import new_id
@@ -181,7 +181,8 @@ def propose_plan(
 _PLANS = """
   SELECT p.plan_id, p.kind, p.content_hash, p.operations, p.bytes, p.actor, p.created_at, p.reason,
          p.approvals AS approvals_needed, plan_approvals(p.plan_id) AS approvals, p.valid_until,
-         CASE WHEN p.state <> 'REJECTED' AND p.valid_until <= dlm_now() THEN p.state || ' (over)'
+         CASE WHEN p.state = 'APPROVED' AND p.applied_at IS NOT NULL AND p.valid_until <= dlm_now() THEN 'DONE'
+              WHEN p.state <> 'REJECTED' AND p.valid_until <= dlm_now() THEN p.state || ' (over)'
               ELSE p.state END AS state
     FROM plan p"""
 
@@ -330,19 +331,15 @@ def _decide(
     )
 
 
-def approved_plans(connection: Connection) -> list[uuid.UUID]:
-    """Approved plans whose time is not over and that have something left to trash."""
+def approved_plans(connection: Connection, now: datetime) -> list[uuid.UUID]:
+    """Approved plans whose time is not over and of which something could be trashed now: not what
+    is under a hold, was refused a while ago, or lies where the DLM may not write."""
     found = rows(
         connection,
-        """SELECT plan_id FROM plan p WHERE state = 'APPROVED' AND valid_until > dlm_now()
-              AND EXISTS (SELECT FROM plan_entry e JOIN replica r USING (uid) JOIN data_item i
-                            ON i.oid = e.oid WHERE e.plan_id = p.plan_id
-                             AND r.state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')
-                             AND (r.delete_after <= dlm_now() OR (e.basis = 'item_expired'
-                                  AND i.state IN ('READY', 'CORRUPTED') AND i.expires_at <= dlm_now())))
-            ORDER BY plan_id""",
+        "SELECT plan_id FROM plan WHERE state = 'APPROVED' AND valid_until > :now ORDER BY plan_id",
+        now=now,
     )
-    return [row["plan_id"] for row in found]
+    return [row["plan_id"] for row in found if plan_is_due(connection, now, row["plan_id"])]
 
 
 def note_applied(connection: Connection, plan_id: uuid.UUID, now: datetime) -> None:

@@ -66,10 +66,10 @@ def audit_horizon(connection: Connection) -> Horizon:
 
 
 def seal_days(connection: Connection, horizon: Horizon) -> int | None:
-    """Seal the days up to ``horizon`` that are not; how many.
+    """Seal days up to ``horizon`` that are not, 31 of each feed at most; how many, 0 when all are.
 
     None if a transaction that began before the horizon is still running: it may have rows of those
-    days that nobody sees yet. Repeating it changes nothing.
+    days that nobody sees yet.
     """
     running = rows(
         connection,

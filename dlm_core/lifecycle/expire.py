@@ -67,7 +67,7 @@ class ExpiryPlanner:
     def _apply_plans(self, context: Context) -> int:
         """Trash what approved plans name, each replica with its proof."""
         planned = 0
-        for plan_id in context.transact(plans.approved_plans):
+        for plan_id in context.transact(lambda c: plans.approved_plans(c, context.clock())):
             while not context.stop.is_set():
                 work = partial(plan_batch, context=context, limit=_PLAN_BATCH, plan_id=plan_id)
                 trashed, refused = context.transact(work)

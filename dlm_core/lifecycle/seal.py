@@ -14,9 +14,15 @@ def seal_log(context: Context, patience_seconds: float = 30.0) -> int | None:
     """Seal the days that are over; how many, or None if a long transaction stood in the way for
     ``patience_seconds`` (the next call goes on)."""
     horizon = context.transact(seals.audit_horizon)
-    end = time.monotonic() + patience_seconds
-    while True:
+    end, total = time.monotonic() + patience_seconds, 0
+    while not context.stop.is_set():
         sealed: int | None = context.transact(lambda c: seals.seal_days(c, horizon))
-        if sealed is not None or time.monotonic() >= end or context.stop.is_set():
-            return sealed
-        context.stop.wait(_POLL_SECONDS)
+        if sealed == 0:
+            return total
+        if sealed is not None:
+            total += sealed
+        elif time.monotonic() >= end:
+            return None
+        else:
+            context.stop.wait(_POLL_SECONDS)
+    return None

@@ -82,8 +82,8 @@ CREATE FUNCTION audit_seal_of(s audit_seal) RETURNS text LANGUAGE sql STABLE SET
   SELECT encode(sha256(convert_to(ROW(s.feed, s.day, s.rows, s.digest, s.key_sum, s.hash_sum, s.product_sum, s.previous)::text, 'UTF8')), 'hex')
 $$;
 
--- Seal the days of a feed that have none, from the first that has rows to p_last; how many. A day
--- without rows is sealed too, so that a seal that is missing is noticed.
+-- Seal the days of a feed that have none, from the first that has rows to p_last, 31 at most in one
+-- transaction; how many. A day without rows is sealed too, so that a missing seal is noticed.
 CREATE FUNCTION dlm_seal_days(p_feed text, p_last date) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
   v_first date; v_previous text; v_new audit_seal; v_row record; v_count integer := 0;
@@ -98,6 +98,7 @@ BEGIN
       SELECT (uuid7_moment(deletion_id) AT TIME ZONE 'UTC')::date INTO v_first FROM deletion ORDER BY deletion_id LIMIT 1;
     END IF;
   END IF;
+  p_last := least(p_last, v_first + 30);
   FOR v_row IN
     SELECT d::date AS day, coalesce(g.rows, 0) AS rows, coalesce(g.digest, repeat('0', 64)) AS digest,
            coalesce(g.key_sum, 0) AS k, coalesce(g.hash_sum, 0) AS h, coalesce(g.product_sum, 0) AS p

@@ -64,9 +64,13 @@ def log(engine: Engine) -> Engine:
     return engine
 
 
-def _seal(engine: Engine) -> int | None:
-    horizon = transact(engine, "test", audit_horizon)
-    return transact(engine, "test", lambda c: seal_days(c, horizon))
+def _seal(engine: Engine) -> int:
+    """Seal all that is over, a month in each transaction; how many days."""
+    horizon, total = transact(engine, "test", audit_horizon), 0
+    while sealed := transact(engine, "test", lambda c: seal_days(c, horizon)):
+        assert sealed <= 2 * 31
+        total += sealed
+    return total
 
 
 def _verify(engine: Engine, anchor: str | None = None) -> Checked:

@@ -47,7 +47,7 @@ def test_a_plan_is_shown_approved_and_then_done(
     assert approved.code == 0 and "is approved until" in approved.out
     settle()
     found = dlm("plan", "show", plan, "--json").json
-    assert (found["state"], found["trashed"]) == ("APPROVED", 6)
+    assert (found["state"], found["trashed"]) == ("DONE", 6)
     assert found["decisions"][0]["actor"] == "user:kim"
     refused(dlm("plan", "approve", plan), "DLM-105", 2)
 

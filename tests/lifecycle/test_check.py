@@ -156,7 +156,7 @@ def test_reading_keeps_the_pace_that_the_storage_allows(site):
     site.advance(days=91)
     begun = time.monotonic()
     assert verify(site).done == {"verify": 4}
-    assert 0.9 < time.monotonic() - begun < 3
+    assert 0.9 < time.monotonic() - begun < 10
 
 
 def test_a_wait_for_the_pace_ends_when_the_drainer_is_stopped(site):
@@ -168,7 +168,7 @@ def test_a_wait_for_the_pace_ends_when_the_drainer_is_stopped(site):
     timer.start()
     begun = time.monotonic()
     assert verify(site).total == 0
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
     timer.join()
     assert site.query("SELECT state FROM operation") == [{"state": "QUEUED"}]
 

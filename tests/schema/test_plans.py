@@ -230,7 +230,7 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         lambda c: approval.find_stop(c, LATER, LIMITS, deletions.Due(1, 1), deletions.Due(0, 0)),
         set(),
     ),
-    "approved plans are found": (approval.approved_plans, set()),
+    "approved plans are found": (lambda c: approval.approved_plans(c, LATER), set()),
     "waiting plans are found": (approval.waiting_plans, set()),
     "the status is told": (
         lambda c: status(c, NOW),

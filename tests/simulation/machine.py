@@ -31,18 +31,11 @@ _PHASES = ("GAS", "LIQUID", "SOLID")
 _TARGETS = ("PLASMA", "GAS", "LIQUID", "LIQUID", "SOLID", "SOLID")
 #: seconds; a lease is 300, a refusal waits 600 or 3600, the grace is 3600
 _JUMPS = (30, 301, 601, 3601, 7200, 86400)
+#: at a point of a job; the first ones more often
 _EVENTS = (
-    "crash",
-    "crash",
-    "crash",
-    "overtake",
-    "overtake",
-    "stop",
-    "hold",
-    "lose",
-    "drain",
-    "restore",
-    "expire",
+    *("crash",) * 3,
+    *("overtake", "outsleep"),
+    *("stop", "hold", "lose", "drain", "retire", "restore", "expire"),
     *JOBS,
 )
 
@@ -431,8 +424,11 @@ class Lifecycle(RuleBasedStateMachine):
         job=st.sampled_from(("expiry", "expiry", *JOBS)),
         second=st.tuples(a_point, an_event),
         back=st.booleans(),
+        wait=st.sampled_from((3500, 3601)),
     )
-    def let_go(self, which: int, what: str, first: Any, job: str, second: Any, back: bool) -> None:
+    def let_go(
+        self, which: int, what: str, first: Any, job: str, second: Any, back: bool, wait: int
+    ) -> None:
         """The whole way out, and half of the times back: something is to go while its replacement
         is made, the grace passes, and a job is disturbed; each of these is a step."""
         if what == "item":
@@ -448,7 +444,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.work(job="expiry")
         if back and any(r.state == "TRASHED" for r in self.model.replicas.values()):
             self.restore(which=which, at_once=True)
-        self.settle(seconds=3601)
+        self.settle(seconds=wait)
         self.work_disturbed(job=job, point=second[0], event=second[1], which=which)
 
     @rule(job=a_job, point=a_point, event=an_event, which=an_index)
@@ -473,6 +469,11 @@ class Lifecycle(RuleBasedStateMachine):
             # the lease runs out, another worker does the work, and this one wakes up again
             self.model.now += timedelta(seconds=301)
             self.world.run(self.world.worker("B"), job)
+        elif event == "outsleep":
+            # as before, and the world goes on until it wakes up
+            for seconds in (301, 3601):
+                self.model.now += timedelta(seconds=seconds)
+                self.world.settle()
         elif event in JOBS:
             self.world.run(self.world.worker("B"), event)
         elif event == "lose":

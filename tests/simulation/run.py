@@ -58,6 +58,8 @@ def simulate(
             if Lifecycle.broken is None:
                 raise
             return _found(Lifecycle.broken, shortened)
+        except KeyboardInterrupt:
+            break  # what was done so far counts
         chunk += 1
     return Result(Lifecycle.steps, seen=Lifecycle.seen)
 

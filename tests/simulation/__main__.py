@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +23,8 @@ def main() -> int:
     chosen = parser.parse_args()
     # not below the working folder, whose path may be too long for a socket
     home = Path(tempfile.mkdtemp(prefix="dlm-sim-"))
-    begun = time.monotonic()
+    begun, stop = time.monotonic(), threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
 
     def tell(steps: int) -> None:
         seconds = time.monotonic() - begun
@@ -33,7 +36,7 @@ def main() -> int:
         url = embedded.database_url(home)
         schema.upgrade(url)
         engine = make_engine(url)
-        result = simulate(engine, chosen.steps, chosen.seed, tell)
+        result = simulate(engine, chosen.steps, chosen.seed, tell, stop=stop)
         engine.dispose()
     finally:
         embedded.stop(home)

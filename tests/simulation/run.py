@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,10 +39,12 @@ def simulate(
     tell: Callable[[int], None] = lambda _: None,
     *,
     shortened: bool = True,
+    stop: threading.Event | None = None,
 ) -> Result:
     """About ``steps`` steps in stories of at most 60; ends with the first violation.
 
     The same ``seed_`` brings the same stories. ``tell`` is called every thousand steps.
+    When ``stop`` is set it ends after the stories in hand, at most ten.
     """
     Lifecycle.engine, Lifecycle.steps, Lifecycle.broken = engine, 0, None
     Lifecycle.seen = Counter()
@@ -49,7 +52,7 @@ def simulate(
         lambda: tell(Lifecycle.steps) if Lifecycle.steps % _TELL_EVERY == 0 else None
     )
     chunk = 0
-    while Lifecycle.steps < steps:
+    while Lifecycle.steps < steps and not (stop is not None and stop.is_set()):
         left = steps - Lifecycle.steps
         machine = seed(seed_ * 1_000_003 + chunk)(Lifecycle)
         try:
@@ -58,8 +61,6 @@ def simulate(
             if Lifecycle.broken is None:
                 raise
             return _found(Lifecycle.broken, shortened)
-        except KeyboardInterrupt:
-            break  # what was done so far counts
         chunk += 1
     return Result(Lifecycle.steps, seen=Lifecycle.seen)
 

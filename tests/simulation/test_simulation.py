@@ -63,10 +63,6 @@ def pending_counts(patch: Patch) -> None:
     in_proof("r.state = 'READY' AND", "r.state IN ('READY', 'PENDING') AND")(patch)
 
 
-def locations_are_ignored(patch: Patch) -> None:
-    in_proof("GROUP BY oid, location_id", "GROUP BY oid, location_id, uid")(patch)
-
-
 def survivors_are_not_looked_at(patch: Patch) -> None:
     patch.setattr(trash, "look_at_survivors", lambda *_: set())
 
@@ -113,7 +109,6 @@ QUICK = [
     (grace_is_too_short, {"trash-restorable"}, 1),
 ]
 SLOW = [
-    (locations_are_ignored, {"survivors-suffice"}, 1),
     (survivors_are_not_looked_at, {"survivors-exist", "nothing-lost"}, 1),
     (holds_are_ignored, {"holds-keep", "work-goes-on"}, 1),
     (removal_is_believed, {"deleted-means-gone"}, 1),

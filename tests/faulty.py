@@ -1,8 +1,8 @@
 """Storages that lie, lag and fail: one wrapper around any real adapter, seeded and replayable.
 
-A fault strikes by script (``arm``: the next n calls that it concerns) or by chance (``rates``, drawn
-from one seeded generator). With none of either the wrapper keeps the port's contract like the
-adapter that it wraps. ``struck`` tells what struck where, so a story can be told again.
+A fault strikes by script (``arm``: the next n calls that it concerns) or by chance (``rates``,
+drawn from one seeded generator). With none of either the wrapper keeps the port's contract like
+the adapter that it wraps. ``struck`` tells what struck where, so a story can be told again.
 """
 
 from __future__ import annotations

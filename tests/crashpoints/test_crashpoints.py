@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dlm_cli.s3_server import S3Server
 from dlm_core.storages.open import open_storage
+from tests.backends import s3_config
 from tests.crashpoints.points import Crash, CrashingStorage, Points
 from tests.crashpoints.run import Arena, crash_at, difference, kill_at, reference
 from tests.crashpoints.scenarios import SCENARIOS
@@ -14,9 +16,10 @@ NAMES = {scenario.name: scenario for scenario in SCENARIOS}
 
 
 @pytest.fixture
-def arena(postgres_home: Path, template_database: str, tmp_path: Path):
+def arena(postgres_home: Path, template_database: str, tmp_path: Path, s3: S3Server):
     """Where scenarios are prepared, interrupted and compared."""
-    arena = Arena(postgres_home, template_database, tmp_path / "arena")
+    folder = tmp_path / "arena"
+    arena = Arena(postgres_home, template_database, folder, s3.bucket, s3_config(s3))
     yield arena
     arena.drop(arena.prepared)
 

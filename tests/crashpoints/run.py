@@ -29,7 +29,7 @@ from tests.crashpoints.scenarios import SCENARIOS, Scenario
 from tests.site import Site, make_site, reopen
 
 State = dict[str, Any]
-_LONG = timedelta(hours=4)
+_LONG = timedelta(hours=2)
 _ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -32,12 +32,13 @@ def check(arena, scenario, points, expected, names):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_crash_amid_effects_is_recovered_from(arena, name):
-    """Two points of every scenario, among those where something has just been done, or half."""
+    """One point of every scenario, each another, where something has just been done, or half."""
     scenario = NAMES[name]
     arena.prepare(scenario)
     expected, names = reference(arena, scenario)
     done = [at for at, point in enumerate(names, start=1) if "before" not in point]
-    check(arena, scenario, {done[len(done) // 3], done[2 * len(done) // 3]}, expected, names)
+    chosen = done[7 * list(NAMES).index(name) % len(done)]
+    check(arena, scenario, [chosen], expected, names)
 
 
 @pytest.mark.exhaustive
@@ -55,10 +56,8 @@ def test_a_crash_anywhere_is_recovered_from(arena, name):
     ("name", "point"),
     [
         ("copy several", "in write"),
-        ("copy several", "after rename"),
         ("trash", "after rename"),
         ("purge", "after remove"),
-        ("restore", "after rename"),
         ("register", "after commit"),
     ],
 )

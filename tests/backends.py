@@ -23,9 +23,14 @@ KEYS = {"access_key_env": "DLM_TEST_S3_KEY", "secret_key_env": "DLM_TEST_S3_SECR
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """One SeaweedFS a test session."""
     with s3_server(tmp_path_factory.mktemp("weed")) as server:
-        os.environ["DLM_TEST_S3_KEY"] = server.access_key
-        os.environ["DLM_TEST_S3_SECRET"] = server.secret_key
+        offer_keys(server)
         yield server
+
+
+def offer_keys(server: S3Server) -> None:
+    """Put the server's keys where :func:`s3_config` says that they are."""
+    os.environ["DLM_TEST_S3_KEY"] = server.access_key
+    os.environ["DLM_TEST_S3_SECRET"] = server.secret_key
 
 
 def s3_config(server: S3Server) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Storages that lie, lag and fail: one wrapper around any real adapter, seeded and replayable.
 
 A fault strikes by script (``arm``: the next n calls that it concerns) or by chance (``rates``,
-drawn from one seeded generator). With none of either the wrapper keeps the port's contract like the
-adapter that it wraps. ``struck`` tells what struck where, so a story can be told again.
+drawn from one seeded generator). With none of either the wrapper keeps the port's contract like
+the adapter that it wraps. ``struck`` tells what struck where, so a story can be told again.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Faulty(Wrapped):
         self._lock = threading.Lock()
         self._listings: dict[str, list[Entry]] = {}
         self._ghosts: dict[str, Entry] = {}
+        self._misread: set[str] = set()
 
     def arm(self, fault: Fault, times: float = 1, only: str = "") -> None:
         """Let a fault strike the next ``times`` calls whose path has ``only`` in it."""
@@ -154,7 +155,12 @@ class Faulty(Wrapped):
         self._reach(path)
         self._reply(path)
         stream = call(path)
-        return _Flipping(stream) if self.strikes(Fault.READ_DIFFERS_ONCE, path) else stream
+        if path in self._misread:
+            self._misread.discard(path)  # once: the next read of the same is right
+        elif self.strikes(Fault.READ_DIFFERS_ONCE, path):
+            self._misread.add(path)
+            return _Flipping(stream)
+        return stream
 
     # --- changing --------------------------------------------------------------------------------
 

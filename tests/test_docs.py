@@ -1,10 +1,12 @@
 """The documents tell the truth about settings and error codes."""
 
 import inspect
+import re
 from pathlib import Path
 
 from dlm_core import errors
 from dlm_core.settings import Settings
+from tests.faulty import Fault
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -29,3 +31,14 @@ def test_every_error_code_is_documented():
     for one in classes:
         assert f"| {one.code} | {one.exit_code} | {one.__name__} |" in text
     assert len({one.code for one in classes}) == len(classes)
+
+
+def test_every_fault_is_documented_with_the_test_that_shows_it():
+    """docs/faults.md has a row for each fault, and each test that it names exists."""
+    text = (DOCS / "faults.md").read_text()
+    table = [line.split("|") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert [row[1].strip() for row in table] == [fault.value for fault in Fault]
+    assert all(re.findall(r"`(test_\w+)`", row[3]) for row in table)
+    tests = (DOCS.parent / "tests" / "storages" / "test_faults.py").read_text()
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests

@@ -41,6 +41,7 @@ from dlm_core.types import (
 )
 
 Row = Mapping[str, Any]
+Manifests = Mapping[uuid.UUID, Sequence[Row]]
 #: file work on (storage, replica's row); its result goes into the closing transaction
 Effect = Callable[[Storage, Row], Any]
 _WRITABLE = ("read_write", "draining")
@@ -244,22 +245,25 @@ def _purge(storage: Storage, row: Row) -> None:
 def look_at_survivors(context: Context, proofs: Sequence[catalogue.Proof]) -> set[uuid.UUID]:
     """Look on their storages at the survivors that ``proofs`` name.
 
-    A survivor whose last check is older than ``proof_max_age_seconds`` is read whole; others must
-    be there with their size. One that is not becomes SUSPECT, with a second look queued. Returns
-    the uids that could not be seen, an outage included: they prove nothing now.
+    A survivor whose last check is older than ``proof_max_age_seconds`` is read whole. Of the others
+    a file must be told of and open with its size, a directory have the files of its manifest. One
+    that is not becomes SUSPECT, with a second look queued. Returns the uids that could not be seen,
+    an outage included: they prove nothing now.
     """
     wanted = {uuid.UUID(s["uid"]) for p in proofs for s in p.survivors}
     if not wanted:
         return set()
     storages = context.transact(context.storages.load)
     rows = context.transact(lambda c: catalogue.survivor_details(c, list(wanted)))
+    trees = [row["oid"] for row in rows if row["kind"] == PayloadKind.DIRECTORY]
+    manifests = context.transact(lambda c: replicas.manifests_of(c, trees)) if trees else {}
     unseen: set[uuid.UUID] = set()
     absent: list[Row] = []
     for storage_id in {row["storage_id"] for row in rows}:
         mine = [row for row in rows if row["storage_id"] == storage_id]
         storage = context.storages.open(storages[storage_id])
         try:
-            wrong = _not_as_catalogued(context, storage, mine)
+            wrong = _not_as_catalogued(context, storage, mine, manifests)
         except DlmError:
             unseen.update(row["uid"] for row in mine)
             continue
@@ -269,24 +273,44 @@ def look_at_survivors(context: Context, proofs: Sequence[catalogue.Proof]) -> se
     return unseen | {row["uid"] for row in absent}
 
 
-def _not_as_catalogued(context: Context, storage: Storage, rows: Sequence[Row]) -> list[Row]:
+def _not_as_catalogued(
+    context: Context, storage: Storage, rows: Sequence[Row], manifests: Manifests
+) -> list[Row]:
     oldest = context.clock() - timedelta(seconds=context.settings.proof_max_age_seconds)
     files = [row for row in rows if row["kind"] == PayloadKind.FILE]
     entries = storage.stat_many([decode_path(row["path"]) for row in files])
-    wrong = []
-    for row in rows:
+
+    def good(row: Row) -> bool:
         path = decode_path(row["path"])
-        if row["kind"] == PayloadKind.FILE:
-            entry = entries.get(path)
-            good = entry is not None and entry.kind == "file" and entry.size == row["size"]
+        if row["kind"] == PayloadKind.DIRECTORY:
+            told = _listed_whole(storage, path, manifests.get(row["oid"], ()))
         else:
-            entry = storage.stat(path)
-            good = entry is not None and entry.kind == "directory"
-        if good and row["checked_at"] < oldest:
-            good = _reads_well(storage, row)
-        if not good:
-            wrong.append(row)
-    return wrong
+            entry = entries.get(path)
+            told = entry is not None and entry.kind == "file" and entry.size == row["size"]
+        if told and row["checked_at"] < oldest:
+            return _reads_well(storage, row)
+        return told and (row["kind"] == PayloadKind.DIRECTORY or _opens(storage, path, row["size"]))
+
+    with ThreadPoolExecutor(storage.concurrency, "dlm-look") as pool:
+        return [row for row, is_good in zip(rows, pool.map(good, rows), strict=True) if not is_good]
+
+
+def _opens(storage: Storage, path: str, size: int) -> bool:
+    """A look may be answered from a cache that still has what is gone; opening asks again."""
+    try:
+        with storage.open_read(path) as stream:
+            return stream.size == size
+    except (PayloadNotFoundError, PathRefusedError):
+        return False
+
+
+def _listed_whole(storage: Storage, path: str, manifest: Sequence[Row]) -> bool:
+    """True if a directory payload has all files of its manifest with their sizes, and no others."""
+    try:
+        found = {entry.path: entry.size for entry in storage.walk(path)}
+    except (PayloadNotFoundError, PathRefusedError):
+        return False
+    return found == {f"{path}/{decode_path(one['path'])}": one["size"] for one in manifest}
 
 
 def _reads_well(storage: Storage, row: Row) -> bool:

@@ -10,7 +10,9 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from dlm_cli.s3_server import s3_server
 from dlm_core.catalogue import embedded, schema
+from tests.backends import offer_keys, s3_config
 from tests.crashpoints.run import Arena, exhaust
 from tests.crashpoints.scenarios import SCENARIOS
 
@@ -26,10 +28,13 @@ def main(wanted: list[str]) -> int:
         template = Arena(home, "template_dlm", home)
         template.create(template.template, "template1")
         schema.upgrade(template.url(template.template))
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            for points, lines, text in pool.map(partial(exhaust, home), chosen):
-                total, failed = total + points, failed + len(lines)
-                print("\n".join([*lines, text]), flush=True)
+        with s3_server(home / "weed") as server:
+            offer_keys(server)
+            one = partial(exhaust, home, server.bucket, s3_config(server))
+            with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+                for points, lines, text in pool.map(one, chosen):
+                    total, failed = total + points, failed + len(lines)
+                    print("\n".join([*lines, text]), flush=True)
     finally:
         embedded.stop(home)
         shutil.rmtree(home, ignore_errors=True)

@@ -84,42 +84,57 @@ class CrashingStorage(Wrapped):
         return look
 
     def _acting(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        half = getattr(self, f"_half_{name}", None)
-
         def act(*arguments: Any) -> Any:
             self.points.passed(f"{self.inner.name}: before {name}")
-            if half is not None and self.points.reached(f"{self.inner.name}: in {name}"):
-                half(*arguments)
-                self.points.stop()
+            for label, half in self._halves(name):
+                if self.points.reached(f"{self.inner.name}: {label}"):
+                    half(*arguments)
+                    self.points.stop()
             result = call(*arguments)
             self.points.passed(f"{self.inner.name}: after {name}")
             return result
 
         return act
 
-    def _half_write(self, path: str, source: Any, size: int) -> None:
-        """The first half of the bytes is on the medium; an object appears whole or not at all."""
-        if not getattr(self.inner, "atomic_write", False):
-            data = source.read(size // 2)
-            self.inner.write(path, io.BytesIO(data), len(data))
+    def _halves(self, name: str) -> list[tuple[str, Callable[..., None]]]:
+        """What a crash may leave of a call that is no single step of this storage."""
+        objects = getattr(self.inner, "atomic_write", False)
+        if name == "remove":
+            return [("in remove", self._one_removed)]
+        if name == "rename" and objects:
+            return [("early in rename", self._one_copied), ("late in rename", self._one_deleted)]
+        return [("in write", self._half_written)] if name == "write" and not objects else []
 
-    def _half_remove(self, path: str) -> None:
-        """One file of a tree is gone."""
+    def _half_written(self, path: str, source: Any, size: int) -> None:
+        data = source.read(size // 2)
+        self.inner.write(path, io.BytesIO(data), len(data))
+
+    def _one_removed(self, path: str) -> None:
+        if len(files := self._files(path)) > 1:
+            self.inner.remove(files[0])
+
+    def _one_copied(self, source: str, destination: str) -> None:
+        if self.inner.stat(destination) is None:
+            for path in self._files(source)[:1]:
+                self._copy(path, destination + path[len(source) :])
+
+    def _one_deleted(self, source: str, destination: str) -> None:
+        """All is copied, and the first of several sources deleted."""
+        if self.inner.stat(destination) is None and len(files := self._files(source)) > 1:
+            for path in files:
+                self._copy(path, destination + path[len(source) :])
+            self.inner.remove(files[0])
+
+    def _files(self, path: str) -> list[str]:
         entry = self.inner.stat(path)
-        if entry is not None and entry.kind == "directory":
-            self.inner.remove(next(iter(self.inner.walk(path))).path)
+        if entry is None or entry.kind == "file":
+            return [path] if entry else []
+        return [one.path for one in self.inner.walk(path)]
 
-    def _half_rename(self, source: str, destination: str) -> None:
-        """An object store has copied the first object and not deleted it yet."""
-        if not getattr(self.inner, "atomic_write", False):
-            return
-        entry = self.inner.stat(source)
-        if entry is None or self.inner.stat(destination) is not None:
-            return
-        first = entry if entry.kind == "file" else next(iter(self.inner.walk(source)))
-        with self.inner.open_read(first.path) as stream:
+    def _copy(self, source: str, destination: str) -> None:
+        with self.inner.open_read(source) as stream:
             data = stream.read(-1)
-        self.inner.write(destination + first.path[len(source) :], io.BytesIO(data), len(data))
+        self.inner.write(destination, io.BytesIO(data), len(data))
 
 
 def watch_commits(engine: Engine, points: Points) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,15 @@ from dlm_core.catalogue import embedded
 from dlm_core.catalogue.engine import make_engine
 from dlm_core.clock import utc_now
 from dlm_core.storages.open import open_storage
-from dlm_core.storages.port import Storage
+from dlm_core.storages.port import PRIVATE, Storage
 from dlm_core.transfers.sweep import sweep_temp
 from tests.crashpoints.points import Crash, CrashingStorage, Points, watch_commits
 from tests.crashpoints.scenarios import SCENARIOS, Scenario
 from tests.site import Site, make_site, reopen
 
 State = dict[str, Any]
-_LONG = timedelta(hours=4)
+_LONG = timedelta(hours=2)
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -37,8 +40,13 @@ class Arena:
     postgres_home: Path
     template: str
     folder: Path
+    #: of an S3 server, for scenarios with objects
+    bucket: str = ""
+    config: dict[str, str] = field(default_factory=dict)
     prepared: str = ""
     now: datetime | None = None
+    objects: Storage | None = None
+    kept_objects: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def live(self) -> Path:
@@ -57,15 +65,34 @@ class Arena:
         self.live.mkdir(parents=True)
         engine = make_engine(embedded.database_url(self.postgres_home, self.prepared))
         site = make_site(engine, self.live, **scenario.settings)
+        self.objects = self._add_objects(site) if scenario.objects else None
         scenario.prepare(site)
         self.now = site.now
+        self.kept_objects = read_all(self.objects) if self.objects else {}
         engine.dispose()
         shutil.copytree(self.live, self.kept)
 
+    def _add_objects(self, site: Site) -> Storage:
+        """A posix storage a, and an object store b, at two locations."""
+        site.add_storage("a", "A")
+        site.add_storage("b", "B", **{"class": "object"})
+        root = f"{self.bucket}/{uuid.uuid4().hex}"
+        site.execute(
+            "UPDATE storage SET interface = 's3', root = :root, config = CAST(:config AS jsonb) "
+            "WHERE name = 'b'",
+            root=root, config=json.dumps(self.config),
+        )  # fmt: skip
+        return open_storage("b", "s3", root, self.config)
+
     def start(self) -> str:
-        """A fresh copy of what was prepared, in the same folder; its database's name."""
+        """A fresh copy of what was prepared, in the same places; its database's name."""
         shutil.rmtree(self.live)
         shutil.copytree(self.kept, self.live)
+        if self.objects is not None:
+            for path in read_all(self.objects):
+                self.objects.remove(path)
+            for path, data in self.kept_objects.items():
+                self.objects.write(path, io.BytesIO(data), len(data))
         name = f"run_{uuid.uuid4().hex}"
         self.create(name, self.prepared)
         return name
@@ -86,6 +113,18 @@ class Arena:
         url = embedded.database_url(self.postgres_home, "postgres")
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute(statement.encode())
+
+
+def read_all(storage: Storage) -> dict[str, bytes]:
+    """Every file of a storage by path, the DLM's own included."""
+    found = {}
+    for folder in ("", PRIVATE):
+        if folder and storage.stat(folder) is None:
+            continue
+        for entry in storage.walk(folder):
+            with storage.open_read(entry.path) as stream:
+                found[entry.path] = stream.read(-1)
+    return found
 
 
 def attach(engine: Engine, folder: Path, scenario: Scenario, now: datetime) -> Site:
@@ -161,14 +200,12 @@ def _files(site: Site) -> dict[str, bytes]:
         for row in site.query("SELECT r.uid, i.uri FROM replica r JOIN data_item i USING (oid)")
     }
     found = {}
-    for name in site.storages:
-        for file in sorted((site.folder / name).rglob("*")):
-            if not file.is_file():
-                continue
-            parts = list(file.relative_to(site.folder).parts)
-            if parts[1] == ".dlm" and len(parts) > 3:
-                parts[3] = meaning.get(parts[3].split(".")[0], parts[3])
-            found["/".join(parts)] = file.read_bytes()
+    for row in site.query("SELECT * FROM storage"):
+        for path, data in read_all(open_row(row)).items():
+            parts = path.split("/")
+            if parts[0] == PRIVATE and len(parts) > 2:
+                parts[2] = meaning.get(parts[2].split(".")[0], parts[2])
+            found["/".join([row["name"], *parts])] = data
     return found
 
 
@@ -205,7 +242,7 @@ def kill_at(arena: Arena, scenario: Scenario, at: int) -> tuple[int, State]:
     try:
         command = [sys.executable, "-m", "tests.crashpoints.kill", arena.url(name),
                    str(arena.live), scenario.name, arena.now.isoformat(), str(at)]  # fmt: skip
-        code = subprocess.run(command, check=False, timeout=60).returncode
+        code = subprocess.run(command, check=False, timeout=60, cwd=_ROOT).returncode
         end = arena.now + timedelta(hours=scenario.rounds)
         return code, recover(arena.url(name), arena.live, scenario, end)
     finally:
@@ -227,11 +264,13 @@ def difference(expected: State, found: State) -> list[str]:
     return lines
 
 
-def exhaust(home: Path, name: str) -> tuple[int, list[str], str]:
+def exhaust(
+    home: Path, bucket: str, config: dict[str, str], name: str
+) -> tuple[int, list[str], str]:
     """How many points a scenario has, what failed at which, and its line of the table."""
     scenario = next(one for one in SCENARIOS if one.name == name)
     begun, bad = time.monotonic(), []
-    arena = Arena(home, "template_dlm", home / name.replace(" ", "-"))
+    arena = Arena(home, "template_dlm", home / name.replace(" ", "-"), bucket, config)
     arena.prepare(scenario)
     expected, names = reference(arena, scenario)
     for at, point in enumerate(names, start=1):

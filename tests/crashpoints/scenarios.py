@@ -38,6 +38,8 @@ class Scenario:
     #: how often the sensors look, an hour apart
     rounds: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
+    #: storage b is an object store, whose renames are no single step
+    objects: bool = False
 
     def act(self, site: Site) -> None:
         """The command and what the sensors make of it."""
@@ -49,8 +51,8 @@ class Scenario:
 
 
 def three_storages(site: Site) -> None:
-    """Three locations, a storage each."""
-    for name in ("a", "b", "c"):
+    """Three locations, a storage each; or what is there already."""
+    for name in ("a", "b", "c") if not site.storages else ():
         site.add_storage(name, name.upper())
 
 
@@ -236,4 +238,11 @@ SCENARIOS = [
     Scenario("place a hold", _expired(_one), _hold, rounds=2),
     Scenario("release a hold", _held, _release, rounds=3),
     Scenario("verify damage", _damage, _verify),
+    Scenario("copy to objects", _several, objects=True),
+    Scenario("copy a tree to objects", _tree, objects=True),
+    Scenario("trash an object", _expired(_one), settings=_KEEP, objects=True),
+    Scenario("trash a tree of objects", _expired(_tree), settings=_KEEP, objects=True),
+    Scenario("restore an object", _trashed(_one), _restore, settings=_KEEP, objects=True),
+    Scenario("restore objects", _trashed(_tree), _restore, settings=_KEEP, objects=True),
+    Scenario("purge objects", _purgeable(_tree), objects=True),
 ]

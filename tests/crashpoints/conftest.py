@@ -1,0 +1,1 @@
+from tests.backends import s3  # noqa: F401

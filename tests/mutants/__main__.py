@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import Mutant, table
 from tests.mutants.mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +31,9 @@ _WORKERS = 2
 
 def main(wanted: Sequence[str]) -> int:
     """Run the mutants whose names are given, all if none is."""
+    if list(wanted) == ["--document"]:
+        document(ROOT / "docs" / "mutants.md")
+        return 0
     unknown = set(wanted) - {one.name for one in MUTANTS}
     if unknown:
         print(f"no such mutant: {', '.join(sorted(unknown))}", file=sys.stderr)
@@ -51,6 +54,12 @@ def main(wanted: Sequence[str]) -> int:
         shutil.rmtree(home, ignore_errors=True)
     print(f"killed {killed} of {len(chosen)}")
     return 0 if killed == len(chosen) else 1
+
+
+def document(page: Path) -> None:
+    """Write the table in ``page`` anew; it is the last thing there."""
+    before, _, _ = page.read_text(encoding="utf-8").partition(table(()))
+    page.write_text(before + table(MUTANTS), encoding="utf-8")
 
 
 def copy_tree(target: Path) -> Path:

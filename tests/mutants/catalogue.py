@@ -11,7 +11,9 @@ CATALOGUE = (
         ('            ORDER BY uid FOR NO KEY UPDATE""",\n    )\n    return [_proof'),
         ('            ORDER BY uid""",\n    )\n    return [_proof'),
         "survivors are not locked while a deletion is proven",
-        ("lifecycle/test_interleavings.py::test_what_a_look_found_waits_for_a_deletion",),
+        (
+            "lifecycle/test_interleavings.py::test_a_deletion_waits_for_what_is_found_of_its_survivor",
+        ),
         "peers: survivors looked at, not locked",
     ),
     Mutant(
@@ -20,7 +22,7 @@ CATALOGUE = (
         ('            ORDER BY oid FOR NO KEY UPDATE""",\n    )\n    run('),
         ('            ORDER BY oid""",\n    )\n    run('),
         "planning and deletion of one item do not take turns",
-        (("lifecycle/test_interleavings.py::test_a_deletion_waits_for_the_planning_of_its_item"),),
+        (("lifecycle/test_interleavings.py::test_a_deletion_waits_for_a_target_that_is_raised"),),
         "Rucio: a source deleted while another rule was stuck",
     ),
     Mutant(
@@ -29,7 +31,11 @@ CATALOGUE = (
         ('    run(connection, "LOCK TABLE hold IN SHARE MODE")\n    copy_rows'),
         "    copy_rows",
         "a hold slips in between proof and certificate",
-        (("lifecycle/test_interleavings.py::test_a_hold_placed_during_expiry_keeps_the_trash"),),
+        (
+            (
+                "lifecycle/test_interleavings.py::test_a_deletion_waits_for_a_hold_that_is_being_placed"
+            ),
+        ),
     ),
     Mutant(
         "pending-is-survivor",
@@ -37,7 +43,7 @@ CATALOGUE = (
         "WHERE r.state = 'READY' AND s.mode",
         "WHERE r.state IN ('READY', 'PENDING') AND s.mode",
         "a copy under way counts as a survivor",
-        ("lifecycle/test_interleavings.py::test_a_copy_under_way_is_no_survivor",),
+        ("lifecycle/test_lifecycle.py::test_only_what_was_read_and_matched_is_a_survivor",),
         "SKA DLM 1: unfinished copies count as resilience",
     ),
     Mutant(
@@ -155,7 +161,7 @@ CATALOGUE = (
         "  SELECT FROM plan_entry k WHERE k.plan_id = :plan AND k.uid = r.uid)",
         "  SELECT FROM plan_entry k WHERE k.plan_id = :plan)",
         "an approved plan lets other replicas through than it names",
-        (("lifecycle/test_limits.py::test_an_approved_plan_lets_exactly_its_replicas_through"),),
+        (("lifecycle/test_limits.py::test_an_approved_plan_touches_no_other_replica"),),
     ),
     Mutant(
         "due-before-grace",
@@ -233,8 +239,8 @@ CATALOGUE = (
     Mutant(
         "word-of-a-storage-for-the-last-copy",
         "dlm_core/catalogue/checks.py",
-        "AND x.uid <> r.uid AND x.state = 'READY'",
-        "AND x.state = 'READY'",
+        "WHERE x.oid = r.oid AND x.uid <> r.uid",
+        "WHERE true OR x.oid = r.oid AND x.uid <> r.uid",
         "the last good copy is not read, its storage's word is taken",
         ("lifecycle/test_check.py::test_the_last_good_copy_is_always_read",),
         "listings and words trusted",

@@ -43,7 +43,7 @@ CATALOGUE = (
         "WHERE r.state = 'READY' AND s.mode",
         "WHERE r.state IN ('READY', 'PENDING') AND s.mode",
         "a copy under way counts as a survivor",
-        ("lifecycle/test_lifecycle.py::test_only_what_was_read_and_matched_is_a_survivor",),
+        ("lifecycle/test_survivors.py::test_only_what_was_read_and_matched_is_a_survivor",),
         "SKA DLM 1: unfinished copies count as resilience",
     ),
     Mutant(
@@ -52,7 +52,7 @@ CATALOGUE = (
         "WHERE r.state = 'READY' AND s.mode",
         "WHERE r.state IN ('READY', 'SUSPECT') AND s.mode",
         "a doubted copy counts as a survivor",
-        ("lifecycle/test_lifecycle.py::test_only_what_was_read_and_matched_is_a_survivor",),
+        ("lifecycle/test_survivors.py::test_only_what_was_read_and_matched_is_a_survivor",),
         "SKA DLM 1: so does a CORRUPTED sibling",
     ),
     Mutant(
@@ -66,7 +66,7 @@ CATALOGUE = (
                 "lifecycle/test_lifecycle.py::test_two_deletions_of_two_copies_of_one_item_take"
                 "_turns"
             ),
-            "lifecycle/test_lifecycle.py::test_only_what_was_read_and_matched_is_a_survivor",
+            "lifecycle/test_survivors.py::test_only_what_was_read_and_matched_is_a_survivor",
         ),
         "SKA DLM 6: DELETED copies are counted",
     ),
@@ -76,7 +76,7 @@ CATALOGUE = (
         ("SELECT oid, location_id, max(weight) AS best FROM good GROUP BY oid, location_id"),
         "SELECT oid, storage_id, max(weight) AS best FROM good GROUP BY oid, storage_id",
         "survivors on two volumes of one location count twice",
-        ("lifecycle/test_lifecycle.py::test_two_volumes_of_one_location_are_one_survivor",),
+        ("lifecycle/test_survivors.py::test_two_volumes_of_one_location_are_one_survivor",),
         "SKA DLM 5: no failure domains",
     ),
     Mutant(
@@ -85,7 +85,7 @@ CATALOGUE = (
         "s.mode IN ('read_write', 'read_only')",
         "s.mode IN ('read_write', 'read_only', 'offline')",
         "a copy that nobody can reach counts as a survivor",
-        ("lifecycle/test_lifecycle.py::test_only_what_was_read_and_matched_is_a_survivor",),
+        ("lifecycle/test_survivors.py::test_only_what_was_read_and_matched_is_a_survivor",),
     ),
     Mutant(
         "expiring-is-survivor",
@@ -93,7 +93,7 @@ CATALOGUE = (
         "     AND (r.expires_at IS NULL OR r.expires_at > dlm_now())\n",
         "",
         "a copy that is leaving itself counts as a survivor",
-        ("lifecycle/test_lifecycle.py::test_only_what_was_read_and_matched_is_a_survivor",),
+        ("lifecycle/test_survivors.py::test_only_what_was_read_and_matched_is_a_survivor",),
     ),
     Mutant(
         "hold-not-looked-at",

@@ -241,11 +241,7 @@ LIFECYCLE = (
         "    return expired or storage.mode not in _COUNTING_MODES",
         "    return expired",
         "copies on a storage that is being drained are counted on",
-        (
-            ("lifecycle/test_lifecycle.py::test_a_drained_storage_ends_empty_and_may_then_retire"),
-            "lifecycle/test_decide.py::test_modes_management_and_space_are_respected",
-            "lifecycle/test_decide.py::test_every_decision_is_sound",
-        ),
+        ("lifecycle/test_decide.py::test_a_copy_on_a_storage_that_is_drained_is_not_counted_on",),
     ),
     Mutant(
         "phases-swapped",
@@ -253,7 +249,7 @@ LIFECYCLE = (
         '"GAS": 1, "LIQUID": 2,',
         '"GAS": 2, "LIQUID": 1,',
         "GAS is worth more than LIQUID",
-        ("lifecycle/test_decide.py::test_two_liquid_copies_at_two_locations_make_solid",),
+        ("schema/test_agreement.py::test_phases_weigh_the_same_everywhere",),
     ),
     Mutant(
         "copy-to-a-draining-storage",
@@ -261,7 +257,9 @@ LIFECYCLE = (
         ('    if storage["mode"] != StorageMode.READ_WRITE:\n        return f'),
         ("    if False:\n        return f"),
         "a copy planned before a drain is made in spite of it",
-        ("lifecycle/test_interleavings.py::test_a_drain_during_a_copy_ends_empty_too",),
+        (
+            "lifecycle/test_lifecycle.py::test_a_planned_copy_is_not_made_where_it_is_not_wanted_any_more",
+        ),
     ),
     Mutant(
         "damaged-source-copied",
@@ -374,7 +372,7 @@ LIFECYCLE = (
         "if mtime < limit]",
         "if True]",
         "the sweep clears what a copy is writing",
-        ("storages/test_faults.py::test_a_temporary_file_swept_too_early_is_no_copy",),
+        ("transfers/test_sweep.py::test_only_what_nobody_writes_any_more_is_swept",),
         "Kyoto: a cleaning step removed 77 TB",
     ),
     Mutant(

@@ -118,16 +118,7 @@ RULES = (
         ),
         ("EXISTS (SELECT FROM replica WHERE storage_id = NEW.storage_id AND state = 'READY') THEN"),
         "a storage retires with replicas on it",
-        (
-            (
-                "lifecycle/test_interleavings.py::test_a_storage_with_something_in_its_trash_do"
-                "es_not_retire"
-            ),
-            (
-                "lifecycle/test_interleavings.py::test_a_planned_copy_keeps_its_storage_from_re"
-                "tiring"
-            ),
-        ),
+        ("schema/test_rules.py::test_a_storage_retires_only_when_empty_and_for_good",),
     ),
     Mutant(
         "sql-phases-swapped",
@@ -135,7 +126,7 @@ RULES = (
         "WHEN 'LIQUID' THEN 2 WHEN 'GAS' THEN 1",
         "WHEN 'LIQUID' THEN 1 WHEN 'GAS' THEN 2",
         "the database weighs phases otherwise",
-        (("lifecycle/test_lifecycle.py::test_an_item_gets_the_copies_its_target_phase_needs"),),
+        (("schema/test_agreement.py::test_phases_weigh_the_same_everywhere"),),
     ),
     Mutant(
         "deleted-comes-back",

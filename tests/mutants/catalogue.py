@@ -38,6 +38,14 @@ CATALOGUE = (
         ),
     ),
     Mutant(
+        "expiry-without-hold-lock",
+        "dlm_core/catalogue/deletions.py",
+        '    run(connection, "LOCK TABLE hold IN SHARE MODE")\n    named',
+        "    named",
+        "a hold that is being placed does not keep its item from expiring in good order",
+        ("lifecycle/test_interleavings.py::test_a_hold_placed_first_keeps_the_item",),
+    ),
+    Mutant(
         "pending-is-survivor",
         "dlm_core/catalogue/deletions.py",
         "WHERE r.state = 'READY' AND s.mode",
@@ -188,6 +196,14 @@ CATALOGUE = (
         "a worker waits for another's claim",
         (("catalogue/test_operations.py::test_what_one_claims_another_does_not_wait_for_nor_get"),),
         "SKA DLM 9: no row locking",
+    ),
+    Mutant(
+        "lease-not-set",
+        "dlm_core/catalogue/operations.py",
+        "        until=now + lease,\n",
+        "        until=now,\n",
+        "a claim is held by nobody",
+        ("catalogue/test_operations.py::test_a_lease_holds_until_its_end",),
     ),
     Mutant(
         "lease-never-ends",

@@ -236,6 +236,15 @@ LIFECYCLE = (
         "SKA DLM 5: picks retired and read-only storages",
     ),
     Mutant(
+        "space-promised-twice",
+        "dlm_core/lifecycle/decide.py",
+        "        self._free[storage_id] -= size\n",
+        "        pass\n",
+        "one batch plans more copies than there is room for",
+        ("lifecycle/test_decide.py::test_space_is_not_promised_twice",),
+        "SKA DLM 5: capacity is not looked at",
+    ),
+    Mutant(
         "draining-counts",
         "dlm_core/lifecycle/decide.py",
         "    return expired or storage.mode not in _COUNTING_MODES",

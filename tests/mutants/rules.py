@@ -129,6 +129,15 @@ RULES = (
         (("schema/test_agreement.py::test_phases_weigh_the_same_everywhere"),),
     ),
     Mutant(
+        "sizes-of-32-bits",
+        "schema/sql/0001_tables.sql",
+        "  size           bigint NOT NULL CHECK",
+        "  size           integer NOT NULL CHECK",
+        "a payload of 3 GiB is out of range",
+        ("schema/test_agreement.py::test_alembic_finds_no_difference",),
+        "SKA DLM 10: 32-bit sizes",
+    ),
+    Mutant(
         "deleted-comes-back",
         "schema/sql/0001_tables.sql",
         "  ('replica', 'TRASHED', 'DELETED')",

@@ -183,4 +183,7 @@ def tell(mutant: Mutant, trees: Queue[Path]) -> bool:
 
 
 if __name__ == "__main__":
+    # in the background of a script SIGINT is ignored, and so it would be by the tests
+    for interrupted in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(interrupted, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

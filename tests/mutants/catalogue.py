@@ -71,8 +71,8 @@ CATALOGUE = (
         "a copy in the trash counts as a survivor",
         (
             (
-                "lifecycle/test_lifecycle.py::test_two_deletions_of_two_copies_of_one_item_take"
-                "_turns"
+                "lifecycle/test_lifecycle.py"
+                "::test_two_deletions_of_two_copies_of_one_item_take_turns"
             ),
             "lifecycle/test_survivors.py::test_only_what_was_read_and_matched_is_a_survivor",
         ),
@@ -130,8 +130,8 @@ CATALOGUE = (
         ),
         (
             (
-                "lifecycle/test_lifecycle.py::test_a_replica_expires_only_once_the_copies_it_as"
-                "sumes_are_there"
+                "lifecycle/test_lifecycle.py"
+                "::test_a_replica_expires_only_once_the_copies_it_assumes_are_there"
             ),
             ("lifecycle/test_lifecycle.py::test_a_drained_storage_ends_empty_and_may_then_retire"),
         ),
@@ -157,8 +157,8 @@ CATALOGUE = (
         "an item is DELETED with its first replica",
         (
             (
-                "lifecycle/test_lifecycle.py::test_an_expired_item_goes_in_two_steps_with_certi"
-                "ficates"
+                "lifecycle/test_lifecycle.py"
+                "::test_an_expired_item_goes_in_two_steps_with_certificates"
             ),
         ),
         "SKA DLM 17",
@@ -269,8 +269,8 @@ CATALOGUE = (
         "one run trashes as much as is due",
         (
             (
-                "lifecycle/test_limits.py::test_a_stop_names_the_limit_what_was_found_and_the_c"
-                "ommand"
+                "lifecycle/test_limits.py"
+                "::test_a_stop_names_the_limit_what_was_found_and_the_command"
             ),
             ("lifecycle/test_lifecycle.py::test_a_run_that_would_delete_too_much_deletes_nothing"),
         ),

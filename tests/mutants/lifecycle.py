@@ -21,10 +21,8 @@ LIFECYCLE = (
         "QUEUED if due else OperationState.DONE",
         "a permanent failure is told as DONE",
         (
-            (
-                "lifecycle/test_register.py::test_a_changed_payload_is_an_error_that_names_both"
-                "_digests"
-            ),
+            "lifecycle/test_lifecycle.py"
+            "::test_a_restore_never_removes_a_file_that_somebody_put_in_its_place",
         ),
         "SKA DLM 7: a broken copy is READY",
     ),
@@ -71,8 +69,8 @@ LIFECYCLE = (
         "a purge believes the proof of its trashing",
         (
             (
-                "lifecycle/test_lifecycle.py::test_a_survivor_that_is_gone_stops_the_purge_and_"
-                "brings_the_trash_back"
+                "lifecycle/test_lifecycle.py"
+                "::test_a_survivor_that_is_gone_stops_the_purge_and_brings_the_trash_back"
             ),
         ),
         "Iceberg: expire_snapshots removed live files",
@@ -85,8 +83,8 @@ LIFECYCLE = (
         "a purge trusts the catalogue about its survivors",
         (
             (
-                "lifecycle/test_lifecycle.py::test_a_survivor_that_is_gone_stops_the_purge_and_"
-                "brings_the_trash_back"
+                "lifecycle/test_lifecycle.py"
+                "::test_a_survivor_that_is_gone_stops_the_purge_and_brings_the_trash_back"
             ),
         ),
         "dCache 4742: the catalogue was trusted, the storages not asked",
@@ -99,8 +97,8 @@ LIFECYCLE = (
         "survivors on a storage that is down count as seen",
         (
             (
-                "storages/test_faults.py::test_a_survivor_that_may_not_be_looked_at_puts_the_pu"
-                "rge_off"
+                "storages/test_faults.py"
+                "::test_a_survivor_that_may_not_be_looked_at_puts_the_purge_off"
             ),
         ),
         "losses elsewhere: stale belief",
@@ -152,8 +150,8 @@ LIFECYCLE = (
         "a restore replaces somebody's file",
         (
             (
-                "lifecycle/test_lifecycle.py::test_a_restore_never_removes_a_file_that_somebody"
-                "_put_in_its_place"
+                "lifecycle/test_lifecycle.py"
+                "::test_a_restore_never_removes_a_file_that_somebody_put_in_its_place"
             ),
         ),
     ),
@@ -220,8 +218,8 @@ LIFECYCLE = (
         "the planner counts two volumes of one location twice",
         (
             (
-                "lifecycle/test_decide.py::test_a_second_volume_at_the_same_location_is_no_seco"
-                "nd_failure_domain"
+                "lifecycle/test_decide.py"
+                "::test_a_second_volume_at_the_same_location_is_no_second_failure_domain"
             ),
         ),
         "SKA DLM 5: no failure domains",
@@ -287,8 +285,8 @@ LIFECYCLE = (
         "the digest of the source is believed of the destination",
         (
             (
-                "transfers/test_mover.py::test_bytes_changed_on_the_way_are_noticed_at_the_dest"
-                "ination"
+                "transfers/test_mover.py"
+                "::test_bytes_changed_on_the_way_are_noticed_at_the_destination"
             ),
         ),
         "SKA DLM 7: 0 bytes of 5 MiB, READY",
@@ -302,8 +300,8 @@ LIFECYCLE = (
         (
             "transfers/test_mover.py::test_a_directory_appears_whole_or_not_at_all",
             (
-                "transfers/test_mover.py::test_bytes_changed_on_the_way_are_noticed_at_the_dest"
-                "ination"
+                "transfers/test_mover.py"
+                "::test_bytes_changed_on_the_way_are_noticed_at_the_destination"
             ),
         ),
         "SKA DLM 14: the partial file stays",
@@ -326,8 +324,8 @@ LIFECYCLE = (
         "a copy is visible before it was verified",
         (
             (
-                "transfers/test_mover.py::test_bytes_changed_on_the_way_are_noticed_at_the_dest"
-                "ination"
+                "transfers/test_mover.py"
+                "::test_bytes_changed_on_the_way_are_noticed_at_the_destination"
             ),
         ),
         "JADE: checksum at the destination comes first",

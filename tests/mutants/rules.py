@@ -21,8 +21,8 @@ RULES = (
         "a certificate allows a deletion after its time",
         (
             (
-                "schema/test_rules.py::test_nothing_is_deleted_but_trash_with_a_proof_that_is_g"
-                "ood_now"
+                "schema/test_rules.py"
+                "::test_nothing_is_deleted_but_trash_with_a_proof_that_is_good_now"
             ),
         ),
         "git-annex: a proof has an end",
@@ -64,8 +64,8 @@ RULES = (
         "an item expires before its time",
         (
             (
-                "schema/test_rules.py::test_an_item_expires_only_past_its_time_and_goes_only_af"
-                "ter_its_replicas"
+                "schema/test_rules.py"
+                "::test_an_item_expires_only_past_its_time_and_goes_only_after_its_replicas"
             ),
         ),
         "SKA DLM 3: goes whatever its expiration says",
@@ -171,8 +171,8 @@ RULES = (
         (
             "catalogue/test_seals.py::test_the_seals_themselves_are_looked_at",
             (
-                "catalogue/test_seals.py::test_an_untouched_log_verifies_and_sealing_again_chan"
-                "ges_nothing"
+                "catalogue/test_seals.py"
+                "::test_an_untouched_log_verifies_and_sealing_again_changes_nothing"
             ),
         ),
     ),

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := dlm_core dlm_pipelines dlm_cli tests benchmarks schema
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test test-all simulate crashpoints lint format bench lock clean
+.PHONY: help install demo up test test-all simulate crashpoints mutants lint format bench lock clean
 
 help: ## show this
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -41,6 +41,9 @@ simulate: install ## random stories beside a model; STEPS=20000 SEED=1 may be se
 
 crashpoints: install ## stop at every commit and storage call, recover, compare; SCENARIOS="copy drain" for some
 	@$(BIN)/python -m tests.crashpoints $(SCENARIOS)
+
+mutants: install ## break the code on purpose, the tests must notice; ONLY="name name" for some
+	@$(BIN)/python -m tests.mutants $(ONLY)
 
 lint: install ## check style, types and layers
 	$(BIN)/ruff check $(SOURCES)

@@ -243,3 +243,51 @@ def test_the_last_sealed_day_is_over_for_an_hour(engine: Engine) -> None:
     """A client whose clock is a little behind makes keys of the day before."""
     horizon = transact(engine, "t", audit_horizon)
     assert horizon.last_day <= (datetime.now(UTC) - timedelta(hours=1)).date() - timedelta(days=1)
+
+
+#: another value of a column, by its name or its type
+_OTHER = {
+    "noun": "'replica'",
+    "step": "'release'",
+    "basis": "'replica_expired'",
+    "from_state": "'READY'",
+    "target_phase": "'GAS'",
+    "survivors": "'[2]'",
+    "deletion_id": "CAST(left(deletion_id::text, 24) || 'ffffffffffff' AS uuid)",
+    "text": "coalesce({0}, '') || 'x'",
+    "uuid": "gen_random_uuid()",
+    "jsonb": """'{{"other": 1}}'""",
+    "xid8": "CAST('5' AS xid8)",
+    "timestamp with time zone": "{0} + interval '1 ms'",
+    "smallint": "coalesce({0}, 0) + 1",
+    "integer": "coalesce({0}, 0) + 1",
+    "bigint": "coalesce({0}, 0) + 1",
+}
+
+
+@pytest.mark.parametrize("feed", ["event", "deletion"])
+def test_every_column_is_sealed(log: Engine, feed: str) -> None:
+    """Whatever is changed in a row, columns of later schemas too, its day has another digest."""
+    key, column = _some(log, feed), {"event": "seq", "deletion": "deletion_id"}[feed]
+    digest = text("SELECT digest FROM audit_digests(:f, '2024-03-01', '2024-03-01')")
+    with log.connect() as connection:
+        connection.execute(text("SET session_replication_role = replica"))
+        if feed == "deletion":  # so that any other basis is allowed
+            connection.execute(text("UPDATE deletion SET survivors = '[1]'"))
+        before = connection.execute(digest, {"f": feed}).scalar_one()
+        columns = connection.execute(
+            text(
+                """SELECT column_name, data_type FROM information_schema.columns
+                    WHERE table_name = :feed"""
+            ),
+            {"feed": feed},
+        ).all()
+        for name, kind in columns:
+            other = (_OTHER.get(name) or _OTHER[kind]).format(name)
+            with connection.begin_nested() as point:
+                changed = f"UPDATE {feed} SET {name} = {other} WHERE {column} = '{key}'"
+                assert connection.execute(text(changed)).rowcount == 1
+                assert connection.execute(digest, {"f": feed}).scalar_one() != before, name
+                point.rollback()
+        connection.rollback()
+    assert len(columns) > 10

@@ -61,6 +61,13 @@ def test_pending_copies_are_expected_but_never_reached():
     assert decision.shortfall and not decision.impossible
 
 
+def test_a_copy_on_a_storage_that_is_drained_is_not_counted_on():
+    """It is a source, and another copy is made before it goes."""
+    a, b, c = storage(1, A), storage(2, B, mode="draining"), storage(3, C)
+    decision = decide([replica(a), replica(b)], [a, b, c])
+    assert [copy.storage_id for copy in decision.copies] == [c.storage_id]
+
+
 def test_the_fewest_copies_are_made():
     """One SOLID storage is taken rather than two LIQUID ones."""
     buffer = storage(1, A, weight=0, mode="read_only", managed=False)

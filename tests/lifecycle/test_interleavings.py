@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, text
 
-from dlm_core.catalogue import deletions, places
+from dlm_core.catalogue import deletions, places, replicas
 from dlm_core.catalogue.items import Announcement, Terms, announce
 from dlm_core.errors import (
     DeletionRefusedError,
@@ -528,3 +528,52 @@ def test_what_a_look_found_waits_for_a_deletion(site):
     )
     assert met.error is None
     assert site.replicas(oid) == {"a": "TRASHED", "b": "READY"}
+
+
+def test_a_deletion_waits_for_a_target_that_is_raised(site):
+    """Who asks for more copies at the moment of a deletion gets to keep what is there."""
+    oid = two_copies(site)
+    met = overlap(
+        site,
+        lambda c: c.execute(
+            text("UPDATE data_item SET target_phase = 'SOLID' WHERE oid = :oid"), {"oid": oid}
+        ),
+        lambda: site.context.transact(lambda c: delete(c, site, oid, "a")),
+    )
+    assert met.waited and met.error is None
+    assert met.result is not None and "SOLID needs" in met.result
+    assert site.replicas(oid)["a"] == "READY"
+
+
+def test_a_deletion_waits_for_what_is_found_of_its_survivor(site):
+    """A look that doubts the other copy at this moment is believed: nothing goes."""
+    oid = two_copies(site)
+    met = overlap(
+        site,
+        lambda c: replicas.mark_state(
+            c, [site.replica(oid, "b")["uid"]], "SUSPECT", only_from=["READY"]
+        ),
+        lambda: site.context.transact(lambda c: delete(c, site, oid, "a")),
+    )
+    assert met.waited and met.error is None
+    assert met.result is not None and "give 0 of the 2" in met.result
+    assert site.replicas(oid) == {"a": "READY", "b": "SUSPECT"}
+
+
+def test_a_deletion_waits_for_a_hold_that_is_being_placed(site):
+    """And is then refused in words, with nothing certified."""
+    oid = two_copies(site)
+    met = overlap(
+        site,
+        lambda c: c.execute(
+            text(
+                """INSERT INTO hold (hold_id, oid, reason, actor)
+                   VALUES (gen_random_uuid(), :oid, 'an enquiry', 'user:test')"""
+            ),
+            {"oid": oid},
+        ),
+        lambda: site.context.transact(lambda c: delete(c, site, oid, "a")),
+    )
+    assert met.waited and met.error is None
+    assert met.result == "under a hold: an enquiry"
+    assert site.query("SELECT * FROM deletion") == []

@@ -477,6 +477,36 @@ def test_two_deletions_of_two_copies_of_one_item_take_turns(site):
     assert all(p.refusal for p in both)
 
 
+@pytest.mark.parametrize("mode", ["draining", "read_only", "offline"])
+def test_a_planned_copy_is_not_made_where_it_is_not_wanted_any_more(site, mode):
+    """Between plan and copy the storage was closed: not a byte goes there, the copy goes
+    elsewhere."""
+    site.set_storage("c", mode="read_only")
+    oid = site.add_item("x", b"good bytes", "a")
+    plan_replication(site.context)
+    site.set_storage("b", mode=mode)
+    assert site.work(OperationKind.COPY).done["copy"] == 0
+    assert site.replicas(oid) == {"a": "READY", "b": "MISSING"} and site.visible("b") == {}
+    (copy,) = site.query("SELECT state, error FROM operation WHERE kind = 'copy'")
+    assert copy["state"] == "CANCELLED" and copy["error"].endswith(f"storage b is {mode}")
+    site.set_storage("c", mode="read_write")
+    site.settle()
+    assert site.replicas(oid)["c"] == "READY"
+
+
+def test_the_grace_is_kept_to_its_last_second(site):
+    """Nothing is purged before the grace ends, and then it is."""
+    oid = site.add_item("x", b"good bytes", "a", target_phase="LIQUID")
+    expire(site, oid)
+    site.settle()
+    site.advance(seconds=3599.5)
+    site.settle()
+    assert site.replicas(oid) == {"a": "TRASHED"} and site.private("a", "trash")
+    site.advance(seconds=0.5)
+    site.settle()
+    assert site.replicas(oid) == {"a": "DELETED"} and site.private("a", "trash") == []
+
+
 def test_psql_cannot_trash_without_a_certificate(site):
     """The database itself refuses the transition."""
     oid = site.add_item("x", b"1", "a")

@@ -14,7 +14,7 @@ from dlm_core.errors import (
     StorageUnavailableError,
     TooManyErrorsError,
 )
-from dlm_core.lifecycle.expire import ExpiryPlanner, stop_on_errors
+from dlm_core.lifecycle.expire import ExpiryPlanner, plan_batch, stop_on_errors
 from dlm_core.lifecycle.work import drain
 from dlm_core.storages.open import open_storage
 from dlm_core.types import new_id
@@ -123,6 +123,22 @@ def test_an_approved_plan_lets_exactly_its_replicas_through(build):
     assert found == [{"plan_id": plan["plan_id"]}] * 3 and trashed(site) == 3
     after = site.context.transact(lambda c: plans.get_plan(c, plan["plan_id"]))
     assert (after["trashed"], after["state"]) == (3, "DONE")
+
+
+def test_an_approved_plan_touches_no_other_replica(build):
+    """A copy whose time is over as well is neither trashed nor put off by a plan that does not name
+    it."""
+    site = build()
+    expire(site, add(site, 3))
+    _, plan = stopped(site, items=2)
+    (other,) = add(site, 1, "later")
+    site.execute("UPDATE replica SET expires_at = :n WHERE oid = :o", n=site.now, o=other)
+    approve(site, plan)
+    granted, refused = site.context.transact(
+        lambda c: plan_batch(c, site.context, MANY, plan["plan_id"])
+    )
+    assert len(granted) == 3 and refused == []
+    assert other not in {proof.oid for proof in granted}
 
 
 def test_what_is_approved_is_still_proven(build):

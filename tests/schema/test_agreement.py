@@ -13,6 +13,7 @@ from sqlalchemy.dialects.postgresql import base as dialect
 
 from dlm_core.catalogue import schema, tables
 from dlm_core.catalogue.engine import make_engine, rows
+from dlm_core.types import Phase
 from tests.schema.document import DOCUMENT, render
 
 # what a server says of its own tables; partitions and Alembic's own table apart
@@ -122,3 +123,18 @@ def test_the_documentation_lists_every_table_and_column(engine: Engine) -> None:
         assert DOCUMENT.read_text(encoding="utf-8") == render(connection), (
             "run: python -m tests.schema.document"
         )
+
+
+def test_phases_weigh_the_same_everywhere(engine):
+    """PLASMA 0, GAS 1, LIQUID 2, SOLID 4: in the database and in the planner."""
+    weights = {"PLASMA": 0, "GAS": 1, "LIQUID": 2, "SOLID": 4}
+    with engine.connect() as connection:
+        found = rows(
+            connection,
+            "SELECT p, phase_weight(p) AS w FROM unnest(CAST(:phases AS text[])) p",
+            phases=[*weights],
+        )
+    assert {row["p"]: row["w"] for row in found} == weights
+    assert {phase.value: phase.weight for phase in Phase} == weights
+    reached = [Phase.from_weight(n).value for n in range(6)]
+    assert reached == ["PLASMA", "GAS", "LIQUID", "LIQUID", "SOLID", "SOLID"]

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -545,6 +545,7 @@ def test_every_change_of_state_is_an_event(db: Connection) -> None:
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(steps=st.lists(st.tuples(st.integers(0, 2), st.sampled_from("wwcrx")), max_size=30))
+@example([(0, "w"), (1, "w"), (1, "c"), (0, "r")])
 def test_the_feed_never_skips_a_late_commit(engine: Engine, steps: Any) -> None:
     """Three writers write, commit and roll back in any order; a reader that goes on from the
     (xid, seq) it has read last sees every committed event once, in that order."""

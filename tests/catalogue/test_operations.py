@@ -1,0 +1,135 @@
+"""The queue of file work: who claims an operation holds it until its lease ends, and no longer."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, text
+
+from dlm_core.catalogue import operations as queue
+from dlm_core.lifecycle.verify import request_verification
+from dlm_core.lifecycle.work import Claim, Context, Report, done, drain
+from dlm_core.types import OperationKind, OperationState, new_id
+from tests.site import Site, make_site
+
+_LEASE = timedelta(seconds=60)
+_VERIFY = [OperationKind.VERIFY]
+
+
+@pytest.fixture
+def site(engine, tmp_path) -> Site:
+    """Two checks are queued."""
+    site = make_site(engine, tmp_path, batch_size=1)
+    site.add_storage("a", "A")
+    for name in "xy":
+        site.add_item(name, b"good bytes", "a")
+    site.context.transact(lambda c: request_verification(c, actor="user:test", now=site.now))
+    return site
+
+
+def claim(
+    connection: Connection, site: Site, token: uuid.UUID | None = None, limit: int = 9
+) -> list[dict[str, Any]]:
+    return queue.claim_operations(
+        connection,
+        _VERIFY,
+        token=token or new_id(),
+        worker="w",
+        limit=limit,
+        lease=_LEASE,
+        now=site.now,
+    )
+
+
+def release_lost(site: Site) -> int:
+    return site.context.transact(lambda c: queue.release_expired_leases(c, _VERIFY, site.now))
+
+
+def test_what_one_claims_another_does_not_wait_for_nor_get(site):
+    """While the first one's claim is not committed yet the second takes what is left, at once."""
+
+    def second(connection: Connection) -> list[dict[str, Any]]:
+        connection.execute(text("SET LOCAL lock_timeout = '2s'"))
+        return claim(connection, site)
+
+    def first(connection: Connection) -> tuple[Any, Any]:
+        mine = claim(connection, site, limit=1)
+        return mine, site.context.transact(second)
+
+    mine, others = site.context.transact(first)
+    assert len(mine) == len(others) == 1
+    assert mine[0]["operation_id"] != others[0]["operation_id"]
+
+
+def test_a_lease_holds_until_its_end(site):
+    """What somebody holds is neither given back nor claimed again."""
+    assert len(site.context.transact(lambda c: claim(c, site))) == 2
+    site.now += _LEASE
+    assert release_lost(site) == 0
+    assert site.context.transact(lambda c: claim(c, site)) == []
+
+
+def test_a_lease_that_ran_out_is_given_to_another(site):
+    """A lost worker's operations are due again, and what was lost is told."""
+    site.context.transact(lambda c: claim(c, site))
+    site.now += _LEASE + timedelta(microseconds=1)
+    assert release_lost(site) == 2
+    assert {one["attempts"] for one in site.context.transact(lambda c: claim(c, site))} == {2}
+    assert {row["error_code"] for row in site.query("SELECT * FROM operation")} == {"DLM-600"}
+
+
+def test_who_lost_its_lease_writes_nothing(site):
+    """What another holds by now is neither locked nor finished nor given back by who had it."""
+    lost, held = new_id(), new_id()
+    ids = [one["operation_id"] for one in site.context.transact(lambda c: claim(c, site, lost))]
+    site.advance(hours=1)
+    release_lost(site)
+    site.context.transact(lambda c: claim(c, site, held))
+    outcomes = [queue.Outcome(one, OperationState.DONE) for one in ids]
+
+    def write(connection: Connection) -> list[Any]:
+        return [
+            queue.lock_claimed(connection, lost, ids),
+            queue.finish_operations(connection, lost, outcomes, site.now),
+            queue.release_operations(connection, lost, site.now),
+            queue.extend_leases(connection, lost, site.now + _LEASE),
+        ]
+
+    assert site.context.transact(write) == [set(), 0, 0, 0]
+    found = site.query("SELECT state, lease_token FROM operation")
+    assert [(row["state"], row["lease_token"]) for row in found] == [("RUNNING", held)] * 2
+    assert site.context.transact(lambda c: queue.lock_claimed(c, held, ids)) == set(ids)
+
+
+def test_every_claim_has_a_token_of_its_own(site):
+    """By it, and not by the worker's name, an operation is known to be held."""
+    tokens = []
+
+    def execute(context: Context, claim: Claim) -> Report:
+        tokens.append(claim.token)
+        outcomes = [done(one) for one in claim.operations]
+        context.transact(
+            lambda c: queue.finish_operations(c, claim.token, outcomes, context.clock())
+        )
+        report = Report()
+        for one, outcome in zip(claim.operations, outcomes, strict=True):
+            report.note(one, outcome, 0, 0.0)
+        return report
+
+    assert drain(site.context, {OperationKind.VERIFY: execute}).total == 2
+    assert len(tokens) == len(set(tokens)) == 2
+
+
+def test_tries_end():
+    """Each wait is at most twice as long as the last and none longer than the ceiling; after the
+    last try there is none."""
+    now = datetime(2026, 6, 1, tzinfo=UTC)
+    backoff = queue.Backoff(10, 30, 4)
+    for attempts, longest in ((1, 10), (2, 20), (3, 30)):
+        due = backoff.next_due(attempts, now)
+        assert due is not None
+        assert longest / 2 <= (due - now).total_seconds() <= longest
+    assert backoff.next_due(4, now) is None

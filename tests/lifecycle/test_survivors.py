@@ -1,0 +1,94 @@
+"""What counts as a survivor when a copy is to go."""
+
+from datetime import timedelta
+
+import pytest
+
+from dlm_core.catalogue import deletions
+from dlm_core.lifecycle.expire import trash
+from dlm_core.types import new_id
+from tests.site import make_site
+
+
+@pytest.fixture
+def site(engine, tmp_path):
+    site = make_site(engine, tmp_path)
+    for name in "abc":
+        site.add_storage(name, name.upper())
+    return site
+
+
+def also_on(site, oid, storage: str) -> None:
+    """A READY replica of an item on another storage."""
+    uid = new_id()
+    site.execute(
+        """INSERT INTO replica (uid, oid, storage_id, path, size, created_at, accessed_at)
+           SELECT :uid, oid, :s, 'copy', size, :now, :now FROM data_item WHERE oid = :oid""",
+        uid=uid, oid=oid, s=site.storages[storage], now=site.now,
+    )  # fmt: skip
+    site.execute(
+        """UPDATE replica r SET state = 'READY', digest = i.digest, checked_at = :now
+             FROM data_item i WHERE i.oid = r.oid AND r.uid = :uid""",
+        uid=uid, now=site.now,
+    )  # fmt: skip
+
+
+def proof_of(site, oid, storage: str) -> deletions.Proof:
+    uid = site.replica(oid, storage)["uid"]
+    (proof,) = site.context.transact(lambda c: deletions.prove(c, [uid]))
+    return proof
+
+
+def trash_copy(site, oid, storage: str) -> None:
+    proof = proof_of(site, oid, storage)
+    terms = {"actor": "user:test", "now": site.now, "valid_for": timedelta(hours=1)}
+    site.context.transact(lambda c: trash(c, [proof], **terms))
+
+
+def turn(*states: str):
+    def change(site, oid) -> None:
+        for state in states:
+            site.execute(
+                "UPDATE replica SET state = :s WHERE oid = :o AND path = 'copy'", s=state, o=oid
+            )
+
+    return change
+
+
+DOUBTS = {
+    "pending": turn("MISSING", "PENDING"),
+    "suspect": turn("SUSPECT"),
+    "corrupted": turn("SUSPECT", "CORRUPTED"),
+    "missing": turn("MISSING"),
+    "trashed": lambda site, oid: trash_copy(site, oid, "b"),
+    "leaving": lambda site, oid: site.execute(
+        "UPDATE replica SET expires_at = :n WHERE oid = :o AND path = 'copy'", o=oid, n=site.now
+    ),
+    "offline": lambda site, oid: site.set_storage("b", mode="offline"),
+    "draining": lambda site, oid: site.set_storage("b", mode="draining"),
+}
+
+
+@pytest.mark.parametrize("doubt", DOUBTS)
+def test_only_what_was_read_and_matched_is_a_survivor(site, doubt):
+    """A copy that is doubted, gone, leaving or out of reach lets no other one go."""
+    oid = site.add_item("x", b"1", "a", target_phase="LIQUID")
+    also_on(site, oid, "b")
+    assert proof_of(site, oid, "a").refusal is None
+    DOUBTS[doubt](site, oid)
+    proof = proof_of(site, oid, "a")
+    assert proof.survivors == []
+    assert proof.refusal is not None and "give 0 of the 2" in proof.refusal
+
+
+def test_two_volumes_of_one_location_are_one_survivor(site):
+    """What one fire takes counts once, however many disks it is on."""
+    site.add_storage("b2", "B")
+    oid = site.add_item("x", b"1", "a", target_phase="SOLID")
+    also_on(site, oid, "b")
+    also_on(site, oid, "b2")
+    proof = proof_of(site, oid, "a")
+    assert len(proof.survivors) == 2 and proof.survivor_weight == 2
+    assert proof.refusal is not None and "give 2 of the 4" in proof.refusal
+    also_on(site, oid, "c")
+    assert proof_of(site, oid, "a").refusal is None

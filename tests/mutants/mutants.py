@@ -1,0 +1,7 @@
+"""The list of mutants."""
+
+from tests.mutants.catalogue import CATALOGUE
+from tests.mutants.lifecycle import LIFECYCLE
+from tests.mutants.rules import RULES
+
+MUTANTS = (*CATALOGUE, *LIFECYCLE, *RULES)

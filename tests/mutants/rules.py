@@ -1,0 +1,219 @@
+"""Mutants of the rules that the database keeps by itself."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+RULES = (
+    Mutant(
+        "certificate-not-needed",
+        "schema/sql/0001_functions.sql",
+        ("    IF FOUND THEN\n      PERFORM dlm_refuse(format('replica %s cannot be deleted"),
+        ("    IF false THEN\n      PERFORM dlm_refuse(format('replica %s cannot be deleted"),
+        "psql trashes without a certificate",
+        ("schema/test_rules.py::test_nothing_is_trashed_without_a_certificate",),
+    ),
+    Mutant(
+        "certificate-of-any-time",
+        "schema/sql/0001_functions.sql",
+        " AND d.valid_until >= dlm_now() END",
+        " END",
+        "a certificate allows a deletion after its time",
+        (
+            (
+                "schema/test_rules.py"
+                "::test_nothing_is_deleted_but_trash_with_a_proof_that_is_good_now"
+            ),
+        ),
+        "git-annex: a proof has an end",
+    ),
+    Mutant(
+        "certificate-of-another-transaction",
+        "schema/sql/0001_functions.sql",
+        "d.step = 'trash' AND d.xid = pg_current_xact_id()",
+        "d.step = 'trash'",
+        "an old certificate allows a new trashing",
+        ("schema/test_rules.py::test_a_certificate_of_another_transaction_does_not_trash",),
+    ),
+    Mutant(
+        "last-copy-by-psql",
+        "schema/sql/0001_functions.sql",
+        ("    IF FOUND THEN\n      PERFORM dlm_refuse(format('replica %s is the last good copy"),
+        ("    IF false THEN\n      PERFORM dlm_refuse(format('replica %s is the last good copy"),
+        "the database lets the last good copy go",
+        ("schema/test_rules.py::test_the_last_good_copy_stays_until_its_item_has_expired",),
+        "SKA DLM 2: decreasing the phase deletes every copy",
+    ),
+    Mutant(
+        "unread-is-ready",
+        "schema/sql/0001_functions.sql",
+        "i.oid = n.oid AND i.digest = n.digest AND i.size = n.size OFFSET 0",
+        "i.oid = n.oid AND i.size = n.size OFFSET 0",
+        "a replica with another digest is READY",
+        ("schema/test_rules.py::test_only_observed_bytes_make_a_replica_ready",),
+        "SKA DLM 7: set READY with 0 bytes",
+    ),
+    Mutant(
+        "item-expires-early",
+        "schema/sql/0001_functions.sql",
+        (
+            "       AND (n.expires_at > dlm_now() OR EXISTS (SELECT FROM holds_on(n.oid, "
+            "n.uri, n.collection_id))) LIMIT 1;"
+        ),
+        ("       AND EXISTS (SELECT FROM holds_on(n.oid, n.uri, n.collection_id)) LIMIT 1;"),
+        "an item expires before its time",
+        (
+            (
+                "schema/test_rules.py"
+                "::test_an_item_expires_only_past_its_time_and_goes_only_after_its_replicas"
+            ),
+        ),
+        "SKA DLM 3: goes whatever its expiration says",
+    ),
+    Mutant(
+        "item-expires-under-hold",
+        "schema/sql/0001_functions.sql",
+        (
+            "       AND (n.expires_at > dlm_now() OR EXISTS (SELECT FROM holds_on(n.oid, "
+            "n.uri, n.collection_id))) LIMIT 1;"
+        ),
+        "       AND n.expires_at > dlm_now() LIMIT 1;",
+        "an item under a hold expires",
+        ("schema/test_rules.py::test_a_hold_keeps_items_and_replicas",),
+    ),
+    Mutant(
+        "event-not-written",
+        "schema/sql/0001_functions.sql",
+        (
+            "     WHERE o.state <> n.state OR o.expires_at IS DISTINCT FROM n.expires_at "
+            "OR o.deletion_id IS"
+        ),
+        "     WHERE o.expires_at IS DISTINCT FROM n.expires_at OR o.deletion_id IS",
+        "a replica's change of state is not in the log",
+        ("schema/test_rules.py::test_every_change_of_state_is_an_event",),
+    ),
+    Mutant(
+        "tally-wrong",
+        "schema/sql/0001_functions.sql",
+        "SELECT o.storage_id, o.state, -1, -o.size FROM",
+        "SELECT o.storage_id, o.state, -1, -n.size FROM",
+        "bytes per storage do not add up",
+        ("schema/test_rules.py::test_the_tally_is_a_recount_after_any_changes",),
+    ),
+    Mutant(
+        "feed-skips",
+        "schema/sql/0001_functions.sql",
+        "  SELECT * FROM event WHERE xid < pg_snapshot_xmin(pg_current_snapshot());",
+        "  SELECT * FROM event;",
+        "a reader of the feed misses what is committed late",
+        ("schema/test_rules.py::test_the_feed_never_skips_a_late_commit",),
+        "SKA DLM 9: outbox",
+    ),
+    Mutant(
+        "retired-with-trash",
+        "schema/sql/0001_functions.sql",
+        (
+            "EXISTS (SELECT FROM replica WHERE storage_id = NEW.storage_id AND state <> "
+            "'DELETED') THEN"
+        ),
+        ("EXISTS (SELECT FROM replica WHERE storage_id = NEW.storage_id AND state = 'READY') THEN"),
+        "a storage retires with replicas on it",
+        ("schema/test_rules.py::test_a_storage_retires_only_when_empty_and_for_good",),
+    ),
+    Mutant(
+        "sql-phases-swapped",
+        "schema/sql/0001_functions.sql",
+        "WHEN 'LIQUID' THEN 2 WHEN 'GAS' THEN 1",
+        "WHEN 'LIQUID' THEN 1 WHEN 'GAS' THEN 2",
+        "the database weighs phases otherwise",
+        (("schema/test_agreement.py::test_phases_weigh_the_same_everywhere"),),
+    ),
+    Mutant(
+        "sizes-of-32-bits",
+        "schema/sql/0001_tables.sql",
+        "  size           bigint NOT NULL CHECK",
+        "  size           integer NOT NULL CHECK",
+        "a payload of 3 GiB is out of range",
+        ("schema/test_agreement.py::test_alembic_finds_no_difference",),
+        "SKA DLM 10: 32-bit sizes",
+    ),
+    Mutant(
+        "deleted-comes-back",
+        "schema/sql/0001_tables.sql",
+        "  ('replica', 'TRASHED', 'DELETED')",
+        ("  ('replica', 'DELETED', 'READY'),\n  ('replica', 'TRASHED', 'DELETED')"),
+        "DELETED goes back to READY",
+        (("schema/test_rules.py::test_the_table_reaches_every_state_and_deleted_never_goes_back"),),
+        "SKA DLM 10: set_state allows DELETED to READY",
+    ),
+    Mutant(
+        "audit-ignores-size",
+        "schema/sql/0002_audit.sql",
+        "d.proved_at, d.valid_until, d.xid, d.size)::text",
+        "d.proved_at, d.valid_until, d.xid)::text",
+        "a changed certificate is not noticed",
+        ("catalogue/test_seals.py::test_every_column_is_sealed",),
+    ),
+    Mutant(
+        "audit-ignores-detail",
+        "schema/sql/0002_audit.sql",
+        "e.new_state, e.actor, e.detail)::text",
+        "e.new_state, e.actor)::text",
+        "a changed event is not noticed",
+        ("catalogue/test_seals.py::test_every_column_is_sealed",),
+    ),
+    Mutant(
+        "seals-unchained",
+        "schema/sql/0002_audit.sql",
+        "    v_previous := v_new.seal;\n",
+        "",
+        "a day that was written anew is not noticed",
+        (
+            "catalogue/test_seals.py::test_the_seals_themselves_are_looked_at",
+            (
+                "catalogue/test_seals.py"
+                "::test_an_untouched_log_verifies_and_sealing_again_changes_nothing"
+            ),
+        ),
+    ),
+    Mutant(
+        "lock-shortened",
+        "schema/sql/0002_holds.sql",
+        "  IF OLD.locked AND (NOT NEW.locked OR NEW.ends_at < OLD.ends_at) THEN",
+        "  IF OLD.locked AND NOT NEW.locked THEN",
+        "a retention lock is shortened",
+        ("schema/test_holds.py::test_a_lock_cannot_be_shortened_or_turned_aside",),
+    ),
+    Mutant(
+        "lock-ends-by-any-clock",
+        "schema/sql/0002_holds.sql",
+        "    THEN least(dlm_now(), clock_timestamp()) ELSE dlm_now() END",
+        "    THEN dlm_now() ELSE dlm_now() END",
+        "a clock put forward ends a retention lock",
+        ("schema/test_holds.py::test_a_lock_does_not_end_by_a_clock_that_was_put_forward",),
+    ),
+    Mutant(
+        "certificate-under-hold",
+        "schema/sql/0002_holds.sql",
+        "  IF EXISTS (SELECT FROM hold) AND EXISTS (",
+        "  IF false AND EXISTS (",
+        "a certificate is written for what is held",
+        ("schema/test_holds.py::test_no_certificate_is_written_for_what_is_held",),
+    ),
+    Mutant(
+        "one-approves-twice",
+        "schema/sql/0002_plans.sql",
+        "SELECT count(DISTINCT actor)",
+        "SELECT count(actor)",
+        "one person approves in the place of two",
+        (("lifecycle/test_limits.py::test_two_people_have_to_approve_where_the_site_says_so"),),
+    ),
+    Mutant(
+        "other-entries-approved",
+        "schema/sql/0002_plans.sql",
+        " OR plan_hash(NEW.plan_id) IS DISTINCT FROM NEW.content_hash) THEN",
+        ") THEN",
+        "what was slipped into a plan is approved with it",
+        ("lifecycle/test_limits.py::test_entries_that_were_slipped_in_are_not_approved",),
+    ),
+)

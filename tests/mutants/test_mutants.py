@@ -1,0 +1,42 @@
+"""The list of mutants does not rot."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.mutant import table
+from tests.mutants.mutants import MUTANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@cache
+def functions(file: str) -> set[str]:
+    tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda one: one.name)
+def test_a_mutant_breaks_one_place_and_names_its_tests(mutant):
+    """What it replaces is there once, it is another text, and the tests that kill it exist."""
+    text = (ROOT / mutant.file).read_text(encoding="utf-8")
+    assert text.count(mutant.old) == 1
+    assert mutant.new != mutant.old
+    assert mutant.breaks
+    assert mutant.tests
+    for test in mutant.tests:
+        file, _, name = test.partition("::")
+        assert name.partition("[")[0] in functions(file)
+
+
+def test_every_mutant_has_a_name_of_its_own():
+    """By which it can be run alone, and none is in the list twice."""
+    assert len({one.name for one in MUTANTS}) == len(MUTANTS)
+    assert len({(one.file, one.old, one.new) for one in MUTANTS}) == len(MUTANTS)
+
+
+def test_the_documented_table_is_the_list():
+    """docs/mutants.md says which test kills which mutant."""
+    assert table(MUTANTS) in (ROOT / "docs" / "mutants.md").read_text(encoding="utf-8")

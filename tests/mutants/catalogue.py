@@ -297,8 +297,8 @@ CATALOGUE = (
     Mutant(
         "plan-after-its-time",
         "dlm_core/catalogue/plans.py",
-        ("WHERE state = 'APPROVED' AND valid_until > dlm_now()\n              AND EXISTS"),
-        ("WHERE state = 'APPROVED'\n              AND EXISTS"),
+        "WHERE state = 'APPROVED' AND valid_until > :now ORDER BY plan_id",
+        "WHERE state = 'APPROVED' AND CAST(:now AS timestamptz) IS NOT NULL ORDER BY plan_id",
         "an approval that ran out is acted on",
         ("lifecycle/test_limits.py::test_approvals_and_proposals_run_out",),
     ),

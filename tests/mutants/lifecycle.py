@@ -106,7 +106,7 @@ LIFECYCLE = (
     Mutant(
         "survivor-not-read",
         "dlm_core/lifecycle/trash.py",
-        '        if good and row["checked_at"] < oldest:',
+        '        if told and row["checked_at"] < oldest:',
         "        if False:",
         "a survivor that was not read for long is believed by its size",
         ("storages/test_faults.py::test_a_survivor_with_a_flipped_bit_stops_the_purge",),

@@ -161,8 +161,8 @@ def one_set(
 def _add_bucket(core: Context, server: S3Server) -> None:
     config = {
         "endpoint": server.endpoint,
-        "access_key_env": "BENCH_S3_KEY",
-        "secret_key_env": "BENCH_S3_SECRET",
+        "access_key": "env:BENCH_S3_KEY",
+        "secret_key": "env:BENCH_S3_SECRET",
     }
 
     def make(connection: Any) -> None:

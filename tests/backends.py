@@ -1,4 +1,4 @@
-"""Real storages for tests, by name: a folder, a bucket of a real S3 server, a folder behind sshd."""
+"""Real storages for tests, by name: a folder, a bucket of a real S3 server, one behind sshd."""
 
 from __future__ import annotations
 

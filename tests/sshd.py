@@ -1,4 +1,4 @@
-"""A real OpenSSH server for the tests: Debian's sshd on a free loopback port, with throwaway keys."""
+"""A real OpenSSH server for the tests: an sshd on a free loopback port, with throwaway keys."""
 
 from __future__ import annotations
 

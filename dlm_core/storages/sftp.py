@@ -13,7 +13,7 @@ import stat as stat_module
 import threading
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
 from contextlib import suppress
@@ -36,24 +36,27 @@ from dlm_core.errors import (
 from dlm_core.storages import ssh
 from dlm_core.storages.config import read_config
 from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage
+from dlm_core.storages.sftp_files import (
+    BLOCK,
+    LARGE_WEIGHT,
+    SILENCE_SECONDS,
+    SftpStream,
+    Upload,
+    every,
+    synced,
+    take,
+    writes,
+)
 from dlm_core.storages.ssh import Session
 
 _T = TypeVar("_T")
 
 _READ = asyncssh.FXF_READ
 _CREATE = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
-# a request that is not answered for so long never will be (a file system that hangs, say)
-_SILENCE_SECONDS = 120
 _HASH_SECONDS = 86_400
-#: bytes in a request where the server takes so many: OpenSSH's largest (255 KiB)
-_REQUEST = 255 << 10
-#: what goes over in one call from thread to loop
-_BLOCK = 4 * _REQUEST
-# blocks of an upload, and requests of a download, that are under way at once
+# blocks of an upload that are under way at once
 _BLOCKS_AHEAD = 4
-_REQUESTS_AHEAD = 8
 _LARGE_AT_ONCE = 4
-_LARGE_WEIGHT = 8
 _LOOKED_AT_ONCE = 64
 _LOOKED_IN_ONE_CALL = 1024
 # a disk with less than this does not take another request
@@ -110,7 +113,7 @@ class SftpStorage:
         self, name: str, connections: ssh.Connections, *, shell: bool, concurrency: int = 32
     ) -> None:
         self.name, self.concurrency = name, concurrency
-        self._connections, self._shell = connections, shell
+        self.connections, self.shell = connections, shell
         self._large = threading.BoundedSemaphore(_LARGE_AT_ONCE)
         # folders with names that are not durable yet
         self._touched: set[str] = set()
@@ -135,18 +138,18 @@ class SftpStorage:
         """``work`` with a session, in the loop; what goes wrong is told in the port's words."""
 
         async def in_loop() -> _T:
-            async with self._connections.session() as session:
-                return await self._told(session, path, work(session))
+            async with self.connections.session() as session:
+                return await self.told(session, path, work(session))
 
         return ssh.run(in_loop())
 
-    async def _told(self, session: Session, path: str, work: Awaitable[_T]) -> _T:
+    async def told(self, session: Session, path: str, work: Awaitable[_T]) -> _T:
         try:
-            async with asyncio.timeout(_SILENCE_SECONDS):
+            async with asyncio.timeout(SILENCE_SECONDS):
                 return await work
         except TimeoutError:
             session.connection.abort()  # whatever it would answer, nobody waits for it any more
-            raise self._unavailable(f"no answer for {_SILENCE_SECONDS} s about {path!r}") from None
+            raise self._unavailable(f"no answer for {SILENCE_SECONDS} s about {path!r}") from None
         except (asyncssh.Error, OSError) as error:
             raise await self._translate(session, path, error) from error
 
@@ -168,7 +171,7 @@ class SftpStorage:
     async def _root_is_gone(self, session: Session) -> StorageUnavailableError | None:
         """A root that is gone is an outage, not an empty storage."""
         try:
-            async with asyncio.timeout(_SILENCE_SECONDS):
+            async with asyncio.timeout(SILENCE_SECONDS):
                 attributes = await session.sftp.stat(session.root)
         except (asyncssh.Error, OSError) as error:
             return self._unavailable(f"its root is not there: {ssh.one_line(error)}")
@@ -179,7 +182,7 @@ class SftpStorage:
     async def _why(self, session: Session, path: str, error: Exception) -> StorageError:
         """The protocol has one word for a full disk, a read-only one, and whatever else."""
         try:
-            async with asyncio.timeout(_SILENCE_SECONDS):
+            async with asyncio.timeout(SILENCE_SECONDS):
                 found = await session.sftp.statvfs(session.root)
         except (asyncssh.Error, OSError):
             found = None
@@ -212,7 +215,7 @@ class SftpStorage:
             async with free:
                 return await work
 
-        found = await _all(
+        found = await every(
             *(limited(self._lstat(session, path)) for path in paths),
             *(limited(self._linked(session, folder)) for folder in folders),
         )
@@ -266,7 +269,7 @@ class SftpStorage:
 
     async def _list(self, session: Session, path: str) -> list[Entry]:
         full = self._full(session, path)
-        linked, names = await _all(self._linked(session, path), session.sftp.readdir(full))
+        linked, names = await every(self._linked(session, path), session.sftp.readdir(full))
         if linked:
             raise self._refused(path, "a symbolic link stands in the way")
         entries = []
@@ -282,9 +285,9 @@ class SftpStorage:
         self._octets(path)
 
         async def in_loop() -> SftpStream:
-            session = await self._connections.borrow(1)
+            session = await self.connections.borrow(1)
             try:
-                return await self._told(session, path, self._open(session, path))
+                return await self.told(session, path, self._open(session, path))
             except BaseException:
                 session.busy -= 1
                 raise
@@ -308,8 +311,8 @@ class SftpStorage:
 
     def write(self, path: str, source: Readable, size: int) -> str | None:
         self._octets(path)
-        first = _take(source)
-        if len(first) < _BLOCK:
+        first = take(source)
+        if len(first) < BLOCK:
             self._run(path, lambda session: self._put(session, path, first))
         else:
             with self._large:
@@ -318,19 +321,19 @@ class SftpStorage:
 
     async def _put(self, session: Session, path: str, data: bytes) -> None:
         """A whole small file: its bytes and its end are sent without waiting in between."""
-        file = await self._create(session, path)
+        file = await self.create(session, path)
         try:
-            await _all(
-                *_writes(session, file, data, 0),
-                *([] if self._shell else [_synced(file)]),
+            await every(
+                *writes(session, file, data, 0),
+                *([] if self.shell else [synced(file)]),
                 file.close(),
             )
         except (asyncssh.Error, OSError) as error:
             translated = await self._translate(session, path, error)
-            await self._discard(session, path)
+            await self.discard(session, path)
             raise translated from error
 
-    async def _create(self, session: Session, path: str) -> SFTPClientFile:
+    async def create(self, session: Session, path: str) -> SFTPClientFile:
         try:
             return await self._in_folder(
                 session, path, partial(self._create_in, session, self._full(session, path))
@@ -384,15 +387,15 @@ class SftpStorage:
             if there.kind != "directory":
                 raise self._refused(folder, "no folder, though one is wanted") from None
 
-    async def _discard(self, session: Session, path: str) -> None:
+    async def discard(self, session: Session, path: str) -> None:
         """Clearing up after an error that is being told; the sweep finds what stays."""
         with suppress(asyncssh.Error, OSError, TimeoutError):
-            async with asyncio.timeout(_SILENCE_SECONDS):
+            async with asyncio.timeout(SILENCE_SECONDS):
                 await session.sftp.remove(self._full(session, path))
 
     def _pour(self, path: str, first: bytes, source: Readable) -> None:
         """A large file, a few blocks ahead of what the far side has answered for."""
-        upload = ssh.run(_Upload.begun(self, path))
+        upload = ssh.run(Upload.begun(self, path))
         waiting: deque[Future[None]] = deque()
         try:
             block = first
@@ -400,7 +403,7 @@ class SftpStorage:
                 waiting.append(ssh.submit(upload.write(block)))
                 if len(waiting) > _BLOCKS_AHEAD:
                     waiting.popleft().result()
-                block = _take(source)
+                block = take(source)
             while waiting:
                 waiting.popleft().result()
             ssh.run(upload.finish())
@@ -414,8 +417,8 @@ class SftpStorage:
         with self._lock:
             folders, self._touched = self._touched, set()
         try:
-            if self._shell:
-                self._sync_all()
+            if self.shell:
+                self._syncevery()
             else:
                 self._run("", lambda session: self._sync_folders(session, folders))
         except BaseException:
@@ -423,20 +426,17 @@ class SftpStorage:
                 self._touched |= folders
             raise
 
-    def _sync_all(self) -> None:
-        async def work(session: Session) -> Any:
-            return await session.connection.run(_SYNC, input=session.root, encoding=None)
-
-        done = self._run("", work)
-        if done.exit_status != 0:
-            said = (done.stderr or b"").decode("utf-8", "replace").strip().split("\n")[-1][:200]
+    def _syncevery(self) -> None:
+        status, _, complaint = self._run("", lambda session: session.command(_SYNC, session.root))
+        if status != 0:
+            said = complaint.decode("utf-8", "replace").strip().split("\n")[-1][:200]
             raise self._unavailable(f"'{_SYNC}' fails there, is shell=false right? {said}")
 
     async def _sync_folders(self, session: Session, folders: Iterable[str]) -> None:
         for folder in sorted(folders):
             with suppress(*_ABSENT):  # removed since
                 file = await session.sftp.open(self._full(session, folder), _READ, encoding=None)
-                await _all(_synced(file), file.close())
+                await every(synced(file), file.close())
 
     def rename(self, source: str, destination: str) -> None:
         for path in (source, destination):
@@ -496,7 +496,7 @@ class SftpStorage:
                 await session.sftp.remove(self._full(session, path))
 
         for n in range(0, len(paths), _LOOKED_AT_ONCE):
-            await _all(*map(remove_one, paths[n : n + _LOOKED_AT_ONCE]))
+            await every(*map(remove_one, paths[n : n + _LOOKED_AT_ONCE]))
         self._touch(posixpath.dirname(paths[0]))
 
     def usage(self) -> Usage | None:
@@ -515,9 +515,9 @@ class SftpStorage:
                 raise outage
             async for _ in session.sftp.scandir(session.root):
                 break
-            if self._shell:
-                done = await session.connection.run(_HELLO, input=b"", encoding=None)
-                if b"dlm-shell" not in (done.stdout or b""):
+            if self.shell:
+                _, printed, _ = await session.command(_HELLO, b"")
+                if b"dlm-shell" not in printed:
                     raise self._unavailable("no command can be run there: say shell=false")
 
         self._run("", work)
@@ -527,7 +527,7 @@ class SftpStorage:
     def digest_many(
         self, paths: Sequence[str], stop: threading.Event | None = None
     ) -> dict[str, str]:
-        if not self._shell or not paths:
+        if not self.shell or not paths:
             return {}
         names = {self._octets(path): path for path in paths}
         future = ssh.submit(self._hash(list(names)))
@@ -542,192 +542,15 @@ class SftpStorage:
         return {names[name]: f"sha256:{digest}" for name, digest in told.items() if name in names}
 
     async def _hash(self, names: Sequence[bytes]) -> dict[bytes, str]:
-        async with self._connections.session(_LARGE_WEIGHT) as session:
+        async with self.connections.session(LARGE_WEIGHT) as session:
             top = posixpath.join(session.root, b"")
             asked = b"".join(top + name + b"\0" for name in names)
             try:
                 async with asyncio.timeout(_HASH_SECONDS):
-                    done = await session.connection.run(_HASH, input=asked, encoding=None)
+                    _, printed, _ = await session.command(_HASH, asked)
             except (asyncssh.Error, OSError, TimeoutError) as error:
                 raise self._unavailable(f"'{_HASH}': {ssh.one_line(error)}") from error
-        return dict(_digests(done.stdout or b"", top))
-
-
-class _Upload:
-    """A large file on its way; one session has it from its first byte to its last."""
-
-    def __init__(
-        self, storage: SftpStorage, path: str, session: Session, file: SFTPClientFile
-    ) -> None:
-        self._storage, self._path = storage, path
-        self._session, self._file, self._offset = session, file, 0
-
-    @classmethod
-    async def begun(cls, storage: SftpStorage, path: str) -> _Upload:
-        session = await storage._connections.borrow(_LARGE_WEIGHT)
-        try:
-            file = await storage._told(session, path, storage._create(session, path))
-        except BaseException:
-            session.busy -= _LARGE_WEIGHT
-            raise
-        return cls(storage, path, session, file)
-
-    async def write(self, block: bytes) -> None:
-        requests = _writes(self._session, self._file, block, self._offset)
-        self._offset += len(block)
-        await self._storage._told(self._session, self._path, _all(*requests))
-
-    async def finish(self) -> None:
-        synced = [] if self._storage._shell else [_synced(self._file)]
-        await self._storage._told(self._session, self._path, _all(*synced, self._file.close()))
-        self._session.busy -= _LARGE_WEIGHT
-
-    async def abandon(self) -> None:
-        self._session.busy -= _LARGE_WEIGHT
-        with suppress(asyncssh.Error, OSError, TimeoutError, ValueError):
-            async with asyncio.timeout(_SILENCE_SECONDS):
-                await self._file.close()
-        await self._storage._discard(self._session, self._path)
-
-
-class SftpStream:
-    """A file that is read once, front to back, some requests ahead of who reads it."""
-
-    def __init__(
-        self,
-        storage: SftpStorage,
-        path: str,
-        entry: Entry,
-        session: Session,
-        file: SFTPClientFile,
-    ) -> None:
-        self._storage, self._path, self._session = storage, path, session
-        self._file: SFTPClientFile | None = file
-        self.size, self.opened = entry.size, _stamp(entry)
-        self._length = min(_REQUEST, session.sftp.limits.max_read_len or _REQUEST)
-        # answers to come, with the offset at which each ends if it is whole
-        self._coming: deque[tuple[asyncio.Future[bytes], int]] = deque()
-        self._rest, self._at_end = memoryview(b""), False
-        self._asked = self._received = 0
-
-    async def begin(self) -> None:
-        """Ask for the first bytes. A small file is there at once, and closed again."""
-        self._ask()
-        if self.size < self._length:
-            self._rest = memoryview(await self._next())
-            if self._at_end:
-                await self._end()
-
-    def _ask(self) -> None:
-        """Keep some requests under way; the last asks for a byte more than there should be."""
-        while len(self._coming) < _REQUESTS_AHEAD and self._asked <= self.size:
-            self._ask_for(min(self._length, self.size + 1 - self._asked))
-
-    def _ask_for(self, length: int) -> None:
-        task = asyncio.ensure_future(self._part(self._asked, length))
-        task.add_done_callback(_forget)
-        self._asked += length
-        self._coming.append((task, self._asked))
-
-    async def _next(self) -> bytes:
-        task, end = self._coming.popleft()
-        part = await task
-        self._received += len(part)
-        self._at_end = self._received < end
-        return part
-
-    async def _part(self, offset: int, length: int) -> bytes:
-        assert self._file is not None
-        found = b""
-        while len(found) < length:
-            more = await self._file.read(length - len(found), offset + len(found))
-            if not more:
-                break
-            found += more
-        return found
-
-    def read(self, size: int = -1, /) -> bytes:
-        """At most ``size`` bytes; all of them if negative."""
-        if size < 0:
-            return b"".join(iter(lambda: self.read(_BLOCK), b""))
-        if len(self._rest) < size and not self._at_end:
-            told = self._storage._told(self._session, self._path, self._more(size))
-            self._rest = memoryview(ssh.run(told))
-        taken = bytes(self._rest[:size])
-        self._rest = self._rest[size:]
-        return taken
-
-    async def _more(self, size: int) -> bytes:
-        parts, length = [bytes(self._rest)], len(self._rest)
-        while length < size and not self._at_end:
-            if not self._coming:
-                self._ask_for(self._length)  # it has grown: whoever reads on is told so
-            parts.append(await self._next())
-            length += len(parts[-1])
-            self._ask()
-        return b"".join(parts)
-
-    def stamp(self) -> Hashable:
-        """Size and time of change (whole seconds, by the protocol) of what has the name now."""
-        entry = self._storage.stat(self._path)
-        return _stamp(entry) if entry is not None else None
-
-    def close(self) -> None:
-        if self._file is not None:
-            ssh.run(self._end())
-
-    async def _end(self) -> None:
-        file, self._file = self._file, None
-        for task, _ in self._coming:
-            task.cancel()
-        if file is not None:
-            self._session.busy -= 1
-            # nobody waits for the answer
-            closing = asyncio.ensure_future(file.close())
-            closing.add_done_callback(_forget)
-
-    def __enter__(self) -> SftpStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-async def _all(*work: Awaitable[Any]) -> list[Any]:
-    """Results in order; the first error, once all have ended: none goes on by itself."""
-    results = await asyncio.gather(*work, return_exceptions=True)
-    for one in results:
-        if isinstance(one, BaseException):
-            raise one
-    return results
-
-
-def _writes(
-    session: Session, file: SFTPClientFile, data: bytes, offset: int
-) -> list[Awaitable[int]]:
-    length = min(_REQUEST, session.sftp.limits.max_write_len or _REQUEST)
-    return [file.write(data[n : n + length], offset + n) for n in range(0, len(data), length)]
-
-
-async def _synced(file: SFTPClientFile) -> None:
-    """Wait until a file is on its medium; a server that cannot tell is believed."""
-    with suppress(asyncssh.SFTPOpUnsupported):
-        await file.fsync()
-
-
-def _forget(task: asyncio.Future[Any]) -> None:
-    """Whoever waits for it is told its error; the loop need not complain that nobody does."""
-    if not task.cancelled():
-        task.exception()
-
-
-def _take(source: Readable) -> bytes:
-    """The next block; shorter only at the end."""
-    parts, length = [], 0
-    while length < _BLOCK and (part := source.read(_BLOCK - length)):
-        parts.append(part)
-        length += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        return dict(_digests(printed, top))
 
 
 def _digests(output: bytes, top: bytes) -> Iterator[tuple[bytes, str]]:
@@ -737,10 +560,6 @@ def _digests(output: bytes, top: bytes) -> Iterator[tuple[bytes, str]]:
         if len(digest) == 64 and name.startswith(top):
             with suppress(ValueError):
                 yield name[len(top) :], bytes.fromhex(digest.decode("ascii")).hex()
-
-
-def _stamp(entry: Entry) -> Hashable:
-    return entry.size, entry.mtime
 
 
 def _entry(path: str, attributes: SFTPAttrs) -> Entry:

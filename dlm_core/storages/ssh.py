@@ -141,6 +141,14 @@ class Session:
     def alive(self) -> bool:
         return not self.connection.is_closed()
 
+    async def command(self, command: str, given: bytes) -> tuple[int | None, bytes, bytes]:
+        """Run a command of the far side's shell with ``given`` as its input.
+
+        Returns its exit status (None: killed), what it printed, and what it complained of.
+        """
+        done = await self.connection.run(command, input=given, encoding=None)
+        return done.exit_status, bytes(done.stdout or b""), bytes(done.stderr or b"")  # type: ignore[arg-type]
+
 
 class Connections:
     """The connections of one storage; used in the loop only.

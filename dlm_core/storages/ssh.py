@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,23 +96,31 @@ def parse_address(name: str, root: str) -> Address:
 # --- the loop --------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def _loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="dlm-ssh", daemon=True)
-    thread.start()
+class _Background:
+    """The loop and its thread, made when first needed; there is never a second one."""
 
-    def end() -> None:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(5)
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
 
-    atexit.register(end)
-    return loop
+    def loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="dlm-ssh", daemon=True).start()
+                atexit.register(self._loop.call_soon_threadsafe, self._loop.stop)
+            return self._loop
+
+    def has_begun(self) -> bool:
+        return self._loop is not None
+
+
+_background = _Background()
 
 
 def submit(work: Coroutine[Any, Any, _T]) -> Future[_T]:
     """Begin ``work`` in the loop; its result may be waited for from any other thread."""
-    return asyncio.run_coroutine_threadsafe(work, _loop())
+    return asyncio.run_coroutine_threadsafe(work, _background.loop())
 
 
 def run(work: Coroutine[Any, Any, _T]) -> _T:
@@ -276,8 +283,8 @@ class Connections:
 
 def end(connections: Connections) -> None:
     """Have the loop close ``connections``, from any thread."""
-    if _loop.cache_info().currsize:
-        _loop().call_soon_threadsafe(connections.close)
+    if _background.has_begun():
+        _background.loop().call_soon_threadsafe(connections.close)
 
 
 def read_host_keys(name: str, host_keys: str) -> str:

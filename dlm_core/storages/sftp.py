@@ -11,6 +11,7 @@ import asyncio
 import posixpath
 import stat as stat_module
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -59,6 +60,9 @@ _BLOCKS_AHEAD = 4
 _LARGE_AT_ONCE = 4
 _LOOKED_AT_ONCE = 64
 _LOOKED_IN_ONE_CALL = 1024
+_KEPT_SECONDS = 5.0
+# slashes in .dlm/tmp/<slot>: deeper folders belong to one copy each, and would pile up
+_SLOT_DEPTH = 2
 # a disk with less than this does not take another request
 _NO_ROOM = 1 << 20
 _READ_ONLY = 1  # of statvfs' f_flag
@@ -118,6 +122,8 @@ class SftpStorage:
         # folders with names that are not durable yet
         self._touched: set[str] = set()
         self._lock = threading.Lock()
+        # until when a folder needs not be looked at again; the loop's alone
+        self._entered: dict[str, float] = {}
         weakref.finalize(self, ssh.end, connections).atexit = False
 
     # --- paths and errors ------------------------------------------------------------------------
@@ -369,9 +375,17 @@ class SftpStorage:
             self._touched.add(folder)
 
     async def _enter(self, session: Session, folder: str) -> None:
-        """Make sure that no link leads away from a folder, be it there or not."""
+        """Make sure that no link leads away from a folder, be it there or not.
+
+        Of the DLM's own folders, where nobody else has business, the answer is kept for a while.
+        """
+        now = time.monotonic()
+        if self._entered.get(folder, now) > now:
+            return
         if await self._linked(session, folder):
             raise self._refused(folder, "a symbolic link stands in the way")
+        if folder.startswith(f"{PRIVATE}/tmp/") and folder.count("/") == _SLOT_DEPTH:
+            self._entered[folder] = now + _KEPT_SECONDS
 
     async def _make(self, session: Session, folder: str) -> None:
         """Make a folder, and what is missing above it."""
@@ -446,13 +460,20 @@ class SftpStorage:
     async def _rename(self, session: Session, source: str, destination: str) -> None:
         """Plain rename of SFTP 3: OpenSSH links and unlinks, and so replaces nothing."""
         old = posixpath.dirname(source)
-        await self._enter(session, old)
-        if await self._lstat(session, source) is None:  # nothing is made for no source
-            raise await self._absent(session, source)
         full = self._full(session, source), self._full(session, destination)
         self._touch(old)
+
+        async def move() -> None:
+            try:
+                await session.sftp.rename(*full)
+            except _ABSENT:
+                if await self._lstat(session, source) is None:  # nothing is made for no source
+                    raise await self._absent(session, source) from None
+                raise
+
+        await self._enter(session, old)
         try:
-            await self._in_folder(session, destination, lambda: session.sftp.rename(*full))
+            await self._in_folder(session, destination, move)
         except asyncssh.SFTPFailure:
             if await self._lstat(session, destination) is None:
                 raise

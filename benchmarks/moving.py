@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import uuid
@@ -10,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import asyncssh
 import obstore
 from obstore.store import S3Store
 
@@ -23,6 +25,7 @@ from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.work import Context, drain
 from dlm_core.types import OperationKind
+from tests.sshd import SshServer, ssh_server
 
 _BLOCK = 1 << 20
 _THREADS = 4
@@ -85,6 +88,37 @@ def _bare_put(source: Path, server: S3Server, prefix: str) -> None:
         raise OSError("the listing is short")
 
 
+def _bare_sftp(source: Path, server: SshServer, destination: Path) -> None:
+    """asyncssh as it is, and one command on the far side that tells all digests."""
+    asyncio.run(_put_all(source, server, destination))
+
+
+async def _put_all(source: Path, server: SshServer, destination: Path) -> None:
+    files = {destination / path.relative_to(source): path for path in _all_files(source)}
+    large = any(path.stat().st_size > (1 << 20) for path in files.values())
+    free = asyncio.Semaphore(4 if large else 32)
+
+    async def put(sftp: asyncssh.SFTPClient, target: Path, path: Path) -> None:
+        async with free:
+            await sftp.put(str(path), str(target))
+
+    async with (
+        asyncssh.connect(
+            "127.0.0.1", server.port, username=server.user, client_keys=[str(server.folder / "user")],
+            known_hosts=asyncssh.import_known_hosts(server.host_keys), config=None,
+        ) as connection,
+        connection.start_sftp_client() as sftp,
+    ):  # fmt: skip
+        for folder in sorted({target.parent for target in files}):
+            await sftp.makedirs(str(folder), exist_ok=True)
+        await asyncio.gather(*(put(sftp, *pair) for pair in files.items()))
+        names = "".join(f"{target}\0" for target in files)
+        told = await connection.run("xargs -0 sha256sum", input=names, check=True)
+    there = dict(reversed(line.split("  ", 1)) for line in told.stdout.splitlines())
+    if any(there[str(target)] != _hash(path) for target, path in files.items()):
+        raise OSError("a copy differs")
+
+
 def registration(core: Context, folder: Path, count: int) -> Result:
     """Announce and admit from disk, against walking and hashing alone."""
 
@@ -108,7 +142,7 @@ def registration_alone(home: Path, folder: Path, quick: bool) -> Result:
 
 def _plan_moves(core: Context, keep: str) -> None:
     """Queue the copies of all items to the one storage that is open."""
-    for name in ("b", "c", "bucket"):
+    for name in ("b", "c", "bucket", "far"):
         mode = "read_write" if name == keep else "offline"
         core.transact(
             lambda c, m=mode, n=name: run(
@@ -130,9 +164,10 @@ def _move(core: Context) -> None:
 
 
 def one_set(
-    home: Path, folder: Path, server: S3Server, label: str, count: int, size: int
+    home: Path, folder: Path, servers: tuple[S3Server, SshServer], label: str, count: int, size: int
 ) -> list[Result]:
     """The cases of one set of files."""
+    server, sshd = servers
     folder.mkdir()
     total = count * size
     value, unit = (count, "files/s") if label == "A" else (total / 1e6, "MB/s")
@@ -141,6 +176,7 @@ def one_set(
         places(core, folder)
         make_files(folder / "a", count, size)
         _add_bucket(core, server)
+        _add_far(core, sshd, folder / "far")
         first = registration(core, folder / "a", count)
         found.append({**first, "case": f"{first['case']} {label}"})
         _plan_moves(core, "b")
@@ -154,8 +190,28 @@ def one_set(
             lambda n: _bare_put(folder / "a", server, f"bare-{label}-{n}"), lambda: _move(core)
         )
         found.append(result(f"move posix-s3 {label}", value / ours, unit, value / bare))
+        core.transact(lambda c: run(c, "UPDATE storage SET phase = 'GAS' WHERE name = 'bucket'"))
+        _plan_moves(core, "far")
+        ours, bare = beside(
+            lambda n: _bare_sftp(folder / "a", sshd, folder / f"bare-far-{n}"), lambda: _move(core)
+        )
+        found.append(result(f"move posix-sftp {label}", value / ours, unit, value / bare))
         _check(core, count)
     return found
+
+
+def _add_far(core: Context, server: SshServer, folder: Path) -> None:
+    folder.mkdir()
+
+    def make(connection: Any) -> None:
+        add_location(connection, "hpc", now=core.clock())
+        add_storage(
+            connection, "far", location="hpc", interface="sftp", phase="LIQUID",
+            config=server.config(shell=True), root=server.root(folder), storage_class="disk",
+            now=core.clock(),
+        )  # fmt: skip
+
+    core.transact(make)
 
 
 def _add_bucket(core: Context, server: S3Server) -> None:
@@ -180,16 +236,16 @@ def _check(core: Context, count: int) -> None:
     from dlm_core.catalogue.status import status
 
     found = core.transact(lambda c: status(c, core.clock()))["replicas"]
-    if found.get("READY") != 3 * count:
+    if found.get("READY") != 4 * count:
         raise SystemExit(f"not all copies were made: {found}")
 
 
 def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
     """All cases of this module: A many small files, B few large ones."""
-    with s3_server(folder / "s3") as server:
+    with s3_server(folder / "s3") as server, ssh_server(folder / "sshd") as sshd:
         os.environ["BENCH_S3_KEY"] = server.access_key
         os.environ["BENCH_S3_SECRET"] = server.secret_key
         small, large = ((500, 10_000), (4, 20_000_000)) if quick else ((5000, 10_000), (20, 10**8))
         found = [registration_alone(home, folder / "R", quick)]
-        found += one_set(home, folder / "A", server, "A", *small)
-        return found + one_set(home, folder / "B", server, "B", *large)
+        found += one_set(home, folder / "A", (server, sshd), "A", *small)
+        return found + one_set(home, folder / "B", (server, sshd), "B", *large)

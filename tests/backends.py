@@ -1,4 +1,4 @@
-"""Real storages for tests, by name: a folder, and a bucket of a real S3 server."""
+"""Real storages for tests, by name: a folder, a bucket of a real S3 server, one behind sshd."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
 from tests.fakes import QuotaStorage
 from tests.faulty import Faulty
+from tests.sshd import SshServer, ssh_server
 
 KEYS = {"access_key": "env:DLM_TEST_S3_KEY", "secret_key": "env:DLM_TEST_S3_SECRET"}
 
@@ -38,7 +39,17 @@ def s3_config(server: S3Server) -> dict[str, str]:
     return {"endpoint": server.endpoint, **KEYS}
 
 
-@pytest.fixture(params=["posix", "s3", "quota", "faulty", "faulty_s3"])
+@pytest.fixture(scope="session")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
+    """One OpenSSH server a test session."""
+    with ssh_server(tmp_path_factory.mktemp("sshd")) as server:
+        yield server
+
+
+_KINDS = ("posix", "s3", "sftp", "sftp_shell", "quota", "faulty", "faulty_s3", "faulty_sftp")
+
+
+@pytest.fixture(params=_KINDS)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty storage of each kind; all keep the one contract, wrappers with faults off too."""
     if request.param.endswith("s3"):
@@ -48,6 +59,11 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
         return bucket if request.param == "s3" else cast(Storage, Faulty(bucket))
     root = tmp_path / "root"
     root.mkdir()
+    if "sftp" in request.param:
+        shell = request.param != "sftp"
+        server = request.getfixturevalue("sshd")
+        far = open_storage("far", "sftp", server.root(root), server.config(shell=shell))
+        return cast(Storage, Faulty(far)) if request.param == "faulty_sftp" else far
     inner = open_storage("disk", "posix", str(root), {})
     if request.param == "quota":
         return cast(Storage, QuotaStorage(inner, 1 << 40))

@@ -45,7 +45,13 @@ def _s3(name: str, root: str, config: Mapping[str, Any]) -> Storage:
     return open_s3(name, root, config)
 
 
-_BUILT_IN: dict[str, Opener] = {"posix": _posix, "s3": _s3}
+def _sftp(name: str, root: str, config: Mapping[str, Any]) -> Storage:
+    from dlm_core.storages.sftp import open_sftp
+
+    return open_sftp(name, root, config)
+
+
+_BUILT_IN: dict[str, Opener] = {"posix": _posix, "s3": _s3, "sftp": _sftp}
 
 
 @lru_cache(maxsize=1)
@@ -62,7 +68,7 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
 
     Parameters
     ----------
-    root : absolute folder (posix) or ``bucket/prefix`` (s3)
+    root : absolute folder (posix), ``bucket/prefix`` (s3) or ``user@host:port/folder`` (sftp)
     config : what the interface needs; secrets only by reference, never themselves
 
     Raises

@@ -1,8 +1,9 @@
 """Move payloads from one storage to another so that only whole, verified copies become visible.
 
-POSIX: written under a temporary name, flushed with the whole sub-batch, read back, renamed without
-overwriting. Object stores (``atomic_write``): a PUT appears whole or not at all and never replaces
-anything, so it goes to its final name; the upload fails if the source's digest turns out wrong.
+POSIX, SFTP: written under a temporary name, flushed with the whole sub-batch, read back (or
+proven by a digest that the far side computes: ``digest_many``), renamed without overwriting. Object
+stores (``atomic_write``): a PUT appears whole or not at all and never replaces anything, so it goes
+to its final name; the upload fails if the source's digest turns out wrong.
 """
 
 from __future__ import annotations
@@ -164,15 +165,19 @@ class _Mover:
         self.progress, self.stop = progress, stop or threading.Event()
         self.atomic = bool(getattr(destination, "atomic_write", False))
         self.part_size: Callable[[int], int] | None = getattr(destination, "part_size", None)
+        self.digest_many = getattr(destination, "digest_many", None)
         self.read_back = getattr(destination, "read_back", destination.open_read)
         self.opened_ahead = _MAX_CHUNK if hasattr(destination, "read_back") else 1
         self.outage: DlmError | None = None
 
     def concurrency(self) -> int:
-        """An object store hides its latency behind many requests; disks want few."""
-        both = (self.source.concurrency, self.destination.concurrency)
-        remote = self.atomic or getattr(self.source, "atomic_write", False)
-        return max(both) if remote else max(1, min(both))
+        """What is far away hides its latency behind many requests; disks want few."""
+        both = (self.source, self.destination)
+        remote = any(
+            getattr(one, "atomic_write", False) or getattr(one, "remote", False) for one in both
+        )
+        chosen = [one.concurrency for one in both]
+        return max(chosen) if remote else max(1, min(chosen))
 
     def write(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[_Copy]:
         """Bring the bytes of one sub-batch over; errors are kept beside the files."""
@@ -187,6 +192,7 @@ class _Mover:
             self._compare_etags(files)
         else:
             self._flush(files)
+            self._ask_for_digests(files)
         unproven = [file for file in files if not file.error and not file.proven]
         _in_chunks(pool, self._verify, unproven, self.opened_ahead)
         stopped = self.stop.is_set()
@@ -312,6 +318,22 @@ class _Mover:
         for path, file in waiting.items():
             entry = entries.get(path)
             file.proven = entry is not None and (entry.size, entry.etag) == (file.size, file.etag)
+
+    def _ask_for_digests(self, files: Sequence[_File]) -> None:
+        """The far side reads what it has just made durable and tells digests of the sub-batch.
+
+        Another machine's word proves these bytes: it was not told what we expect, and only who has
+        read them all can say it. Any other answer proves nothing; the file is read back.
+        """
+        waiting = {file.written: file for file in files if file.made and not file.error}
+        if self.digest_many is None or not waiting:
+            return
+        try:
+            told = self.digest_many(list(waiting), self.stop)
+        except DlmError:
+            return  # read them back instead
+        for path, digest in told.items():
+            waiting[path].proven = digest == waiting[path].digest
 
     def _verify(self, files: Sequence[_File]) -> list[None]:
         """Read files back; all are opened first, so that the medium is at work on the next ones."""

@@ -1,1 +1,1 @@
-from tests.backends import s3, storage  # noqa: F401
+from tests.backends import s3, sshd, storage  # noqa: F401

@@ -1,0 +1,593 @@
+"""SFTP: HPC machines and whatever else OpenSSH stands in front of.
+
+What needs the far side's answers is a coroutine that runs in the loop of
+:mod:`dlm_core.storages.ssh`; as many requests as may be are sent before the first is answered, for
+each costs a round trip.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import posixpath
+import stat as stat_module
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as StillRunning
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+import asyncssh
+from asyncssh import SFTPAttrs, SFTPClientFile
+
+from dlm_core.errors import (
+    AccessDeniedError,
+    InvalidValueError,
+    PathRefusedError,
+    PayloadExistsError,
+    PayloadNotFoundError,
+    StorageError,
+    StorageFullError,
+    StorageUnavailableError,
+)
+from dlm_core.storages import ssh
+from dlm_core.storages.config import read_config
+from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage
+from dlm_core.storages.sftp_files import (
+    BLOCK,
+    LARGE_WEIGHT,
+    SILENCE_SECONDS,
+    SftpStream,
+    Upload,
+    every,
+    synced,
+    take,
+    writes,
+)
+from dlm_core.storages.ssh import Session
+
+_T = TypeVar("_T")
+
+_READ = asyncssh.FXF_READ
+_CREATE = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
+_HASH_SECONDS = 86_400
+# blocks of an upload that are under way at once
+_BLOCKS_AHEAD = 4
+_LARGE_AT_ONCE = 4
+_LOOKED_AT_ONCE = 64
+_LOOKED_IN_ONE_CALL = 1024
+_KEPT_SECONDS = 5.0
+# slashes in .dlm/tmp/<slot>: deeper folders belong to one copy each, and would pile up
+_SLOT_DEPTH = 2
+# a disk with less than this does not take another request
+_NO_ROOM = 1 << 20
+_READ_ONLY = 1  # of statvfs' f_flag
+_ABSENT = (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath, asyncssh.SFTPNotADirectory)
+_DENIED = (asyncssh.SFTPPermissionDenied, asyncssh.SFTPWriteProtect)
+_FULL = (asyncssh.SFTPNoSpaceOnFilesystem, asyncssh.SFTPQuotaExceeded)
+_REFUSED = (asyncssh.SFTPBadMessage, asyncssh.SFTPInvalidFilename, asyncssh.SFTPLinkLoop)
+_LOST = (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection)
+# no name on a command line: csh and sh read it alike, and no file name is looked at by a shell
+_HASH = "xargs -0 sha256sum -z --"
+_SYNC = "xargs -0 sync -f -- || sync"
+_HELLO = "echo dlm-shell"
+
+
+def open_sftp(name: str, root: str, config: Mapping[str, Any]) -> SftpStorage:
+    """A folder behind SFTP; ``root`` is ``user@host:port/absolute/path``.
+
+    Raises
+    ------
+    InvalidValueError
+        if the root is of another form, the config has unknown keys (a secret among them), host keys
+        are missing, or neither a key nor a password is named.
+    """
+    parsed = read_config(ssh.SshConfig, name, config)
+    address = ssh.parse_address(name, root)
+    ssh.read_host_keys(name, parsed.host_keys)
+    if not (parsed.key or parsed.password):
+        raise InvalidValueError(
+            what=f"config of storage {name}", value="", expected="key=env:NAME or password=env:NAME"
+        )
+    return SftpStorage(name, ssh.Connections(name, address, parsed), shell=parsed.shell)
+
+
+class SftpStorage:
+    """A folder on a machine that speaks SFTP; see :class:`dlm_core.storages.port.Storage`.
+
+    The protocol has no call that refuses symbolic links on the way to a file: each path's folder
+    is resolved by the server, and used only if it comes out as it went in. Somebody who may write
+    there can still put a link in its place just between the two.
+
+    Parameters
+    ----------
+    shell : whether commands may be run there, for digests and one sync a batch. Else every file is
+        synced by itself (fsync@openssh.com) and read back.
+    concurrency : transfers at once.
+    """
+
+    atomic_write = False
+    remote = True
+
+    def __init__(
+        self, name: str, connections: ssh.Connections, *, shell: bool, concurrency: int = 32
+    ) -> None:
+        self.name, self.concurrency = name, concurrency
+        self.connections, self.shell = connections, shell
+        self._large = threading.BoundedSemaphore(_LARGE_AT_ONCE)
+        # folders with names that are not durable yet
+        self._touched: set[str] = set()
+        self._lock = threading.Lock()
+        # until when a folder needs not be looked at again; the loop's alone
+        self._entered: dict[str, float] = {}
+        weakref.finalize(self, ssh.end, connections).atexit = False
+
+    # --- paths and errors ------------------------------------------------------------------------
+
+    def _octets(self, path: str) -> bytes:
+        framed = f"/{path}/"
+        if "//" in framed or "/./" in framed or "/../" in framed or "\0" in path:
+            raise self._refused(path, "want relative, without '.', '..' or ''")
+        return path.encode("utf-8", "surrogateescape")
+
+    def _refused(self, path: str, message: str) -> PathRefusedError:
+        return PathRefusedError(storage=self.name, path=path, message=message)
+
+    def _unavailable(self, message: str) -> StorageUnavailableError:
+        return StorageUnavailableError(storage=self.name, message=message)
+
+    def _run(self, path: str, work: Callable[[Session], Awaitable[_T]]) -> _T:
+        """``work`` with a session, in the loop; what goes wrong is told in the port's words."""
+
+        async def in_loop() -> _T:
+            async with self.connections.session() as session:
+                return await self.told(session, path, work(session))
+
+        return ssh.run(in_loop())
+
+    async def told(self, session: Session, path: str, work: Awaitable[_T]) -> _T:
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                return await work
+        except TimeoutError:
+            session.connection.abort()  # whatever it would answer, nobody waits for it any more
+            raise self._unavailable(f"no answer for {SILENCE_SECONDS} s about {path!r}") from None
+        except (asyncssh.Error, OSError) as error:
+            raise await self._translate(session, path, error) from error
+
+    async def _translate(self, session: Session, path: str, error: Exception) -> StorageError:
+        if isinstance(error, _DENIED):
+            return AccessDeniedError(storage=self.name, path=path, message=ssh.one_line(error))
+        if isinstance(error, _FULL):
+            return StorageFullError(storage=self.name, message=ssh.one_line(error))
+        if isinstance(error, asyncssh.SFTPFileAlreadyExists):
+            return PayloadExistsError(storage=self.name, path=path)
+        if isinstance(error, _ABSENT) and session.alive():
+            return await self._absent(session, path)
+        if isinstance(error, _REFUSED) and session.alive():
+            return self._refused(path, ssh.one_line(error))
+        if isinstance(error, asyncssh.SFTPFailure):
+            return await self._why(session, path, error)
+        return self._unavailable(f"{path}: {ssh.one_line(error)}" if path else ssh.one_line(error))
+
+    async def _root_is_gone(self, session: Session) -> StorageUnavailableError | None:
+        """A root that is gone is an outage, not an empty storage."""
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                attributes = await session.sftp.stat(session.root)
+        except (asyncssh.Error, OSError) as error:
+            return self._unavailable(f"its root is not there: {ssh.one_line(error)}")
+        if not stat_module.S_ISDIR(attributes.permissions or 0):
+            return self._unavailable("its root is no folder")
+        return None
+
+    async def _why(self, session: Session, path: str, error: Exception) -> StorageError:
+        """The protocol has one word for a full disk, a read-only one, and whatever else."""
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                found = await session.sftp.statvfs(session.root)
+        except (asyncssh.Error, OSError):
+            found = None
+        if found is not None and found.flags & _READ_ONLY:
+            return AccessDeniedError(storage=self.name, path=path, message="read-only file system")
+        if found is not None and found.bavail * found.frsize < _NO_ROOM:
+            return StorageFullError(storage=self.name, message="no space left on the far side")
+        if found is not None and found.files and not found.favail:
+            return StorageFullError(storage=self.name, message="no inodes left on the far side")
+        return self._unavailable(f"{path}: {ssh.one_line(error)} (a quota, or a faulty disk?)")
+
+    # --- looking ---------------------------------------------------------------------------------
+
+    def stat(self, path: str) -> Entry | None:
+        return self.stat_many([path])[path]
+
+    def stat_many(self, paths: Iterable[str]) -> dict[str, Entry | None]:
+        wanted = sorted({path: self._octets(path) for path in paths})
+        found: dict[str, Entry | None] = {}
+        for n in range(0, len(wanted), _LOOKED_IN_ONE_CALL):
+            some = wanted[n : n + _LOOKED_IN_ONE_CALL]
+            found.update(self._run(some[0], partial(self._look, paths=some)))
+        return found
+
+    async def _look(self, session: Session, paths: Sequence[str]) -> dict[str, Entry | None]:
+        folders = sorted({posixpath.dirname(path) for path in paths})
+        free = asyncio.Semaphore(_LOOKED_AT_ONCE)
+
+        async def limited(work: Awaitable[_T]) -> _T:
+            async with free:
+                return await work
+
+        found = await every(
+            *(limited(self._lstat(session, path)) for path in paths),
+            *(limited(self._linked(session, folder)) for folder in folders),
+        )
+        entries, linked = found[: len(paths)], found[len(paths) :]
+        if any(linked):
+            raise self._refused(folders[linked.index(True)], "a symbolic link stands in the way")
+        if None in entries and (outage := await self._root_is_gone(session)):
+            raise outage
+        return dict(zip(paths, entries, strict=True))
+
+    async def _lstat(self, session: Session, path: str) -> Entry | None:
+        try:
+            return _entry(path, await session.sftp.lstat(self._full(session, path)))
+        except _ABSENT:
+            return None
+
+    async def _linked(self, session: Session, folder: str) -> bool:
+        """Whether a link leads away from ``folder``; one that is not there leads nowhere.
+
+        OpenSSH resolves what is not there too if what is above it is.
+        """
+        full = self._full(session, folder)
+        try:
+            return await session.sftp.realpath(full) != full
+        except _ABSENT:
+            return False
+
+    def _full(self, session: Session, path: str) -> bytes:
+        octets = self._octets(path) if path else b""
+        return posixpath.join(session.root, octets) if octets else session.root
+
+    def walk(self, path: str = "") -> Iterator[Entry]:
+        levels = [iter(self._listed(path, top=True))]
+        while levels:
+            for entry in levels[-1]:
+                if entry.kind != "directory":
+                    yield entry
+                elif entry.path != PRIVATE:
+                    levels.append(iter(self._listed(entry.path)))
+                    break
+            else:
+                levels.pop()
+
+    def _listed(self, path: str, top: bool = False) -> list[Entry]:
+        try:
+            return self._run(path, lambda session: self._list(session, path))
+        except PayloadNotFoundError:
+            if top:
+                raise
+            return []  # removed since its parent was listed
+
+    async def _list(self, session: Session, path: str) -> list[Entry]:
+        full = self._full(session, path)
+        linked, names = await every(self._linked(session, path), session.sftp.readdir(full))
+        if linked:
+            raise self._refused(path, "a symbolic link stands in the way")
+        entries = []
+        for one in names:
+            if one.filename not in (b".", b".."):
+                name = one.filename.decode("utf-8", "surrogateescape")
+                entries.append(
+                    (one.filename, _entry(f"{path}/{name}" if path else name, one.attrs))
+                )
+        return [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
+
+    def open_read(self, path: str) -> SftpStream:
+        self._octets(path)
+
+        async def in_loop() -> SftpStream:
+            session = await self.connections.borrow(1)
+            try:
+                return await self.told(session, path, self._open(session, path))
+            except BaseException:
+                session.busy -= 1
+                raise
+
+        return ssh.run(in_loop())
+
+    async def _open(self, session: Session, path: str) -> SftpStream:
+        entry = (await self._look(session, [path]))[path]
+        if entry is None:
+            raise PayloadNotFoundError(storage=self.name, path=path)
+        if entry.kind != "file":
+            raise self._refused(path, "not a regular file")
+        file = await session.sftp.open(
+            self._full(session, path), _READ, encoding=None, block_size=None
+        )
+        stream = SftpStream(self, path, entry, session, file)
+        await stream.begin()
+        return stream
+
+    # --- changing --------------------------------------------------------------------------------
+
+    def write(self, path: str, source: Readable, size: int) -> str | None:
+        self._octets(path)
+        first = take(source)
+        if len(first) < BLOCK:
+            self._run(path, lambda session: self._put(session, path, first))
+        else:
+            with self._large:
+                self._pour(path, first, source)
+        return None
+
+    async def _put(self, session: Session, path: str, data: bytes) -> None:
+        """A whole small file: its bytes and its end are sent without waiting in between."""
+        file = await self.create(session, path)
+        try:
+            await every(
+                *writes(session, file, data, 0),
+                *([] if self.shell else [synced(file)]),
+                file.close(),
+            )
+        except (asyncssh.Error, OSError) as error:
+            translated = await self._translate(session, path, error)
+            await self.discard(session, path)
+            raise translated from error
+
+    async def create(self, session: Session, path: str) -> SFTPClientFile:
+        try:
+            return await self._in_folder(
+                session, path, partial(self._create_in, session, self._full(session, path))
+            )
+        except asyncssh.SFTPFailure:
+            if await self._lstat(session, path) is not None:
+                raise PayloadExistsError(storage=self.name, path=path) from None
+            raise
+        except _ABSENT:
+            raise await self._root_is_gone(session) or self._unavailable(
+                f"the folder of {path} went while it was used"
+            ) from None
+
+    async def _create_in(self, session: Session, full: bytes) -> SFTPClientFile:
+        attributes = SFTPAttrs(permissions=0o644)
+        return await session.sftp.open(full, _CREATE, attributes, encoding=None, block_size=None)
+
+    async def _in_folder(
+        self, session: Session, path: str, work: Callable[[], Awaitable[_T]]
+    ) -> _T:
+        """Do ``work`` on ``path``; if that finds no folder, make it and do it again."""
+        folder = posixpath.dirname(path)
+        await self._enter(session, folder)
+        self._touch(folder)
+        try:
+            return await work()
+        except _ABSENT:
+            await self._make(session, folder)
+            return await work()
+
+    def _touch(self, folder: str) -> None:
+        with self._lock:
+            self._touched.add(folder)
+
+    async def _enter(self, session: Session, folder: str) -> None:
+        """Make sure that no link leads away from a folder, be it there or not.
+
+        Of the DLM's own folders, where nobody else has business, the answer is kept for a while.
+        """
+        now = time.monotonic()
+        if self._entered.get(folder, now) > now:
+            return
+        if await self._linked(session, folder):
+            raise self._refused(folder, "a symbolic link stands in the way")
+        if folder.startswith(f"{PRIVATE}/tmp/") and folder.count("/") == _SLOT_DEPTH:
+            self._entered[folder] = now + _KEPT_SECONDS
+
+    async def _make(self, session: Session, folder: str) -> None:
+        """Make a folder, and what is missing above it."""
+        if not folder:
+            raise await self._root_is_gone(session) or self._unavailable("its root changes")
+        full, attributes = self._full(session, folder), SFTPAttrs(permissions=0o755)
+        try:
+            await self._in_folder(session, folder, lambda: session.sftp.mkdir(full, attributes))
+        except asyncssh.SFTPFailure:
+            there = await self._lstat(session, folder)  # another made it, or something else is so
+            if there is None:
+                raise
+            if there.kind != "directory":
+                raise self._refused(folder, "no folder, though one is wanted") from None
+
+    async def discard(self, session: Session, path: str) -> None:
+        """Clearing up after an error that is being told; the sweep finds what stays."""
+        with suppress(asyncssh.Error, OSError, TimeoutError):
+            async with asyncio.timeout(SILENCE_SECONDS):
+                await session.sftp.remove(self._full(session, path))
+
+    def _pour(self, path: str, first: bytes, source: Readable) -> None:
+        """A large file, a few blocks ahead of what the far side has answered for."""
+        upload = ssh.run(Upload.begun(self, path))
+        waiting: deque[Future[None]] = deque()
+        try:
+            block = first
+            while block:
+                waiting.append(ssh.submit(upload.write(block)))
+                if len(waiting) > _BLOCKS_AHEAD:
+                    waiting.popleft().result()
+                block = take(source)
+            while waiting:
+                waiting.popleft().result()
+            ssh.run(upload.finish())
+        except BaseException:
+            for one in waiting:
+                one.cancel()
+            ssh.run(upload.abandon())
+            raise
+
+    def flush(self) -> None:
+        with self._lock:
+            folders, self._touched = self._touched, set()
+        try:
+            if self.shell:
+                self._syncevery()
+            else:
+                self._run("", lambda session: self._sync_folders(session, folders))
+        except BaseException:
+            with self._lock:
+                self._touched |= folders
+            raise
+
+    def _syncevery(self) -> None:
+        status, _, complaint = self._run("", lambda session: session.command(_SYNC, session.root))
+        if status != 0:
+            said = complaint.decode("utf-8", "replace").strip().split("\n")[-1][:200]
+            raise self._unavailable(f"'{_SYNC}' fails there, is shell=false right? {said}")
+
+    async def _sync_folders(self, session: Session, folders: Iterable[str]) -> None:
+        for folder in sorted(folders):
+            with suppress(*_ABSENT):  # removed since
+                file = await session.sftp.open(self._full(session, folder), _READ, encoding=None)
+                await every(synced(file), file.close())
+
+    def rename(self, source: str, destination: str) -> None:
+        for path in (source, destination):
+            self._octets(path)
+        self._run(destination, lambda session: self._rename(session, source, destination))
+
+    async def _rename(self, session: Session, source: str, destination: str) -> None:
+        """Plain rename of SFTP 3: OpenSSH links and unlinks, and so replaces nothing."""
+        old = posixpath.dirname(source)
+        full = self._full(session, source), self._full(session, destination)
+        self._touch(old)
+
+        async def move() -> None:
+            try:
+                await session.sftp.rename(*full)
+            except _ABSENT:
+                if await self._lstat(session, source) is None:  # nothing is made for no source
+                    raise await self._absent(session, source) from None
+                raise
+
+        await self._enter(session, old)
+        try:
+            await self._in_folder(session, destination, move)
+        except asyncssh.SFTPFailure:
+            if await self._lstat(session, destination) is None:
+                raise
+            raise PayloadExistsError(storage=self.name, path=destination) from None
+        except _ABSENT:
+            raise await self._absent(session, source) from None
+
+    async def _absent(self, session: Session, path: str) -> StorageError:
+        outage = await self._root_is_gone(session)
+        return outage or PayloadNotFoundError(storage=self.name, path=path)
+
+    def remove(self, path: str) -> None:
+        self._octets(path)
+        entry = self.stat(path)
+        if entry is None:
+            return
+        if entry.kind == "directory":
+            self._remove_tree(path)
+        else:
+            self._run(path, lambda session: self._remove_files(session, [path]))
+
+    def _remove_tree(self, path: str) -> None:
+        entries = self._listed(path)
+        for entry in entries:
+            if entry.kind == "directory":
+                self._remove_tree(entry.path)
+        files = [entry.path for entry in entries if entry.kind != "directory"]
+        for n in range(0, len(files), _LOOKED_IN_ONE_CALL):
+            some = files[n : n + _LOOKED_IN_ONE_CALL]
+            self._run(path, partial(self._remove_files, paths=some))
+
+        async def remove_folder(session: Session) -> None:
+            with suppress(*_ABSENT):
+                await session.sftp.rmdir(self._full(session, path))
+
+        self._run(path, remove_folder)
+
+    async def _remove_files(self, session: Session, paths: Sequence[str]) -> None:
+        async def remove_one(path: str) -> None:
+            with suppress(*_ABSENT):
+                await session.sftp.remove(self._full(session, path))
+
+        for n in range(0, len(paths), _LOOKED_AT_ONCE):
+            await every(*map(remove_one, paths[n : n + _LOOKED_AT_ONCE]))
+        self._touch(posixpath.dirname(paths[0]))
+
+    def usage(self) -> Usage | None:
+        async def work(session: Session) -> Usage | None:
+            try:
+                found = await session.sftp.statvfs(session.root)
+            except asyncssh.SFTPOpUnsupported:
+                return None
+            return Usage(found.blocks * found.frsize, (found.blocks - found.bavail) * found.frsize)
+
+        return self._run("", work)
+
+    def check(self) -> None:
+        async def work(session: Session) -> None:
+            if outage := await self._root_is_gone(session):
+                raise outage
+            async for _ in session.sftp.scandir(session.root):
+                break
+            if self.shell:
+                _, printed, _ = await session.command(_HELLO, b"")
+                if b"dlm-shell" not in printed:
+                    raise self._unavailable("no command can be run there: say shell=false")
+
+        self._run("", work)
+
+    # --- proving ---------------------------------------------------------------------------------
+
+    def digest_many(
+        self, paths: Sequence[str], stop: threading.Event | None = None
+    ) -> dict[str, str]:
+        if not self.shell or not paths:
+            return {}
+        names = {self._octets(path): path for path in paths}
+        future = ssh.submit(self._hash(list(names)))
+        while True:
+            try:
+                told = future.result(timeout=0.5)
+                break
+            except StillRunning:
+                if stop is not None and stop.is_set():
+                    future.cancel()
+                    return {}
+        return {names[name]: f"sha256:{digest}" for name, digest in told.items() if name in names}
+
+    async def _hash(self, names: Sequence[bytes]) -> dict[bytes, str]:
+        async with self.connections.session(LARGE_WEIGHT) as session:
+            top = posixpath.join(session.root, b"")
+            asked = b"".join(top + name + b"\0" for name in names)
+            try:
+                async with asyncio.timeout(_HASH_SECONDS):
+                    _, printed, _ = await session.command(_HASH, asked)
+            except (asyncssh.Error, OSError, TimeoutError) as error:
+                raise self._unavailable(f"'{_HASH}': {ssh.one_line(error)}") from error
+        return dict(_digests(printed, top))
+
+
+def _digests(output: bytes, top: bytes) -> Iterator[tuple[bytes, str]]:
+    """Names below ``top`` and digests from ``sha256sum -z``; what looks otherwise tells nothing."""
+    for line in output.split(b"\0"):
+        digest, _, name = line.partition(b"  ")
+        if len(digest) == 64 and name.startswith(top):
+            with suppress(ValueError):
+                yield name[len(top) :], bytes.fromhex(digest.decode("ascii")).hex()
+
+
+def _entry(path: str, attributes: SFTPAttrs) -> Entry:
+    mode, mtime = attributes.permissions or 0, float(attributes.mtime or 0)
+    if stat_module.S_ISREG(mode):
+        return Entry(path, attributes.size or 0, mtime, "file")
+    if stat_module.S_ISDIR(mode):
+        return Entry(path, 0, mtime, "directory")
+    kind = "symlink" if stat_module.S_ISLNK(mode) else "other"
+    return Entry(path, attributes.size or 0, mtime, kind)

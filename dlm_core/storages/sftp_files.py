@@ -1,0 +1,211 @@
+"""Files on their way over SFTP: one that is written in blocks, and one that is read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Hashable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import asyncssh
+from asyncssh import SFTPClientFile
+
+from dlm_core.storages import ssh
+from dlm_core.storages.port import Entry, Readable
+from dlm_core.storages.ssh import Session
+
+if TYPE_CHECKING:
+    from dlm_core.storages.sftp import SftpStorage
+
+#: a request that is not answered for so long never will be (a file system that hangs, say)
+SILENCE_SECONDS = 120
+#: how much busier a session is with a large file than with a question
+LARGE_WEIGHT = 8
+# bytes in a request where the server takes so many: OpenSSH's largest (255 KiB)
+_REQUEST = 255 << 10
+#: bytes that go over in one call from thread to loop
+BLOCK = 4 * _REQUEST
+# requests of a download that are under way at once
+_REQUESTS_AHEAD = 8
+
+
+class Upload:
+    """A large file on its way; one session has it from its first byte to its last."""
+
+    def __init__(
+        self, storage: SftpStorage, path: str, session: Session, file: SFTPClientFile
+    ) -> None:
+        self._storage, self._path = storage, path
+        self._session, self._file, self._offset = session, file, 0
+
+    @classmethod
+    async def begun(cls, storage: SftpStorage, path: str) -> Upload:
+        session = await storage.connections.borrow(LARGE_WEIGHT)
+        try:
+            file = await storage.told(session, path, storage.create(session, path))
+        except BaseException:
+            session.busy -= LARGE_WEIGHT
+            raise
+        return cls(storage, path, session, file)
+
+    async def write(self, block: bytes) -> None:
+        requests = writes(self._session, self._file, block, self._offset)
+        self._offset += len(block)
+        await self._storage.told(self._session, self._path, every(*requests))
+
+    async def finish(self) -> None:
+        last = [] if self._storage.shell else [synced(self._file)]
+        await self._storage.told(self._session, self._path, every(*last, self._file.close()))
+        self._session.busy -= LARGE_WEIGHT
+
+    async def abandon(self) -> None:
+        self._session.busy -= LARGE_WEIGHT
+        with suppress(asyncssh.Error, OSError, TimeoutError, ValueError):
+            async with asyncio.timeout(SILENCE_SECONDS):
+                await self._file.close()
+        await self._storage.discard(self._session, self._path)
+
+
+class SftpStream:
+    """A file that is read once, front to back, some requests ahead of who reads it."""
+
+    def __init__(
+        self,
+        storage: SftpStorage,
+        path: str,
+        entry: Entry,
+        session: Session,
+        file: SFTPClientFile,
+    ) -> None:
+        self._storage, self._path, self._session = storage, path, session
+        self._file: SFTPClientFile | None = file
+        self.size, self.opened = entry.size, stamp_of(entry)
+        self._length = min(_REQUEST, session.sftp.limits.max_read_len or _REQUEST)
+        # answers to come, with the offset at which each ends if it is whole
+        self._coming: deque[tuple[asyncio.Future[bytes], int]] = deque()
+        self._rest, self._at_end = memoryview(b""), False
+        self._asked = self._received = 0
+
+    async def begin(self) -> None:
+        """Ask for the first bytes. A small file is there at once, and closed again."""
+        self._ask()
+        if self.size < self._length:
+            self._rest = memoryview(await self._next())
+            if self._at_end:
+                await self._end()
+
+    def _ask(self) -> None:
+        """Keep some requests under way; the last asks for a byte more than there should be."""
+        while len(self._coming) < _REQUESTS_AHEAD and self._asked <= self.size:
+            self._ask_for(min(self._length, self.size + 1 - self._asked))
+
+    def _ask_for(self, length: int) -> None:
+        task = asyncio.ensure_future(self._part(self._asked, length))
+        task.add_done_callback(_forget)
+        self._asked += length
+        self._coming.append((task, self._asked))
+
+    async def _next(self) -> bytes:
+        task, end = self._coming.popleft()
+        part = await task
+        self._received += len(part)
+        self._at_end = self._received < end
+        return part
+
+    async def _part(self, offset: int, length: int) -> bytes:
+        assert self._file is not None
+        found = b""
+        while len(found) < length:
+            more = await self._file.read(length - len(found), offset + len(found))
+            if not more:
+                break
+            found += more  # type: ignore[operator]  # opened without an encoding
+        return found
+
+    def read(self, size: int = -1, /) -> bytes:
+        """At most ``size`` bytes; all of them if negative."""
+        if size < 0:
+            return b"".join(iter(lambda: self.read(BLOCK), b""))
+        if len(self._rest) < size and not self._at_end:
+            told = self._storage.told(self._session, self._path, self._more(size))
+            self._rest = memoryview(ssh.run(told))
+        taken = bytes(self._rest[:size])
+        self._rest = self._rest[size:]
+        return taken
+
+    async def _more(self, size: int) -> bytes:
+        parts, length = [bytes(self._rest)], len(self._rest)
+        while length < size and not self._at_end:
+            if not self._coming:
+                self._ask_for(self._length)  # it has grown: whoever reads on is told so
+            parts.append(await self._next())
+            length += len(parts[-1])
+            self._ask()
+        return b"".join(parts)
+
+    def stamp(self) -> Hashable:
+        """Size and time of change (whole seconds, by the protocol) of what has the name now."""
+        entry = self._storage.stat(self._path)
+        return stamp_of(entry) if entry is not None else None
+
+    def close(self) -> None:
+        if self._file is not None:
+            ssh.run(self._end())
+
+    async def _end(self) -> None:
+        file, self._file = self._file, None
+        for task, _ in self._coming:
+            task.cancel()
+        if file is not None:
+            self._session.busy -= 1
+            # nobody waits for the answer
+            closing = asyncio.ensure_future(file.close())
+            closing.add_done_callback(_forget)
+
+    def __enter__(self) -> SftpStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+async def every(*work: Awaitable[Any]) -> list[Any]:
+    """Results in order; the first error, once all have ended: none goes on by itself."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for one in results:
+        if isinstance(one, BaseException):
+            raise one
+    return results
+
+
+def writes(
+    session: Session, file: SFTPClientFile, data: bytes, offset: int
+) -> list[Awaitable[int]]:
+    length = min(_REQUEST, session.sftp.limits.max_write_len or _REQUEST)
+    return [file.write(data[n : n + length], offset + n) for n in range(0, len(data), length)]
+
+
+async def synced(file: SFTPClientFile) -> None:
+    """Wait until a file is on its medium; a server that cannot tell is believed."""
+    with suppress(asyncssh.SFTPOpUnsupported):
+        await file.fsync()
+
+
+def _forget(task: asyncio.Future[Any]) -> None:
+    """Whoever waits for it is told its error; the loop need not complain that nobody does."""
+    if not task.cancelled():
+        task.exception()
+
+
+def take(source: Readable) -> bytes:
+    """The next block; shorter only at the end."""
+    parts, length = [], 0
+    while length < BLOCK and (part := source.read(BLOCK - length)):
+        parts.append(part)
+        length += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def stamp_of(entry: Entry) -> Hashable:
+    return entry.size, entry.mtime

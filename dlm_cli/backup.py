@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -64,16 +64,16 @@ def restore(
     made = read_backup(file)
     _must_be_stopped()
     url = catalogue_url(settings)
-    options: dict[str, Any] = {"now": now, "into_existing": into_existing}
-    options["bindir"] = settings.pg_bindir
-    aside = restore(url, made, actor=_actor(), **options)
+    bindir = settings.pg_bindir
+    aside = restore(url, made, actor=_actor(), now=now, into_existing=into_existing, bindir=bindir)
     with catalogue() as context:
         context.transact(note_recovery)
     print(f"the catalogue is as it was at {made.manifest['made_at']}")
     _tell_aside(aside)
     if with_dagster:
-        into = "dagster" if into_existing else None
-        _tell_aside(restore_dagster(dagster_dsn(settings), made, **options | {"into_existing": into}))
+        replace = into_existing is not None
+        dagster = dagster_dsn(settings)
+        _tell_aside(restore_dagster(dagster, made, now=now, replace=replace, bindir=bindir))
         print("and so is Dagster's database")
     print(
         "what it says is no proof: copies are deleted only beside others that were looked at since "

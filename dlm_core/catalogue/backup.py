@@ -17,6 +17,7 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
 
 from dlm_core.catalogue import recovery, schema
 from dlm_core.catalogue.programs import address, find_programs, last_words, run_program
@@ -272,15 +273,19 @@ def restore_dagster(
     backup: Backup,
     *,
     now: datetime,
-    into_existing: str | None = None,
+    replace: bool = False,
     bindir: Path | None = None,
 ) -> str | None:
-    """Bring Dagster's database back as :func:`restore` does the catalogue; raises the same."""
+    """Bring Dagster's database back as :func:`restore` does the catalogue; raises the same.
+
+    ``replace`` sets aside what is there.
+    """
     if backup.dagster is None:
         raise InvalidValueError(
             what="backup", value=str(backup.path), expected="one made with --with-dagster"
         )
-    aside, programs = _prepare(url, backup, now, into_existing, bindir)
+    name = str(conninfo_to_dict(url).get("dbname")) if replace else None
+    aside, programs = _prepare(url, backup, now, name, bindir)
     _load(programs, url, backup.dagster, aside, "")
     return aside
 

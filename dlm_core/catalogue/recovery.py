@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -101,3 +103,32 @@ def proof_floor(connection: Connection) -> datetime | None:
     """A look before this moment is no proof; None: all looks are."""
     floor: datetime | None = rows(connection, "SELECT proof_floor() AS at")[0]["at"]
     return floor
+
+
+def unconfirmed_floor(connection: Connection) -> datetime | None:
+    """As :func:`proof_floor` as long as a person has to confirm a recovery, else None."""
+    found = rows(connection, "SELECT CASE WHEN recovery_unconfirmed() THEN proof_floor() END AS at")
+    floor: datetime | None = found[0]["at"]
+    return floor
+
+
+def is_unproven(row: Mapping[str, Any], floor: datetime | None) -> bool:
+    """True if a replica's row is known from a catalogue before ``floor`` only."""
+    return floor is not None and (row["checked_at"] is None or row["checked_at"] < floor)
+
+
+def select_unproven(
+    connection: Connection, oids: Collection[uuid.UUID]
+) -> list[tuple[uuid.UUID, uuid.UUID]]:
+    """(uid, oid) of those items' copies that nobody looked at since the newest recovery and that
+    wait for no look."""
+    found = rows(
+        connection,
+        """SELECT r.uid, r.oid FROM replica r
+            WHERE r.oid = ANY(:oids) AND r.state IN ('READY', 'SUSPECT')
+              AND (r.checked_at IS NULL OR r.checked_at < proof_floor())
+              AND NOT EXISTS (SELECT FROM operation o WHERE o.uid = r.uid AND o.kind = 'verify'
+                                 AND o.state IN ('QUEUED', 'RUNNING'))""",
+        oids=list(oids),
+    )
+    return [(row["uid"], row["oid"]) for row in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -37,6 +38,19 @@ def seconds(work: Callable[[], Any]) -> float:
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
+
+
+def beside(bare: Callable[[int], Any], ours: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of ours, and of the bare limit: the mean of one before and one after.
+
+    Each begins with clean disk caches: what the one before left to be written would be paid by
+    the next. ``bare`` is told its number, so that it can write to a place of its own.
+    """
+    times = []
+    for work in (lambda: bare(0), ours, lambda: bare(1)):
+        os.sync()
+        times.append(seconds(work))
+    return times[1], (times[0] + times[2]) / 2
 
 
 @contextmanager

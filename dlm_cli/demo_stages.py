@@ -59,8 +59,8 @@ def make_places(demo: Demo, files: Files) -> None:
     """Three locations; the input read where it lies; two disks and a bucket that are managed."""
     s3 = {
         "endpoint": os.environ["DEMO_S3_ENDPOINT"],
-        "access_key_env": "DEMO_S3_KEY",
-        "secret_key_env": "DEMO_S3_SECRET",
+        "access_key": "env:DEMO_S3_KEY",
+        "secret_key": "env:DEMO_S3_SECRET",
     }
     disks = {name: demo.home / name for name in ("disk-a", "disk-b")}
     for folder in disks.values():

@@ -16,7 +16,7 @@ from dlm_core.storages.port import Storage
 from tests.fakes import QuotaStorage
 from tests.faulty import Faulty
 
-KEYS = {"access_key_env": "DLM_TEST_S3_KEY", "secret_key_env": "DLM_TEST_S3_SECRET"}
+KEYS = {"access_key": "env:DLM_TEST_S3_KEY", "secret_key": "env:DLM_TEST_S3_SECRET"}
 
 
 @pytest.fixture(scope="session")

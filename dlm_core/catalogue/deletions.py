@@ -214,7 +214,9 @@ target AS (
 good AS (
   SELECT r.oid, r.uid, r.storage_id, s.name AS storage, s.location_id, l.name AS location,
          r.checked_at, r.checked_at >= known.floor AS seen, phase_weight(s.phase) AS weight
-    FROM (SELECT DISTINCT oid FROM target) t JOIN replica r USING (oid)
+    FROM (SELECT DISTINCT oid FROM target) t
+    -- OFFSET 0: by the item's key, never through an index of all READY replicas
+    CROSS JOIN LATERAL (SELECT * FROM replica WHERE oid = t.oid OFFSET 0) r
     JOIN storage s USING (storage_id) JOIN location l USING (location_id) CROSS JOIN known
    WHERE r.state = 'READY' AND s.mode IN ('read_write', 'read_only')
      AND (r.expires_at IS NULL OR r.expires_at > dlm_now())

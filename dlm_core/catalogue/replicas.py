@@ -150,6 +150,7 @@ def copy_details(
     not the one that failed in the last try if there is another, disk before tape, the same
     location first, newest check first.
     """
+    # OFFSET 0: while statistics are young, an index of all READY replicas looks smaller than it is
     return rows(
         connection,
         """SELECT o.operation_id, t.uid, t.oid, t.state, t.path, t.storage_id, i.uri, i.kind,
@@ -160,9 +161,10 @@ def copy_details(
              JOIN storage ts ON ts.storage_id = t.storage_id
              JOIN data_item i ON i.oid = t.oid
              LEFT JOIN LATERAL (
-               SELECT r.uid, r.path, r.storage_id FROM replica r JOIN storage rs USING (storage_id)
-                WHERE r.oid = t.oid AND r.state = 'READY'
-                  AND rs.mode IN ('read_write', 'read_only', 'draining')
+               SELECT r.uid, r.path, r.storage_id
+                 FROM (SELECT * FROM replica WHERE oid = t.oid OFFSET 0) r
+                 JOIN storage rs USING (storage_id)
+                WHERE r.state = 'READY' AND rs.mode IN ('read_write', 'read_only', 'draining')
                 ORDER BY (r.uid IS NOT DISTINCT FROM o.source_uid), (rs.class = 'tape'),
                          (rs.location_id <> ts.location_id), r.checked_at DESC, r.uid
                 LIMIT 1) s ON true

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from dlm_core.errors import (
 )
 from dlm_core.storages.config import read_config
 from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage
+from dlm_core.storages.secrets import SecretReference, read_secret
 
 #: objects up to this size are one PUT with If-None-Match; larger ones are uploaded in such parts
 PART_SIZE = 8 << 20
@@ -47,33 +47,33 @@ class S3Config(BaseModel):
 
     endpoint: str | None = Field(None, description="URL of the service; unset: AWS.")
     region: str = Field("us-east-1", description="Region that requests are signed for.")
-    access_key_env: str | None = Field(None, description="Variable that holds the access key.")
-    secret_key_env: str | None = Field(None, description="Variable that holds the secret key.")
+    access_key: SecretReference | None = None
+    secret_key: SecretReference | None = None
     path_style: bool = Field(True, description="Bucket in the path rather than the host name.")
 
 
 def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
     """An S3 storage; ``root`` is ``bucket`` or ``bucket/prefix``.
 
-    Without ``access_key_env`` and ``secret_key_env`` the credentials come from AWS's own variables
+    Without ``access_key`` and ``secret_key`` the credentials come from AWS's own variables
     or the instance's role.
 
     Raises
     ------
     InvalidValueError
-        if the config has unknown keys (a secret among them), or a named variable is not set.
+        if the config has unknown keys (a secret among them), or a reference leads to nothing.
     """
     parsed = read_config(S3Config, name, config)
     bucket, _, prefix = root.strip("/").partition("/")
     options: dict[str, Any] = {"region": parsed.region}
     if parsed.endpoint:
         options["endpoint"] = parsed.endpoint
-    for option, variable in (
-        ("access_key_id", parsed.access_key_env),
-        ("secret_access_key", parsed.secret_key_env),
+    for option, reference in (
+        ("access_key_id", parsed.access_key),
+        ("secret_access_key", parsed.secret_key),
     ):
-        if variable:
-            options[option] = _secret(name, variable)
+        if reference:
+            options[option] = read_secret(name, reference)
     store = S3Store(
         bucket,
         prefix=prefix or None,
@@ -90,15 +90,6 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
         **options,
     )
     return S3Storage(name, store)
-
-
-def _secret(name: str, variable: str) -> str:
-    value = os.environ.get(variable)
-    if not value:
-        raise InvalidValueError(
-            what=f"storage {name}: variable {variable}", value="", expected="the secret it names"
-        )
-    return value
 
 
 class S3Storage:

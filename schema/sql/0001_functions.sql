@@ -214,7 +214,7 @@ BEGIN
     -- the last good copy goes only with the item
     SELECT n.uid INTO bad FROM new_rows n JOIN old_rows o USING (uid)
      WHERE n.state = 'TRASHED' AND o.state <> 'TRASHED'
-       AND NOT EXISTS (SELECT FROM replica s WHERE s.oid = n.oid AND s.state = 'READY' OFFSET 0)
+       AND NOT EXISTS (SELECT FROM (SELECT state FROM replica WHERE oid = n.oid OFFSET 0) s WHERE s.state = 'READY' OFFSET 0)
        AND NOT EXISTS (SELECT FROM data_item i WHERE i.oid = n.oid AND i.state = 'EXPIRED' OFFSET 0) LIMIT 1;
     IF FOUND THEN
       PERFORM dlm_refuse(format('replica %s is the last good copy of an item that has not expired', bad.uid));

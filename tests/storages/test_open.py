@@ -4,6 +4,7 @@ import pytest
 
 from dlm_core.errors import InvalidValueError
 from dlm_core.storages.open import open_storage
+from dlm_core.storages.secrets import read_secret
 
 
 def test_an_unknown_interface_is_refused():
@@ -25,7 +26,7 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch):
     """Before anything is asked of the server."""
     monkeypatch.delenv("DLM_TEST_UNSET", raising=False)
     with pytest.raises(InvalidValueError, match="DLM_TEST_UNSET"):
-        open_storage("x", "s3", "bucket", {"access_key_env": "DLM_TEST_UNSET"})
+        open_storage("x", "s3", "bucket", {"access_key": "env:DLM_TEST_UNSET"})
 
 
 def test_a_relative_root_is_refused():
@@ -39,3 +40,29 @@ def test_a_mount_point_is_taken_from_the_config(tmp_path):
     assert open_storage("x", "posix", str(tmp_path), {"mount": "/"}).check() is None
     with pytest.raises(InvalidValueError, match="mount"):
         open_storage("x", "posix", str(tmp_path), {"mount": "relative"})
+
+
+def test_a_secret_is_read_where_its_reference_says(monkeypatch, tmp_path):
+    """From a variable, a file or a systemd credential; again at each use, so it can be rotated."""
+    (tmp_path / "key").write_text("first\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    monkeypatch.setenv("DLM_TEST_SECRET", "third")
+    assert read_secret("x", f"file:{tmp_path}/key") == "first"
+    (tmp_path / "key").write_text("second")
+    assert read_secret("x", "credential:key") == "second"
+    assert read_secret("x", "env:DLM_TEST_SECRET") == "third"
+
+
+@pytest.mark.parametrize("reference", ["file:/nowhere/key", "credential:key", "env:DLM_TEST_UNSET"])
+def test_a_reference_that_leads_nowhere_is_named(monkeypatch, reference):
+    """So that the operator knows where to put the secret."""
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    with pytest.raises(InvalidValueError, match=reference):
+        read_secret("x", reference)
+
+
+def test_a_secret_given_where_a_reference_belongs_is_not_shown():
+    """It is refused in a line that says what a reference looks like."""
+    with pytest.raises(InvalidValueError) as caught:
+        open_storage("x", "s3", "bucket", {"secret_key": "hunter2hunter2"})
+    assert "hunter2" not in str(caught.value) and "env:" in str(caught.value)

@@ -70,7 +70,7 @@ def test_a_bucket_that_is_not_there_is_an_outage(s3):
 def test_a_wrong_key_is_denied(s3, monkeypatch):
     """By every call; the message does not show the key."""
     monkeypatch.setenv("DLM_TEST_WRONG", "not-the-secret")
-    config = s3_config(s3) | {"secret_key_env": "DLM_TEST_WRONG"}
+    config = s3_config(s3) | {"secret_key": "env:DLM_TEST_WRONG"}
     storage = open_storage("wrong", "s3", s3.bucket, config)
     for call in [*calls(storage), lambda: put(storage, "x")]:
         with pytest.raises(AccessDeniedError) as caught:

@@ -1,0 +1,50 @@
+"""Secrets by reference: the catalogue says where a secret is found, never what it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from dlm_core.errors import InvalidValueError
+
+#: ``env:NAME`` (a variable), ``file:/absolute/path`` or ``credential:NAME`` (what systemd's
+#: LoadCredential= put into $CREDENTIALS_DIRECTORY, https://systemd.io/CREDENTIALS)
+SecretReference = Annotated[
+    str, Field(pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:/.+|credential:[A-Za-z0-9_.-]+)$")
+]
+
+
+def read_secret(storage: str, reference: str) -> str:
+    """The secret that ``reference`` names, as it is at this moment: a rotated one is found at once.
+
+    Parameters
+    ----------
+    storage : name of the storage that needs it, for the message
+    reference : see :data:`SecretReference`
+
+    Raises
+    ------
+    InvalidValueError
+        if nothing is there. The message names the reference, never a value.
+    """
+    kind, _, place = reference.partition(":")
+    value = os.environ.get(place, "") if kind == "env" else _from_file(kind, place)
+    if not value:
+        raise InvalidValueError(
+            what=f"storage {storage}: {reference}", value="", expected="the secret it names"
+        )
+    return value
+
+
+def _from_file(kind: str, place: str) -> str:
+    folder = os.environ.get("CREDENTIALS_DIRECTORY", "") if kind == "credential" else "/"
+    if not folder:
+        return ""
+    try:
+        # the final newline is the editor's
+        return Path(folder, place).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError):
+        return ""

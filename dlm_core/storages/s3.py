@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dlm_core.errors import (
     AccessDeniedError,
-    InvalidValueError,
     PathRefusedError,
     PayloadExistsError,
     PayloadNotFoundError,

@@ -112,8 +112,8 @@ def admit_all(site: Site) -> None:
 
 
 def test_a_drill_loses_nothing(site: Site, database_url: str, tmp_path: Path) -> None:
-    """Filled, backed up, gone on, dropped, restored: a copy deleted since is found MISSING and saves
-    nobody's deletion, a file registered since is registered again."""
+    """Filled, backed up, gone on, dropped, restored: a copy deleted since is found MISSING and
+    counts for nobody's deletion, a file registered since is registered again."""
     one = site.query("SELECT oid FROM data_item")[0]["oid"]
     site.execute("UPDATE data_item SET target_phase = 'LIQUID'")
     site.settle()
@@ -311,7 +311,7 @@ def test_a_restore_that_fails_leaves_the_database_as_it_was(
 def test_a_backup_of_an_older_schema_is_upgraded(
     empty_database_url: str, database_url: str, engine: Engine, tmp_path: Path
 ) -> None:
-    """A catalogue of revision 0001 comes back at the newest revision, and is marked all the same."""
+    """A catalogue of revision 0001 comes back at the newest revision, and marked all the same."""
     old = make_engine(empty_database_url)
     with begin(old, "test") as connection:
         command.upgrade(schema._config(connection), "0001")
@@ -325,7 +325,7 @@ def test_a_backup_of_an_older_schema_is_upgraded(
     )  # fmt: skip
     with begin(old, "test") as connection:
         assert schema.check(connection) == schema.expected_revision()
-        assert [r["source"] for r in recovery.recoveries(connection)][0].startswith("backup x.dump")
+        assert recovery.recoveries(connection)[0]["source"].startswith("backup x.dump")
     old.dispose()
 
 

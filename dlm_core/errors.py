@@ -125,6 +125,14 @@ class BackupError(DlmError):
     exit_code = 3
 
 
+class ExportRunningError(DlmError):
+    """the description of storage {storage} is being written by somebody else at this moment"""
+
+    code = "DLM-207"
+    exit_code = 3
+    retryable = True
+
+
 # --- storages: exit code 4 --------------------------------------------------------------------
 
 

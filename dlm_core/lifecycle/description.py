@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,11 +81,9 @@ def write_lines(path: Path, lines: Iterable[str]) -> File:
         for line in lines:
             packed.write(line.encode() + b"\n")
             count += 1
-    with open(path, "rb") as raw:
-        hasher = sha256()
-        while block := raw.read(_BLOCK):
-            hasher.update(block)
-    return File(path.stat().st_size, f"sha256:{hasher.hexdigest()}", count)
+    with open(path, "rb") as written:
+        digest = file_digest(written, "sha256").hexdigest()
+    return File(path.stat().st_size, f"sha256:{digest}", count)
 
 
 def write_index(path: Path, index: Index) -> File:
@@ -148,7 +146,7 @@ def generations(storage: Storage) -> list[int]:
 def newest_index(storage: Storage) -> tuple[Index | None, list[str]]:
     """The newest index on ``storage`` that is whole, None if there is none; and what is wrong with
     newer ones."""
-    problems = []
+    problems: list[str] = []
     for generation in generations(storage):
         try:
             return read_index(storage, generation), problems

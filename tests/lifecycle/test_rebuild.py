@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,39 @@ def test_damage_is_not_counted(site: Site, back: str) -> None:
     assert again.replicas(three) == {"a": "READY", "b": "READY"}
     assert (again.folder / "a" / "file 3").read_bytes() == b"3"
     assert len(again.private("a", "quarantine")) == 1
+
+
+@pytest.fixture
+def disks(engine: Engine, tmp_path: Path) -> Site:
+    """Two folders at two locations with five files each of them has."""
+    site = make_site(engine, tmp_path)
+    for name, location in (("a", "here"), ("b", "there")):
+        site.add_storage(name, location)
+    for number in range(5):
+        site.add_item(f"f{number}", b"%d" % number, on="a")
+    site.settle()
+    return site
+
+
+def plain_copies(site: Site) -> int:
+    return site.query("SELECT count(*) AS n FROM operation WHERE kind = 'copy'")[0]["n"]
+
+
+def test_no_copies_are_made_while_looks_wait(disks: Site, back: str) -> None:
+    """However long the looks of a rebuild take, nothing is copied to yet another storage before a
+    look was tried; one that could not be taken is not waited for."""
+    export_all(disks)
+    again, _ = rebuilt(disks, back)
+    again.add_storage("c", "elsewhere")
+    again.execute(
+        """UPDATE operation o SET due_at = :later FROM replica r JOIN storage s USING (storage_id)
+            WHERE o.uid = r.uid AND s.name = 'b'""",
+        later=again.now + timedelta(days=3),
+    )
+    for _ in range(4):
+        again.settle()
+        again.advance(hours=7)
+    assert plain_copies(again) == 0
+    again.execute("UPDATE operation SET attempts = 1 WHERE state = 'QUEUED'")
+    again.settle()
+    assert plain_copies(again) == 5

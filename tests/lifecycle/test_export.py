@@ -57,8 +57,8 @@ def lines(site: Site, name: str = "a") -> dict[str, dict[str, Any]]:
     found = {}
     for prefix, file in index_of(site, name).files.items():
         if prefix != "site":
-            for line in gzip.open(site.folder / name / file.path(prefix)):
-                found[json.loads(line)["uri"]] = json.loads(line)
+            data = gzip.decompress((site.folder / name / file.path(prefix)).read_bytes())
+            found |= {one["uri"]: one for one in map(json.loads, data.splitlines())}
     return found
 
 

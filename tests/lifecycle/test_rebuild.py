@@ -12,27 +12,22 @@ import pytest
 from sqlalchemy import Engine
 
 from dlm_cli.s3_server import S3Server
-from dlm_core.catalogue import describe, recovery
+from dlm_core.catalogue import recovery, schema
 from dlm_core.catalogue.engine import make_engine
 from dlm_core.catalogue.holds import Target, insert_hold
 from dlm_core.catalogue.items import Terms
-from dlm_core.errors import (
-    ExportRunningError,
-    InvalidValueError,
-    PayloadExistsError,
-    RestoreRefusedError,
-)
+from dlm_core.errors import InvalidValueError, RestoreRefusedError, StorageUnavailableError
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.description import newest_index
-from dlm_core.lifecycle.export import export_due, export_storage
+from dlm_core.lifecycle.export import export_storage
 from dlm_core.lifecycle.rebuild import Place, RebuildReport, rebuild
 from dlm_core.lifecycle.register import Source, collection_id, register_tree, set_metadata
+from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import drain
-from dlm_core.storages.port import Storage
+from dlm_core.storages.open import open_storage
 from dlm_core.types import OperationKind
 from tests.backends import s3_config
-from tests.fakes import Hooked
-from tests.site import Site, make_site, reopen
+from tests.site import Site, make_site
 
 ITEMS = """
 SELECT i.oid, i.uri, i.version, i.state, i.kind, i.size, i.digest, i.content_type, i.target_phase,
@@ -118,11 +113,6 @@ def rebuilt(site: Site, url: str) -> tuple[Site, RebuildReport]:
     return again, rebuild(again.context, where)
 
 
-def opened(site: Site, name: str) -> Storage:
-    row = site.context.transact(site.context.storages.load)[site.storages[name]]
-    return site.context.storages.open(row)
-
-
 def export_all(site: Site) -> None:
     for name in ("a", "b"):
         export_storage(site.context, name)
@@ -164,8 +154,6 @@ def test_damage_is_not_counted(site: Site, back: str) -> None:
     assert again.replicas(four) == {"a": "READY", "b": "READY"}
     assert (again.folder / "a" / "file 4").read_bytes() == b"4"
     again.context.transact(lambda c: recovery.confirm(c, "user:a", again.now))
-    from dlm_core.lifecycle.verify import request_verification
-
     again.context.transact(
         lambda c: request_verification(c, actor="user:a", now=again.now, oid=three)
     )
@@ -211,3 +199,193 @@ def test_no_copies_are_made_while_looks_wait(disks: Site, back: str) -> None:
     again.execute("UPDATE operation SET attempts = 1 WHERE state = 'QUEUED'")
     again.settle()
     assert plain_copies(again) == 5
+
+
+def expire_item(site: Site, oid: Any) -> None:
+    site.execute(
+        "UPDATE data_item SET expires_at = :now, expiry_reason = 'x' WHERE oid = :oid",
+        now=site.now,
+        oid=oid,
+    )
+
+
+def test_nothing_goes_on_the_word_of_a_description(disks: Site, back: str) -> None:
+    """After a rebuild copies go only beside others that were read since, and no item expires before
+    a person has confirmed it; then both do."""
+    disks.execute("UPDATE data_item SET target_phase = 'LIQUID'")
+    export_all(disks)
+    again, _ = rebuilt(disks, back)
+    one, two = item_of(again, "test:f1"), item_of(again, "test:f2")
+    again.execute("UPDATE operation SET due_at = :later", later=again.now + timedelta(hours=5))
+    again.execute(
+        "UPDATE replica SET expires_at = :now, expiry_reason = 'x' WHERE uid = :uid",
+        now=again.now,
+        uid=again.replica(one, "a")["uid"],
+    )
+    expire_item(again, two)
+    for _ in range(6):
+        again.settle()
+        assert b"1" in again.visible("a").values()
+        again.advance(minutes=40)
+    for _ in range(4):
+        again.advance(hours=2)
+        again.settle()
+    assert again.replicas(one) == {"a": "DELETED", "b": "READY"}
+    assert again.replicas(two) == {"a": "READY", "b": "READY"}
+    again.context.transact(lambda c: recovery.confirm(c, "user:a", again.now))
+    for _ in range(4):
+        again.advance(hours=2)
+        again.settle()
+    assert again.replicas(two) == {"a": "DELETED", "b": "DELETED"}
+
+
+def test_what_is_held_is_held_again(disks: Site, back: str) -> None:
+    """Holds and retention locks come back; a lock still cannot be shortened, and one on an item
+    that is not known any more is told."""
+    ends = disks.now + timedelta(days=20000)
+
+    def hold(target: Target, **options: Any) -> None:
+        disks.context.transact(
+            lambda c: insert_hold(c, target, reason="why", actor="user:x", now=disks.now, **options)
+        )
+
+    hold(Target(selector="test:f*"), ends_at=ends, locked=True)
+    hold(Target(everything=True))
+    hold(Target(uri="test:f1"))
+    before = disks.query(HOLDS)
+    export_all(disks)
+    for name in ("a", "b"):
+        drop_lines(disks, name, "test:f1")
+    again, report = rebuilt(disks, back)
+    assert report.holds == 2 and report.items == 4
+    assert any("what it holds is not known here" in one for one in report.problems)
+    assert again.query(HOLDS) == [row for row in before if row["oid"] is None]
+    with pytest.raises(Exception, match="retention lock"):
+        again.execute("UPDATE hold SET ends_at = now() WHERE locked")
+
+
+def index_of(site: Site, name: str) -> Any:
+    index, _ = newest_index(open_storage(name, "posix", str(site.folder / name), {}))
+    assert index is not None
+    return index
+
+
+def drop_lines(site: Site, name: str, uri: str) -> None:
+    """Damage the file that tells of ``uri`` and, so that nothing else goes, have it alone there."""
+    prefix = site.query("SELECT left(uri_bucket, 1) AS p FROM data_item WHERE uri = :u", u=uri)
+    file = index_of(site, name).files[prefix[0]["p"]]
+    assert file.lines == 1
+    path = site.folder / name / file.path(prefix[0]["p"])
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def test_a_damaged_file_is_told_and_left_out(disks: Site, back: str) -> None:
+    """What one damaged file told comes from the other storage's description; on the damaged one it
+    is registered again."""
+    export_all(disks)
+    drop_lines(disks, "a", "test:f1")
+    again, report = rebuilt(disks, back)
+    assert (report.items, report.replicas) == (5, 9)
+    assert len(report.problems) == 1
+    assert "what it tells was left out (1 lines)" in report.problems[0]
+    again.settle()
+    again.advance(hours=1)
+    found = register_tree(again.context, Source("a", "test"))
+    assert (found.replicated, found.created) == (1, 0)
+    drain(again.context, {OperationKind.ADMIT: execute_admit})
+    again.settle()
+    assert set(again.replicas(item_of(again, "test:f1")).values()) == {"READY"}
+    assert again.query("SELECT count(*) AS n FROM replica WHERE state <> 'READY'") == [{"n": 0}]
+
+
+def test_the_newest_description_is_believed(disks: Site, back: str) -> None:
+    """Where an older description tells an item differently the newer one's word is taken, whatever
+    the order they are named in, and how many were is told."""
+    export_all(disks)
+    set_metadata(disks.context, item_of(disks, "test:f1"), {"new": True})
+    disks.advance(hours=1)
+    export_storage(disks.context, "b")
+    again, report = rebuilt(disks, back)
+    assert again.item(item_of(again, "test:f1"))["metadata"] == {"new": True}
+    assert report.differing == 1 and report.storages == ["b", "a"]
+
+
+def test_other_bytes_under_one_uri_are_refused(
+    disks: Site, empty_database_url: str, back: str, tmp_path: Path
+) -> None:
+    """Two catalogues gave one uri to different bytes: the newest keeps it, the other's copy is not
+    taken over, and that is told; equal bytes under another key are one item."""
+    schema.upgrade(empty_database_url)
+    other = make_site(make_engine(empty_database_url), tmp_path / "other")
+    other.folder.mkdir()
+    other.now = disks.now - timedelta(days=1)
+    other.add_storage("c", "elsewhere")
+    other.add_item("f1", b"other bytes", on="c")
+    other.add_item("f2", b"2", on="c")
+    export_storage(other.context, "c")
+    export_all(disks)
+    again = lost(disks, back)
+    report = rebuild(again.context, places(other) + places(disks))
+    other.context.engine.dispose()
+    assert report.left_out == {"in conflict": 1}
+    assert "test:f1" in report.problems[0] and "has other bytes" in report.problems[0]
+    again.settle()
+    assert again.replicas(item_of(again, "test:f2")) == {"a": "READY", "b": "READY", "c": "READY"}
+    assert again.replicas(item_of(again, "test:f1")) == {"a": "READY", "b": "READY"}
+
+
+def test_trash_and_what_was_never_read_are_left_out(disks: Site, back: str) -> None:
+    """Neither is made again, and both are told; the trash's bytes stay where they are."""
+    expire_item(disks, item_of(disks, "test:f3"))
+    disks.settle()
+    (disks.folder / "a" / "announced").write_bytes(b"x")
+    register_tree(disks.context, Source("a", "test"), "announced")
+    export_all(disks)
+    again, report = rebuilt(disks, back)
+    assert dict(report.left_out) == {
+        "in the trash: its bytes stay below .dlm/trash": 2,
+        "announced but never read: register it again": 1,
+    }
+    assert report.items == 4 and len(again.private("a", "trash")) == 1
+
+
+def test_an_item_whose_copies_are_all_gone_is_a_loss_that_is_seen(disks: Site, back: str) -> None:
+    """What a description names and no storage has is CORRUPTED, with its copies MISSING."""
+    export_all(disks)
+    (disks.folder / "a" / "f1").unlink()
+    (disks.folder / "b" / "test" / "f1").unlink()
+    again, _ = rebuilt(disks, back)
+    again.settle()
+    one = item_of(again, "test:f1")
+    assert again.replicas(one) == {"a": "MISSING", "b": "MISSING"}
+    assert again.item(one)["state"] == "CORRUPTED"
+
+
+def test_what_cannot_be_rebuilt_from_is_refused(disks: Site, back: str) -> None:
+    """A catalogue that is not empty, a place without a description, one named twice, and one that
+    is not there: nothing is changed."""
+    export_storage(disks.context, "a")
+    again = lost(disks, back)
+    here, there = places(disks)
+    with pytest.raises(RestoreRefusedError, match="is not empty"):
+        rebuild(disks.context, [here])
+    with pytest.raises(InvalidValueError, match="dlm storage export"):
+        rebuild(again.context, [here, there])
+    with pytest.raises(InvalidValueError, match="both say that they are a"):
+        rebuild(again.context, [here, Place("posix", f"{here.root}/.")])
+    with pytest.raises(StorageUnavailableError):
+        rebuild(again.context, [Place("posix", f"{here.root}-not-there")])
+    assert again.query("SELECT count(*) AS n FROM storage") == [{"n": 0}]
+
+
+def test_a_storage_that_moved_is_found_at_its_new_place(disks: Site, back: str) -> None:
+    """The place that is named counts, not the one that was described; the catalogue that comes out
+    can be exported and lost again."""
+    export_all(disks)
+    where = places(disks)
+    (disks.folder / "a").rename(disks.folder / "moved")
+    again = lost(disks, back)
+    rebuild(again.context, [Place("posix", str(disks.folder / "moved")), where[1]])
+    again.settle()
+    assert again.query("SELECT count(*) AS n FROM replica WHERE state = 'READY'") == [{"n": 10}]
+    assert export_storage(again.context, "a").generation == 2

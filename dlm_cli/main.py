@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dlm_cli import auditing, holds, items, places, plans, verifying
+from dlm_cli import auditing, backup, holds, items, places, plans, rebuilding, verifying
 from dlm_cli.session import catalogue, fail, parse_pairs, plain_errors, show_json, show_table
 from dlm_core.errors import DlmError, InputError, ServiceUnavailableError
 
@@ -36,6 +36,12 @@ app.command("restore")(items.restore)
 app.command("verify")(items.verify)
 app.command("verification")(verifying.verification)
 app.command("retry")(items.retry)
+app.command("backup")(backup.backup)
+app.command("rebuild")(rebuilding.rebuild)
+places.storage_app.command("export")(rebuilding.storage_export)
+db_app.command("restore")(backup.restore)
+db_app.command("confirm")(backup.confirm)
+db_app.command("distrust")(backup.distrust)
 
 
 @app.command()

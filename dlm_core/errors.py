@@ -110,6 +110,29 @@ class AlreadyRunningError(DlmError):
     exit_code = 3
 
 
+class MissingProgramError(DlmError):
+    """no {programs} of PostgreSQL {version} or newer found; looked at: {looked}; install
+    PostgreSQL's client programs or set DLM_PG_BINDIR to their folder"""
+
+    code = "DLM-205"
+    exit_code = 3
+
+
+class BackupError(DlmError):
+    """{what} failed: {reason}; nothing was changed"""
+
+    code = "DLM-206"
+    exit_code = 3
+
+
+class ExportRunningError(DlmError):
+    """the description of storage {storage} is being written by somebody else at this moment"""
+
+    code = "DLM-207"
+    exit_code = 3
+    retryable = True
+
+
 # --- storages: exit code 4 --------------------------------------------------------------------
 
 
@@ -233,3 +256,9 @@ class RetentionLockError(SafetyError):
     """hold {hold} is a retention lock until {until}: nobody can shorten it, only lengthen it"""
 
     code = "DLM-505"
+
+
+class RestoreRefusedError(SafetyError):
+    """bringing the catalogue back into database {database!r} is refused: it {found}; {hint}"""
+
+    code = "DLM-507"

@@ -87,6 +87,11 @@ class Settings(BaseSettings):
     dagster_retention_days: float = Field(
         30, gt=0, description="Ended Dagster runs and their events are pruned after this, days."
     )
+    export_hours: float = Field(
+        0,
+        ge=0,
+        description="The daily maintenance exports storages described longer ago, hours; 0: none.",
+    )
     watch_settle_seconds: float = Field(
         10, ge=0, description="A watched file is registered when unchanged for this long."
     )

@@ -7,6 +7,7 @@ import dagster as dg
 from dlm_core.catalogue.housekeeping import ensure_partitions, fold_tally
 from dlm_core.catalogue.seals import newest_seals
 from dlm_core.errors import DlmError
+from dlm_core.lifecycle.export import export_due
 from dlm_core.lifecycle.seal import seal_log
 from dlm_core.lifecycle.work import Context
 from dlm_core.transfers.sweep import sweep_temp
@@ -20,7 +21,7 @@ _REPORTED_DAYS = 90
 
 @dg.op(
     description="Make partitions ahead, fold the tally, seal the log, sweep temporary files, "
-    "prune old runs."
+    "prune old runs, let storages describe themselves if DLM_EXPORT_HOURS says so."
 )
 def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     """Each part by itself: a storage that is down does not keep the others from being done."""
@@ -51,6 +52,7 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     for record in old:
         context.instance.delete_run(record.dagster_run.run_id)
     context.log.info(f"{swept} temporary files swept, {len(old)} old runs pruned")
+    _export(context, core)
 
 
 def _tell(context: dg.OpExecutionContext, core: Context) -> None:
@@ -63,6 +65,20 @@ def _tell(context: dg.OpExecutionContext, core: Context) -> None:
     context.add_output_metadata(
         {"days_sealed": sealed or 0} | {f"seal_{f}": h for f, h in heads.items()}
     )
+
+
+def _export(context: dg.OpExecutionContext, core: Context) -> None:
+    hours = core.settings.export_hours
+    for run in export_due(core, timedelta(hours=hours)) if hours else ():
+        try:
+            report = run()
+        except DlmError as error:
+            context.log.warning(f"{error.code}: {error}")
+        else:
+            context.log.info(
+                f"storage {report.storage}: description {report.generation} of {report.replicas} "
+                f"replicas, {report.written} of {report.files} files written"
+            )
 
 
 @dg.job(

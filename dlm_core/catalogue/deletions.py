@@ -19,6 +19,9 @@ from dlm_core.catalogue.engine import copy_rows, rows, run
 from dlm_core.catalogue.replicas import Seen
 from dlm_core.types import new_id
 
+#: how refusals begin that are not for want of copies
+_HELD = "under a hold"
+RECOVERED = "the catalogue was recovered"
 _DELETABLE = "('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')"
 
 
@@ -34,9 +37,11 @@ _DUE_REPLICAS = f"""
   SELECT r.uid, r.size, r.delete_after FROM replica r JOIN storage s USING (storage_id)
    WHERE r.delete_after <= :now AND r.delete_after IS NOT NULL AND r.state IN {_DELETABLE}
      AND (NOT s.managed OR s.mode IN ('read_write', 'draining'))"""
+# after a recovery a person has to confirm holds and times first
 _DUE_ITEMS = """
   SELECT i.oid, i.expires_at, i.expiry_reason FROM data_item i
-   WHERE i.expires_at <= :now AND i.expires_at IS NOT NULL AND i.state IN ('READY', 'CORRUPTED')"""
+   WHERE i.expires_at <= :now AND i.expires_at IS NOT NULL AND i.state IN ('READY', 'CORRUPTED')
+     AND NOT (SELECT recovery_unconfirmed())"""
 _UNHELD = " AND NOT EXISTS (SELECT FROM holds_on(i.oid, i.uri, i.collection_id))"
 # what no plan names, and what a plan does: see catalogue.plans
 _FREE_REPLICA = " AND NOT EXISTS (SELECT FROM plan_reserved k WHERE k.uid = r.uid)"
@@ -163,13 +168,19 @@ class Proof:
     trash_grace: timedelta | None
     refusal: str | None
 
+    @property
+    def waits(self) -> bool:
+        """True if what refuses it is no lack of copies: it is not needed again for that."""
+        return self.refusal is not None and self.refusal.startswith((_HELD, RECOVERED))
+
 
 def prove(connection: Connection, uids: Sequence[uuid.UUID]) -> list[Proof]:
     """Lock items and replicas, then prove for each uid whether it may go.
 
     A survivor is a READY replica, not among ``uids``, not leaving, on a storage that is read-write
     or read-only; survivors are weighed by location. An item that is EXPIRED needs none. Any hold
-    refuses.
+    refuses. After a recovery of the catalogue only what was looked at since counts: survivors, and
+    the copy itself, whose place may be another's by now; an EXPIRED item waits to be confirmed.
     """
     run(connection, "LOCK TABLE hold IN SHARE MODE")
     copy_rows(connection, "going", {"uid": "uuid"}, ((uid,) for uid in uids))
@@ -190,30 +201,38 @@ def prove(connection: Connection, uids: Sequence[uuid.UUID]) -> list[Proof]:
 
 # its rows stay in the database: certificates are made of them
 _PROVE = """
-WITH target AS (
+WITH known AS MATERIALIZED (
+  SELECT coalesce(proof_floor(), '-infinity') AS floor, recovery_unconfirmed() AS unconfirmed),
+target AS (
   SELECT r.uid, r.oid, r.storage_id, r.path, r.state, r.size, r.trashed_at, s.managed, s.trash_grace,
+         r.state IN ('READY', 'SUSPECT') AND (r.checked_at IS NULL OR r.checked_at < known.floor) AS unseen,
+         known.unconfirmed,
          i.uri, i.collection_id, i.state AS item_state, i.target_phase,
          coalesce(r.expiry_reason, i.expiry_reason, 'its time is over') AS reason
-    FROM going g JOIN replica r USING (uid) JOIN data_item i USING (oid) JOIN storage s USING (storage_id)),
+    FROM going g JOIN replica r USING (uid) JOIN data_item i USING (oid) JOIN storage s USING (storage_id)
+    CROSS JOIN known),
 good AS (
   SELECT r.oid, r.uid, r.storage_id, s.name AS storage, s.location_id, l.name AS location,
-         r.checked_at, phase_weight(s.phase) AS weight
+         r.checked_at, r.checked_at >= known.floor AS seen, phase_weight(s.phase) AS weight
     FROM (SELECT DISTINCT oid FROM target) t
     -- OFFSET 0: by the item's key, never through an index of all READY replicas
     CROSS JOIN LATERAL (SELECT * FROM replica WHERE oid = t.oid OFFSET 0) r
-    JOIN storage s USING (storage_id) JOIN location l USING (location_id)
+    JOIN storage s USING (storage_id) JOIN location l USING (location_id) CROSS JOIN known
    WHERE r.state = 'READY' AND s.mode IN ('read_write', 'read_only')
      AND (r.expires_at IS NULL OR r.expires_at > dlm_now())
      AND NOT EXISTS (SELECT FROM going g WHERE g.uid = r.uid)),
 weighed AS (
-  SELECT oid, sum(best) AS weight FROM (
-    SELECT oid, location_id, max(weight) AS best FROM good GROUP BY oid, location_id) b GROUP BY oid),
+  SELECT oid, sum(best) AS weight, sum(said) AS said FROM (
+    SELECT oid, location_id, max(weight) FILTER (WHERE seen) AS best, max(weight) AS said
+      FROM good GROUP BY oid, location_id) b GROUP BY oid),
 named AS (
   SELECT oid, array_agg(uid ORDER BY uid) AS uids,
          jsonb_agg(jsonb_build_object('uid', uid, 'storage', storage, 'location', location,
-           'weight', weight, 'checked_at', checked_at) ORDER BY uid) AS survivors FROM good GROUP BY oid)
+           'weight', weight, 'checked_at', checked_at) ORDER BY uid) AS survivors
+    FROM good WHERE seen GROUP BY oid)
 SELECT t.*, CASE t.item_state WHEN 'EXPIRED' THEN 'item_expired' ELSE 'replica_expired' END AS basis,
        n.uids, coalesce(n.survivors, '[]') AS survivors, coalesce(w.weight, 0)::smallint AS survivor_weight,
+       coalesce(w.said, 0)::smallint AS said_weight,
        phase_weight(t.target_phase) AS needed,
        (SELECT count(*) FROM hold) AS holds_examined,
        CASE WHEN EXISTS (SELECT FROM hold)
@@ -221,14 +240,23 @@ SELECT t.*, CASE t.item_state WHEN 'EXPIRED' THEN 'item_expired' ELSE 'replica_e
   FROM target t LEFT JOIN named n USING (oid) LEFT JOIN weighed w USING (oid)
 """
 _PROVEN = """
-SELECT uid, oid, uri, storage_id, path, state, size, basis, uids, survivor_weight, needed, target_phase,
-       reason, trashed_at, managed, trash_grace, held FROM proof ORDER BY uid"""
+SELECT uid, oid, uri, storage_id, path, state, size, basis, uids, survivor_weight, said_weight, needed,
+       target_phase, reason, trashed_at, managed, trash_grace, held, unseen, unconfirmed
+  FROM proof ORDER BY uid"""
 
 
 def _proof(row: dict[str, Any]) -> Proof:
     basis, survivors, refusal = row["basis"], row["uids"] or [], None
     if row["held"]:
-        refusal = f"under a hold: {row['held']}"
+        refusal = f"{_HELD}: {row['held']}"
+    elif basis == "item_expired" and row["unconfirmed"]:
+        refusal = f"{RECOVERED}: no item goes before a person said 'dlm db confirm'"
+    elif row["unseen"]:
+        refusal = f"{RECOVERED}: this copy was not looked at since"
+    elif (
+        basis == "replica_expired" and row["survivor_weight"] < row["needed"] <= row["said_weight"]
+    ):
+        refusal = f"{RECOVERED}: the copies that would be left were not all looked at since"
     elif basis == "replica_expired" and row["survivor_weight"] < row["needed"]:
         refusal = (
             f"the copies that would be left give {row['survivor_weight']} of the {row['needed']} "

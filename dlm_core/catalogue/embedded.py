@@ -244,7 +244,7 @@ def find_binaries(bindir: Path | None = None, needed: int | None = None) -> tupl
     CatalogueUnavailableError
         telling what was looked at.
     """
-    versions = {folder: _version_of(folder) for folder in _candidates(bindir)}
+    versions = {folder: _version_of(folder) for folder in candidates(bindir)}
     for folder, version in versions.items():
         if version is not None and needed in (None, version):
             return folder, version
@@ -255,7 +255,8 @@ def find_binaries(bindir: Path | None = None, needed: int | None = None) -> tupl
     )
 
 
-def _candidates(bindir: Path | None) -> Iterator[Path]:
+def candidates(bindir: Path | None) -> Iterator[Path]:
+    """Folders that may hold PostgreSQL's programs: ``bindir``, or the wheel's, then Debian's."""
     if bindir is not None:
         yield bindir
         return

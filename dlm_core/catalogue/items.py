@@ -85,13 +85,14 @@ def announce(
             for a in announcements
         ),
     )  # fmt: skip
+    _settle_taken(connection, storage_id)
     created = run(
         connection,
         """INSERT INTO data_item (oid, uri, uri_bucket, kind, size, digest, target_phase,
                                   collection_id, owner, tags, expires_at, created_at)
            SELECT oid, uri, uri_bucket, kind, size, digest, :phase, CAST(:collection AS uuid),
                   :owner, CAST(:tags AS jsonb), CAST(:expires AS timestamptz), :now
-             FROM announced ON CONFLICT (uri, version) DO NOTHING""",
+             FROM announced ON CONFLICT DO NOTHING""",
         phase=terms.target_phase,
         collection=terms.collection_id,
         owner=terms.owner,
@@ -142,6 +143,17 @@ def jsonb(value: Mapping[str, Any] | None) -> Jsonb:
 
 def _count(connection: Connection) -> int:
     return int(rows(connection, "SELECT count(*) AS n FROM announced")[0]["n"])
+
+
+def _settle_taken(connection: Connection, storage_id: uuid.UUID) -> None:
+    """A place that is another item's makes no new item: the key that is there already is refused."""
+    run(
+        connection,
+        """UPDATE announced a SET oid = r.oid FROM replica r
+            WHERE r.storage_id = :storage AND r.path = a.path AND r.state <> 'DELETED'
+              AND r.trashed_at IS NULL""",
+        storage=storage_id,
+    )
 
 
 def _settle_known(connection: Connection) -> None:

@@ -85,6 +85,19 @@ def replicas_of(
     )
 
 
+def awaiting_first_look(connection: Connection, oids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+    """Items with a SUSPECT replica whose look is queued and was not tried yet, or is being taken
+    for the first time."""
+    found = rows(
+        connection,
+        """SELECT DISTINCT r.oid FROM replica r JOIN operation o ON o.uid = r.uid
+            WHERE r.oid = ANY(:oids) AND r.state = 'SUSPECT' AND o.kind = 'verify'
+              AND ((o.state = 'QUEUED' AND o.attempts = 0) OR (o.state = 'RUNNING' AND o.attempts = 1))""",
+        oids=list(oids),
+    )
+    return {row["oid"] for row in found}
+
+
 def insert_pending(
     connection: Connection, records: Sequence[dict[str, Any]], now: datetime
 ) -> set[uuid.UUID]:

@@ -38,6 +38,12 @@ def expected_revision() -> str:
     return head
 
 
+def known_revisions() -> list[str]:
+    """The revisions that this software can upgrade from, oldest first."""
+    walked = ScriptDirectory.from_config(_config()).walk_revisions()
+    return [script.revision for script in walked][::-1]
+
+
 def upgrade(url: str) -> None:
     """Upgrade the database at ``url`` to the newest schema, all or nothing.
 

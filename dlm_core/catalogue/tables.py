@@ -178,6 +178,7 @@ data_item = Table(
         "collection_id",
         postgresql_where=text("collection_id IS NOT NULL"),
     ),
+    Index("data_item_bucket", "uri_bucket"),
     Index("data_item_expired", "oid", postgresql_where=text("state = 'EXPIRED'")),
 )
 
@@ -524,4 +525,31 @@ state_transition = Table(
     Column("noun", Text, primary_key=True),
     Column("old_state", Text, primary_key=True),
     Column("new_state", Text, primary_key=True),
+)
+
+recovery = Table(
+    "recovery",
+    metadata,
+    _key("recovery_id"),
+    _required("recovered_at", TIMESTAMP(timezone=True)),
+    _required("source", Text),
+    _required("actor", Text),
+    _required("last_seq", BigInteger),
+    _required("xid_shift", Numeric),
+    Column("confirmed_at", TIMESTAMP(timezone=True)),
+    Column("confirmed_by", Text),
+)
+
+storage_export = Table(
+    "storage_export",
+    metadata,
+    _to("storage_id", "storage", primary_key=True),
+    _required("digits", SmallInteger),
+    _required("index_path", Text),
+    _required("index_digest", Digest),
+    _required("seen_xid", Xid8),
+    _required("low_seq", BigInteger),
+    _required("next_xid", Xid8),
+    _required("next_seq", BigInteger),
+    _required("exported_at", Moment),
 )

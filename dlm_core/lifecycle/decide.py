@@ -49,7 +49,7 @@ class ItemView:
     state: str
     size: int
     target_phase: str
-    #: it was looked at before without a mend: a suspect replica is not waited for again
+    #: planned before without a mend, and no first look waits: suspect replicas do not count again
     waited: bool = False
 
 
@@ -156,8 +156,8 @@ def _second_look_may_do(
     storages: Mapping[uuid.UUID, StorageView],
     now: datetime,
 ) -> bool:
-    """True if the target is reached once suspect replicas turn out good; asked once, so that a
-    look that cannot be taken does not keep a copy from being made."""
+    """True if the target is reached once suspect replicas turn out good; asked until a look was
+    tried, so that one that cannot be taken does not keep a copy from being made."""
     suspect = [
         r
         for r in replicas

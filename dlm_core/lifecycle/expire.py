@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 
 from dlm_core.catalogue import deletions as catalogue
 from dlm_core.catalogue import operations as queue
-from dlm_core.catalogue import plans, replicas
+from dlm_core.catalogue import plans, recovery, replicas
 from dlm_core.catalogue.deletions import Proof
 from dlm_core.errors import BlastRadiusError, TooManyErrorsError
 from dlm_core.lifecycle.work import Context, Report
@@ -181,7 +181,7 @@ def plan_batch(
             plan_id=plan_id,
         )
     if refused:
-        _put_off(connection, refused, now)
+        _put_off(connection, refused, now, context.actor)
     return granted, refused
 
 
@@ -229,11 +229,30 @@ def _certificate(context: Context) -> timedelta:
     return timedelta(seconds=context.settings.certificate_seconds)
 
 
-def _put_off(connection: Connection, refused: Sequence[Proof], now: datetime) -> None:
+def _look_first(
+    connection: Connection, oids: Collection[uuid.UUID], now: datetime, actor: str
+) -> None:
+    """Have the copies read that are known from an old catalogue only."""
+    if not oids:
+        return
+    queue.insert_operations(
+        connection,
+        [
+            queue.NewOperation(OperationKind.VERIFY, oid, uid, catalogue.RECOVERED, now)
+            for uid, oid in recovery.select_unproven(connection, oids)
+        ],
+        actor,
+        now,
+    )
+
+
+def _put_off(connection: Connection, refused: Sequence[Proof], now: datetime, actor: str) -> None:
     catalogue.note_refusals(connection, refused)
-    held = [p.uid for p in refused if p.refusal and p.refusal.startswith("under a hold")]
+    unproven = {p.uid for p in refused if (p.refusal or "").startswith(catalogue.RECOVERED)}
+    held = [p.uid for p in refused if p.waits and p.uid not in unproven]
     others = [p.uid for p in refused if p.uid not in set(held)]
     for uids, delay in ((held, _REFUSED_HELD), (others, _REFUSED)):
         if uids:
             replicas.put_off_deletion(connection, uids, now, delay)
+    _look_first(connection, {p.oid for p in refused if p.uid in unproven}, now, actor)
     replicas.put_evaluations(connection, [(oid, now, 0) for oid in {p.oid for p in refused}])

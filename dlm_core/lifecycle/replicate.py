@@ -177,6 +177,11 @@ def _decide(
         )
     storages = storage_views(storage_rows.values())
     space = Space(storages.values())
+    suspect = [
+        oid for oid, views in by_item.items() if any(v.state == ReplicaState.SUSPECT for v in views)
+    ]
+    # after a rebuild of the catalogue a first look may take days to come
+    waiting = catalogue.awaiting_first_look(connection, suspect) if suspect else set()
     return [
         (
             item,
@@ -186,7 +191,7 @@ def _decide(
                     item["state"],
                     item["size"],
                     item["target_phase"],
-                    taken[item["oid"]] > 0,
+                    taken[item["oid"]] > 0 and item["oid"] not in waiting,
                 ),
                 by_item[item["oid"]],
                 storages,

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 
 from dlm_core.catalogue import deletions as catalogue
 from dlm_core.catalogue import operations as queue
-from dlm_core.catalogue import replicas
+from dlm_core.catalogue import recovery, replicas
 from dlm_core.errors import (
     AlreadyExistsError,
     DlmError,
@@ -82,6 +82,8 @@ def _purge_later(context: Context, effected: Effected, now: datetime) -> queue.N
 def _to_trash(storage: Storage, row: Row) -> None:
     if not row["managed"]:
         return  # the bytes belong to somebody else and stay where they are
+    if row["unproven"]:
+        return  # known from an old catalogue only: what lies there may be another's by now
     path, trashed = decode_path(row["path"]), trash_path(str(row["uid"]))
     try:
         storage.rename(path, trashed)
@@ -390,7 +392,7 @@ def _certify_purge(
 
 def _is_needed(proof: catalogue.Proof) -> bool:
     """True if the trashed copy is needed again: the survivors its certificate named are fewer."""
-    return proof.refusal is not None and not proof.refusal.startswith("under a hold")
+    return proof.refusal is not None and not proof.waits
 
 
 def _not_purged(
@@ -444,12 +446,14 @@ def _run(
     details = context.transact(
         lambda c: replicas.replica_details(c, [op["uid"] for op in claim.operations])
     )
+    floor = context.transact(recovery.proof_floor)
     work: dict[uuid.UUID, list[tuple[Row, Row]]] = {}
     idle: list[tuple[Row, queue.Outcome]] = []
     for operation in claim.operations:
         storage = storages[details[operation["uid"]]["storage_id"]]
         row = {**details[operation["uid"]], "managed": storage["managed"],
-               "trash_grace": storage["trash_grace"]}  # fmt: skip
+               "trash_grace": storage["trash_grace"],
+               "unproven": recovery.is_unproven(details[operation["uid"]], floor)}  # fmt: skip
         outcome = _idle_outcome(context, operation, row, storage)
         if outcome is None:
             work.setdefault(row["storage_id"], []).append((operation, row))

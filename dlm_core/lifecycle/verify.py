@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from dlm_core.catalogue import checks
+from dlm_core.catalogue import checks, recovery
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas as catalogue
 from dlm_core.catalogue.engine import rows
@@ -244,10 +244,17 @@ def _judge(
     writable: bool,
     report: Report,
 ) -> None:
-    """Set damaged bytes aside, then write what was found in one transaction."""
+    """Set damaged bytes aside, then write what was found in one transaction.
+
+    After a recovery other bytes may be a newer payload's that the old catalogue does not know:
+    until a person has confirmed it, they stay where they are.
+    """
+    floor = context.transact(recovery.unconfirmed_floor)
     verdicts: list[tuple[Look, str, DlmError | None]] = []
     for look in looks:
         verdict, error = _verdict(look, details[look.uid])
+        if verdict == ReplicaState.CORRUPTED and recovery.is_unproven(details[look.uid], floor):
+            verdict = ""
         if verdict == ReplicaState.CORRUPTED and writable:
             error = _quarantine(storage, details[look.uid], claim.token) or error
             if isinstance(error, StorageError):

@@ -49,6 +49,24 @@ def items(site):
 ODD = ["plain", "a b", "quo'te\"", "new\nline", "ünï/星", "per%20cent", "n" * 255, b"\xff\xfe.dat"]
 
 
+def test_copies_that_the_dlm_made_are_not_announced_as_items(site):
+    """Registering a storage that holds copies of what is known refuses these, each with whose they
+    are, and makes no items without a payload of them."""
+    site.add_storage("out", "B")
+    write(site, {"x": b"x"})
+    register_tree(site.context, Source("in", "test"))
+    admit(site)
+    site.settle()
+    write(site, {"new": b"new"}, "out")
+    assert list(site.visible("out")) == ["new", "test/x"]
+    report = register_tree(site.context, Source("out", "test"))
+    assert (report.created, report.refused) == (1, 1)
+    assert report.reasons == [("test:test/x", "its place test/x on out is that of test:x")]
+    assert set(items(site)) == {"test:x", "test:new"}
+    again = register_tree(site.context, Source("out", "test"))
+    assert (again.created, again.refused, again.unchanged) == (0, 1, 1)
+
+
 def test_files_become_ready_items_with_size_digest_and_type(site):
     """Announced at once as INITIALISED; read by the job; READY with what was seen."""
     write(site, {"a/x.fits": b"SIMPLE  =" + bytes(100), "b.txt": b"text", "empty": b""})

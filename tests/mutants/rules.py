@@ -194,7 +194,7 @@ RULES = (
     ),
     Mutant(
         "certificate-under-hold",
-        "schema/sql/0003_certificates.sql",
+        "schema/sql/0004_certificates.sql",
         "  IF EXISTS (SELECT FROM hold) THEN",
         "  IF false THEN",
         "a certificate is written for what is held",

@@ -304,3 +304,25 @@ def test_housekeeping_runs(site, instance):
     ).success
     after = site.query("SELECT noun, state, sum(n) AS n FROM tally GROUP BY 1, 2 ORDER BY 1, 2")
     assert after == before
+
+
+def test_storages_describe_themselves_where_the_site_says_so(site, instance, monkeypatch):
+    """DLM_EXPORT_HOURS lets the maintenance export what was not for so long; a storage that is
+    down does not keep the others from it."""
+    from dlm_pipelines.maintenance import maintenance_job
+
+    def maintain():
+        resources = {"catalogue": Catalogue()}
+        assert maintenance_job.execute_in_process(instance=instance, resources=resources).success
+        found = site.query(
+            "SELECT name FROM storage_export JOIN storage USING (storage_id) ORDER BY name"
+        )
+        return [row["name"] for row in found]
+
+    assert maintain() == []
+    monkeypatch.setenv("DLM_EXPORT_HOURS", "24")
+    names = [row["name"] for row in site.query("SELECT name FROM storage ORDER BY name")]
+    (site.folder / names[0]).rename(site.folder / "gone")
+    assert maintain() == names[1:]
+    (site.folder / "gone").rename(site.folder / names[0])
+    assert maintain() == names

@@ -24,6 +24,7 @@ from dlm_core.errors import (
     RestoreRefusedError,
 )
 from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.expire import ExpiryPlanner
 from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind
@@ -374,3 +375,22 @@ def test_dagsters_database_comes_along(
     assert backup.restore_dagster(back, found, now=site.now) is None
     with psycopg.connect(back) as connection:
         assert connection.execute("SELECT id FROM runs").fetchone() == (1,)
+
+
+def test_an_old_trashing_moves_nothing_after_a_restore(
+    site: Site, database_url: str, back: str, tmp_path: Path
+) -> None:
+    """What waited to be moved to the trash when the backup was made stays where it is: its place
+    may be a newer payload's."""
+    one = site.query("SELECT oid FROM data_item")[0]["oid"]
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID'")
+    expire_copy(site, one, "a")
+    ExpiryPlanner(10, 1 << 40)(site.context)
+    assert site.replicas(one)["a"] == "TRASHED"
+    assert site.visible("a") == {"one": b"first"}
+    again = restored(site, backup.back_up(database_url, tmp_path / "x.dump", now=site.now), back)
+    (tmp_path / "a" / "one").write_bytes(b"a newer payload")
+    for _ in range(4):
+        again.settle()
+        again.advance(hours=2)
+    assert again.visible("a") == {"one": b"a newer payload"}

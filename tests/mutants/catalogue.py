@@ -308,7 +308,7 @@ CATALOGUE = (
         "r.checked_at >= known.floor AS seen",
         "true AS seen",
         "after a restore of the catalogue a copy that nobody looked at since is a survivor",
-        ("lifecycle/test_backup.py::test_copies_go_again_once_all_were_looked_at",),
+        ("lifecycle/test_backup.py::test_a_survivor_that_was_not_looked_at_is_none",),
     ),
     Mutant(
         "unconfirmed-recovery-expires",

@@ -21,6 +21,7 @@ from sqlalchemy import Engine
 from dlm_core.catalogue import embedded
 from dlm_core.catalogue.engine import make_engine
 from dlm_core.clock import utc_now
+from dlm_core.lifecycle.description import FOLDER, SITE, newest_index, opened, read_index
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import PRIVATE, Storage
 from dlm_core.transfers.sweep import sweep_temp
@@ -190,7 +191,28 @@ def describe(site: Site) -> State:
                "certificates": certificates, "usage": usage, "manifest": manifest}  # fmt: skip
     state: State = {name: site.query(sql) for name, sql in sources.items()}
     state["files"] = _files(site)
+    state["described"] = [line for row in site.query("SELECT * FROM storage ORDER BY name")
+                          for line in _described(row)]  # fmt: skip
     return state
+
+
+def _described(row: Mapping[str, Any]) -> list[str]:
+    """What a storage says of itself, and the files there that it should have removed."""
+    storage = open_row(row)
+    index, problems = newest_index(storage)
+    if index is None:
+        return problems
+    told = list(problems)
+    for prefix, file in index.files.items():
+        with opened(storage, prefix, file) as lines:
+            told += [
+                " ".join(str(one[key]) for key in ("uri", "path", "state", "digest", "tags"))
+                for one in map(json.loads, lines)
+                if prefix != SITE
+            ]
+    keep = index.paths | read_index(storage, index.generation - 1).paths
+    left = [entry.path for entry in storage.walk(FOLDER) if entry.path not in keep]
+    return [f"{row['name']}: {line}" for line in sorted(told + left)]
 
 
 def _files(site: Site) -> dict[str, bytes]:
@@ -203,6 +225,8 @@ def _files(site: Site) -> dict[str, bytes]:
     for row in site.query("SELECT * FROM storage"):
         for path, data in read_all(open_row(row)).items():
             parts = path.split("/")
+            if path.startswith(FOLDER):
+                continue  # full of times: see _described
             if parts[0] == PRIVATE and len(parts) > 2:
                 parts[2] = meaning.get(parts[2].split(".")[0], parts[2])
             found["/".join([row["name"], *parts])] = data

@@ -14,6 +14,7 @@ from typing import Any
 from dlm_core.catalogue.items import Terms
 from dlm_core.errors import AlreadyExistsError, NotFoundError
 from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.export import export_storage
 from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
@@ -216,6 +217,22 @@ def _verify(site: Site) -> None:
     site.context.transact(lambda c: request_verification(c, actor="user:test", now=site.now))
 
 
+def _described(make: Step) -> Step:
+    """Storages that carry descriptions which do not tell all any more."""
+
+    def prepare(site: Site) -> None:
+        _settled(make)(site)
+        _export(site)
+        site.execute("UPDATE data_item SET tags = '{\"new\": 1}'")
+
+    return prepare
+
+
+def _export(site: Site) -> None:
+    for row in site.query("SELECT name FROM storage ORDER BY name"):
+        export_storage(site.context, row["name"])
+
+
 _KEEP = {"trash_grace_seconds": 90 * 86400}
 
 SCENARIOS = [
@@ -245,4 +262,6 @@ SCENARIOS = [
     Scenario("restore an object", _trashed(_one), _restore, settings=_KEEP, objects=True),
     Scenario("restore objects", _trashed(_tree), _restore, settings=_KEEP, objects=True),
     Scenario("purge objects", _purgeable(_tree), objects=True),
+    Scenario("describe", _described(_one), _export),
+    Scenario("describe objects", _described(_tree), _export, objects=True),
 ]

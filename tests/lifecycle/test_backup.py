@@ -24,7 +24,9 @@ from dlm_core.errors import (
     RestoreRefusedError,
 )
 from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.expire import ExpiryPlanner
 from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind
 from tests.site import Site, make_site
@@ -374,3 +376,44 @@ def test_dagsters_database_comes_along(
     assert backup.restore_dagster(back, found, now=site.now) is None
     with psycopg.connect(back) as connection:
         assert connection.execute("SELECT id FROM runs").fetchone() == (1,)
+
+
+def test_an_old_trashing_moves_nothing_after_a_restore(
+    site: Site, database_url: str, back: str, tmp_path: Path
+) -> None:
+    """What waited to be moved to the trash when the backup was made stays where it is: its place
+    may be a newer payload's."""
+    one = site.query("SELECT oid FROM data_item")[0]["oid"]
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID'")
+    expire_copy(site, one, "a")
+    ExpiryPlanner(10, 1 << 40)(site.context)
+    assert site.replicas(one)["a"] == "TRASHED"
+    assert site.visible("a") == {"one": b"first"}
+    again = restored(site, backup.back_up(database_url, tmp_path / "x.dump", now=site.now), back)
+    (tmp_path / "a" / "one").write_bytes(b"a newer payload")
+    for _ in range(4):
+        again.settle()
+        again.advance(hours=2)
+    assert again.visible("a") == {"one": b"a newer payload"}
+
+
+def test_a_survivor_that_was_not_looked_at_is_none(
+    site: Site, database_url: str, back: str, tmp_path: Path
+) -> None:
+    """A copy that was read since the restore stays while the one it would leave was not."""
+    one = site.query("SELECT oid FROM data_item")[0]["oid"]
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID'")
+    again = restored(site, backup.back_up(database_url, tmp_path / "x.dump", now=site.now), back)
+    again.advance(minutes=1)
+    again.context.transact(
+        lambda c: request_verification(
+            c, actor="user:a", now=again.now, storage_id=again.storages["a"]
+        )
+    )
+    again.settle()
+    expire_copy(again, one, "a")
+    ExpiryPlanner(10, 1 << 40)(again.context)
+    assert again.replicas(one) == {"a": "READY", "b": "READY"}
+    assert refusals(again) == [
+        "the catalogue was recovered: the copies that would be left were not all looked at since"
+    ]

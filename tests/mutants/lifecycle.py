@@ -398,4 +398,28 @@ LIFECYCLE = (
         ("lifecycle/test_register.py::test_brought_checksums_are_compared_not_trusted",),
         "SKA DLM 11: the payload is never verified",
     ),
+    Mutant(
+        "old-trashing-moves",
+        "dlm_core/lifecycle/trash.py",
+        """    if row["unproven"]:\n        return""",
+        """    if False:\n        return""",
+        "a trashing of an old catalogue takes what lies in the place by now",
+        ("lifecycle/test_backup.py::test_an_old_trashing_moves_nothing_after_a_restore",),
+    ),
+    Mutant(
+        "rebuild-unmarked",
+        "dlm_core/lifecycle/rebuild.py",
+        "    recovery.distrust(connection, told, context.actor, context.clock())\n",
+        "    del told\n",
+        "items of a rebuilt catalogue expire before a person has looked",
+        ("lifecycle/test_rebuild.py::test_nothing_goes_on_the_word_of_a_description",),
+    ),
+    Mutant(
+        "manifest-not-compared",
+        "dlm_core/lifecycle/description.py",
+        "        if found != file.digest:",
+        "        if False:",
+        "a damaged description is taken for what a storage holds",
+        ("lifecycle/test_rebuild.py::test_a_damaged_file_is_told_and_left_out",),
+    ),
 )

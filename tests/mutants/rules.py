@@ -216,4 +216,12 @@ RULES = (
         "what was slipped into a plan is approved with it",
         ("lifecycle/test_limits.py::test_entries_that_were_slipped_in_are_not_approved",),
     ),
+    Mutant(
+        "old-word-certified",
+        "schema/sql/0003_recovery.sql",
+        "  IF v_floor IS NULL THEN",
+        "  IF true THEN",
+        "the database takes certificates that rest on what an old catalogue said",
+        ("lifecycle/test_backup.py::test_the_database_itself_refuses_certificates_of_old_words",),
+    ),
 )

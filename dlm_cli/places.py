@@ -75,14 +75,17 @@ def location_list(as_json: Json = False) -> None:
 def storage_add(
     name: Name,
     location: Annotated[str, typer.Option(help="Name of its location.")],
-    root: Annotated[str, typer.Option(help="Absolute folder (posix), or bucket/prefix (s3).")],
+    root: Annotated[
+        str,
+        typer.Option(help="/folder (posix), bucket/prefix (s3) or user@host:port/folder (sftp)."),
+    ],
     phase: Annotated[str, typer.Option(help="PLASMA, GAS, LIQUID or SOLID.")] = "LIQUID",
-    interface: Annotated[str, typer.Option(help="posix or s3.")] = "posix",
+    interface: Annotated[str, typer.Option(help="posix, s3 or sftp.")] = "posix",
     storage_class: Annotated[
         str | None, typer.Option("--class", help="disk, object, tape.")
     ] = None,
     config: Annotated[
-        list[str], typer.Option(help="key=value; secrets only by name of a variable.")
+        list[str], typer.Option(help="key=value; secrets only by reference, env:NAME.")
     ] = [],  # noqa: B006
     capacity: Annotated[str | None, typer.Option(help="e.g. 2TB; unset: ask the storage.")] = None,
     high_watermark: Annotated[float | None, typer.Option(help="Fraction, 0.9.")] = None,

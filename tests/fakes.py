@@ -17,7 +17,14 @@ class Wrapped:
         self.inner = inner
 
     def __getattr__(self, attribute: str) -> Any:
+        refuse_batches(attribute)
         return getattr(self.inner, attribute)
+
+
+def refuse_batches(attribute: str) -> None:
+    """A wrapper that changes single calls must not be gone round by those that do many."""
+    if attribute in ("write_many", "rename_many"):
+        raise AttributeError(attribute)
 
 
 class QuotaStorage(Wrapped):
@@ -75,6 +82,7 @@ class Hooked(Wrapped):
         self.hook = hook
 
     def __getattr__(self, attribute: str) -> Any:
+        refuse_batches(attribute)
         found = getattr(self.inner, attribute)
         if attribute not in ("stat", "write", "rename", "remove", "open_read", "flush"):
             return found

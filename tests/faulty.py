@@ -19,7 +19,7 @@ from typing import Any
 
 from dlm_core.errors import AccessDeniedError, StorageFullError, StorageUnavailableError
 from dlm_core.storages.port import Entry, Storage
-from tests.fakes import Wrapped
+from tests.fakes import Wrapped, refuse_batches
 
 
 class Fault(StrEnum):
@@ -147,6 +147,7 @@ class Faulty(Wrapped):
         return self._open(self.inner.open_read, path)
 
     def __getattr__(self, attribute: str) -> Any:
+        refuse_batches(attribute)
         found = getattr(self.inner, attribute)
         # not of every adapter: the mover asks whether it is there
         return (lambda path: self._open(found, path)) if attribute == "read_back" else found

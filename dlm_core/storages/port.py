@@ -92,6 +92,9 @@ class Storage(Protocol):
         before it reads.
     ``remote = True``
         every call costs a round trip: its ``concurrency`` is used whatever the other end's is.
+    ``write_many([(path, bytes), …])`` and ``rename_many([(source, destination), …])``
+        as :meth:`write` of small files and :meth:`rename`, many at once; for each the error that
+        the single call would raise, or None. Handing over each by itself costs more than it does.
     ``digest_many(paths, stop) -> dict[path, 'sha256:…']``
         digests that the far side computes from the bytes as they lie there, in one request; paths
         of which nothing is told are left out, and so are all once ``stop`` is set. It may prove a

@@ -11,7 +11,6 @@ import asyncio
 import posixpath
 import stat as stat_module
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from asyncssh import SFTPAttrs, SFTPClientFile
 
 from dlm_core.errors import (
     AccessDeniedError,
+    DlmError,
     InvalidValueError,
     PathRefusedError,
     PayloadExistsError,
@@ -43,6 +43,8 @@ from dlm_core.storages.sftp_files import (
     SILENCE_SECONDS,
     SftpStream,
     Upload,
+    digests_there,
+    entry_of,
     every,
     synced,
     take,
@@ -51,18 +53,15 @@ from dlm_core.storages.sftp_files import (
 from dlm_core.storages.ssh import Session
 
 _T = TypeVar("_T")
+_P = TypeVar("_P")
 
 _READ = asyncssh.FXF_READ
 _CREATE = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
-_HASH_SECONDS = 86_400
 # blocks of an upload that are under way at once
 _BLOCKS_AHEAD = 4
 _LARGE_AT_ONCE = 4
 _LOOKED_AT_ONCE = 64
 _LOOKED_IN_ONE_CALL = 1024
-_KEPT_SECONDS = 5.0
-# slashes in .dlm/tmp/<slot>: deeper folders belong to one copy each, and would pile up
-_SLOT_DEPTH = 2
 # a disk with less than this does not take another request
 _NO_ROOM = 1 << 20
 _READ_ONLY = 1  # of statvfs' f_flag
@@ -71,8 +70,6 @@ _DENIED = (asyncssh.SFTPPermissionDenied, asyncssh.SFTPWriteProtect)
 _FULL = (asyncssh.SFTPNoSpaceOnFilesystem, asyncssh.SFTPQuotaExceeded)
 _REFUSED = (asyncssh.SFTPBadMessage, asyncssh.SFTPInvalidFilename, asyncssh.SFTPLinkLoop)
 _LOST = (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection)
-# no name on a command line: csh and sh read it alike, and no file name is looked at by a shell
-_HASH = "xargs -0 sha256sum -z --"
 _SYNC = "xargs -0 sync -f -- || sync"
 _HELLO = "echo dlm-shell"
 
@@ -101,7 +98,7 @@ class SftpStorage:
 
     The protocol has no call that refuses symbolic links on the way to a file: each path's folder
     is resolved by the server, and used only if it comes out as it went in. Somebody who may write
-    there can still put a link in its place just between the two.
+    there can still put a link in its place between the two.
 
     Parameters
     ----------
@@ -122,8 +119,6 @@ class SftpStorage:
         # folders with names that are not durable yet
         self._touched: set[str] = set()
         self._lock = threading.Lock()
-        # until when a folder needs not be looked at again; the loop's alone
-        self._entered: dict[str, float] = {}
         weakref.finalize(self, ssh.end, connections).atexit = False
 
     # --- paths and errors ------------------------------------------------------------------------
@@ -234,7 +229,7 @@ class SftpStorage:
 
     async def _lstat(self, session: Session, path: str) -> Entry | None:
         try:
-            return _entry(path, await session.sftp.lstat(self._full(session, path)))
+            return entry_of(path, await session.sftp.lstat(self._full(session, path)))
         except _ABSENT:
             return None
 
@@ -283,7 +278,7 @@ class SftpStorage:
             if one.filename not in (b".", b".."):
                 name = one.filename.decode("utf-8", "surrogateescape")
                 entries.append(
-                    (one.filename, _entry(f"{path}/{name}" if path else name, one.attrs))
+                    (one.filename, entry_of(f"{path}/{name}" if path else name, one.attrs))
                 )
         return [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
 
@@ -319,15 +314,42 @@ class SftpStorage:
         self._octets(path)
         first = take(source)
         if len(first) < BLOCK:
-            self._run(path, lambda session: self._put(session, path, first))
+            self._run(path, lambda session: self._put(session, path, first, set()))
         else:
             with self._large:
                 self._pour(path, first, source)
         return None
 
-    async def _put(self, session: Session, path: str, data: bytes) -> None:
+    def write_many(self, files: Sequence[tuple[str, bytes]]) -> list[DlmError | None]:
+        return self._each_of(files, self._put)
+
+    def _each_of(
+        self,
+        pairs: Sequence[tuple[str, _P]],
+        work: Callable[[Session, str, _P, set[str]], Awaitable[None]],
+    ) -> list[DlmError | None]:
+        """``work`` on all pairs of a path and something, many at once: how each of them ended."""
+        looked: set[str] = set()
+        free = asyncio.Semaphore(self.concurrency)
+
+        async def one(session: Session, path: str, what: _P) -> DlmError | None:
+            try:
+                self._octets(path)
+                async with free:
+                    await self.told(session, path, work(session, path, what, looked))
+            except DlmError as error:
+                return error
+            return None
+
+        async def in_loop() -> list[DlmError | None]:
+            async with self.connections.session(LARGE_WEIGHT) as session:
+                return await every(*(one(session, *pair) for pair in pairs))
+
+        return ssh.run(in_loop())
+
+    async def _put(self, session: Session, path: str, data: bytes, looked: set[str]) -> None:
         """A whole small file: its bytes and its end are sent without waiting in between."""
-        file = await self.create(session, path)
+        file = await self.create(session, path, looked)
         try:
             await every(
                 *writes(session, file, data, 0),
@@ -339,10 +361,11 @@ class SftpStorage:
             await self.discard(session, path)
             raise translated from error
 
-    async def create(self, session: Session, path: str) -> SFTPClientFile:
+    async def create(self, session: Session, path: str, looked: set[str]) -> SFTPClientFile:
+        """Open a new file for writing; ``looked``: see :meth:`_enter`."""
         try:
             return await self._in_folder(
-                session, path, partial(self._create_in, session, self._full(session, path))
+                session, path, looked, partial(self._create_in, session, self._full(session, path))
             )
         except asyncssh.SFTPFailure:
             if await self._lstat(session, path) is not None:
@@ -358,42 +381,42 @@ class SftpStorage:
         return await session.sftp.open(full, _CREATE, attributes, encoding=None, block_size=None)
 
     async def _in_folder(
-        self, session: Session, path: str, work: Callable[[], Awaitable[_T]]
+        self, session: Session, path: str, looked: set[str], work: Callable[[], Awaitable[_T]]
     ) -> _T:
         """Do ``work`` on ``path``; if that finds no folder, make it and do it again."""
         folder = posixpath.dirname(path)
-        await self._enter(session, folder)
+        await self._enter(session, folder, looked)
         self._touch(folder)
         try:
             return await work()
         except _ABSENT:
-            await self._make(session, folder)
+            await self._make(session, folder, looked)
             return await work()
 
     def _touch(self, folder: str) -> None:
         with self._lock:
             self._touched.add(folder)
 
-    async def _enter(self, session: Session, folder: str) -> None:
+    async def _enter(self, session: Session, folder: str, looked: set[str]) -> None:
         """Make sure that no link leads away from a folder, be it there or not.
 
-        Of the DLM's own folders, where nobody else has business, the answer is kept for a while.
+        ``looked`` has those of the same batch that were looked at: once for each is enough.
         """
-        now = time.monotonic()
-        if self._entered.get(folder, now) > now:
+        if folder in looked:
             return
         if await self._linked(session, folder):
             raise self._refused(folder, "a symbolic link stands in the way")
-        if folder.startswith(f"{PRIVATE}/tmp/") and folder.count("/") == _SLOT_DEPTH:
-            self._entered[folder] = now + _KEPT_SECONDS
+        looked.add(folder)
 
-    async def _make(self, session: Session, folder: str) -> None:
+    async def _make(self, session: Session, folder: str, looked: set[str]) -> None:
         """Make a folder, and what is missing above it."""
         if not folder:
             raise await self._root_is_gone(session) or self._unavailable("its root changes")
         full, attributes = self._full(session, folder), SFTPAttrs(permissions=0o755)
         try:
-            await self._in_folder(session, folder, lambda: session.sftp.mkdir(full, attributes))
+            await self._in_folder(
+                session, folder, looked, lambda: session.sftp.mkdir(full, attributes)
+            )
         except asyncssh.SFTPFailure:
             there = await self._lstat(session, folder)  # another made it, or something else is so
             if there is None:
@@ -455,9 +478,14 @@ class SftpStorage:
     def rename(self, source: str, destination: str) -> None:
         for path in (source, destination):
             self._octets(path)
-        self._run(destination, lambda session: self._rename(session, source, destination))
+        self._run(destination, lambda session: self._rename(session, source, destination, set()))
 
-    async def _rename(self, session: Session, source: str, destination: str) -> None:
+    def rename_many(self, pairs: Sequence[tuple[str, str]]) -> list[DlmError | None]:
+        return self._each_of(pairs, self._rename)
+
+    async def _rename(
+        self, session: Session, source: str, destination: str, looked: set[str]
+    ) -> None:
         """Plain rename of SFTP 3: OpenSSH links and unlinks, and so replaces nothing."""
         old = posixpath.dirname(source)
         full = self._full(session, source), self._full(session, destination)
@@ -471,9 +499,9 @@ class SftpStorage:
                     raise await self._absent(session, source) from None
                 raise
 
-        await self._enter(session, old)
+        await self._enter(session, old, looked)
         try:
-            await self._in_folder(session, destination, move)
+            await self._in_folder(session, destination, looked, move)
         except asyncssh.SFTPFailure:
             if await self._lstat(session, destination) is None:
                 raise
@@ -564,30 +592,7 @@ class SftpStorage:
 
     async def _hash(self, names: Sequence[bytes]) -> dict[bytes, str]:
         async with self.connections.session(LARGE_WEIGHT) as session:
-            top = posixpath.join(session.root, b"")
-            asked = b"".join(top + name + b"\0" for name in names)
             try:
-                async with asyncio.timeout(_HASH_SECONDS):
-                    _, printed, _ = await session.command(_HASH, asked)
-            except (asyncssh.Error, OSError, TimeoutError) as error:
-                raise self._unavailable(f"'{_HASH}': {ssh.one_line(error)}") from error
-        return dict(_digests(printed, top))
-
-
-def _digests(output: bytes, top: bytes) -> Iterator[tuple[bytes, str]]:
-    """Names below ``top`` and digests from ``sha256sum -z``; what looks otherwise tells nothing."""
-    for line in output.split(b"\0"):
-        digest, _, name = line.partition(b"  ")
-        if len(digest) == 64 and name.startswith(top):
-            with suppress(ValueError):
-                yield name[len(top) :], bytes.fromhex(digest.decode("ascii")).hex()
-
-
-def _entry(path: str, attributes: SFTPAttrs) -> Entry:
-    mode, mtime = attributes.permissions or 0, float(attributes.mtime or 0)
-    if stat_module.S_ISREG(mode):
-        return Entry(path, attributes.size or 0, mtime, "file")
-    if stat_module.S_ISDIR(mode):
-        return Entry(path, 0, mtime, "directory")
-    kind = "symlink" if stat_module.S_ISLNK(mode) else "other"
-    return Entry(path, attributes.size or 0, mtime, kind)
+                return await digests_there(session, names)
+            except (asyncssh.Error, OSError) as error:
+                raise self._unavailable(f"sha256sum there: {ssh.one_line(error)}") from error

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import posixpath
+import stat as stat_module
 from collections import deque
-from collections.abc import Awaitable, Hashable
+from collections.abc import Awaitable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import asyncssh
-from asyncssh import SFTPClientFile
+from asyncssh import SFTPAttrs, SFTPClientFile
 
 from dlm_core.storages import ssh
 from dlm_core.storages.port import Entry, Readable
@@ -26,6 +28,10 @@ LARGE_WEIGHT = 8
 _REQUEST = 255 << 10
 #: bytes that go over in one call from thread to loop
 BLOCK = 4 * _REQUEST
+# a file of some hundred terabytes takes so long
+_HASH_SECONDS = 86_400
+# no name stands on a command line: no shell looks at any, and csh and sh read this alike
+_HASH = "xargs -0 sha256sum -z --"
 # requests of a download that are under way at once
 _REQUESTS_AHEAD = 8
 
@@ -43,7 +49,7 @@ class Upload:
     async def begun(cls, storage: SftpStorage, path: str) -> Upload:
         session = await storage.connections.borrow(LARGE_WEIGHT)
         try:
-            file = await storage.told(session, path, storage.create(session, path))
+            file = await storage.told(session, path, storage.create(session, path, set()))
         except BaseException:
             session.busy -= LARGE_WEIGHT
             raise
@@ -209,3 +215,35 @@ def take(source: Readable) -> bytes:
 
 def stamp_of(entry: Entry) -> Hashable:
     return entry.size, entry.mtime
+
+
+async def digests_there(session: Session, names: Sequence[bytes]) -> dict[bytes, str]:
+    """sha256 by name, computed on the far side; names are relative to the session's root.
+
+    What is not there, or not answered for as ``sha256sum -z`` does, is left out.
+    """
+    top = posixpath.join(session.root, b"")
+    asked = b"".join(top + name + b"\0" for name in names)
+    async with asyncio.timeout(_HASH_SECONDS):
+        _, printed, _ = await session.command(_HASH, asked)
+    return dict(_digests(printed, top))
+
+
+def _digests(output: bytes, top: bytes) -> Iterator[tuple[bytes, str]]:
+    """Names below ``top`` and digests from ``sha256sum -z``; what looks otherwise tells nothing."""
+    for line in output.split(b"\0"):
+        digest, _, name = line.partition(b"  ")
+        if len(digest) == 64 and name.startswith(top):
+            with suppress(ValueError):
+                yield name[len(top) :], bytes.fromhex(digest.decode("ascii")).hex()
+
+
+def entry_of(path: str, attributes: SFTPAttrs) -> Entry:
+    """What the protocol's attributes say of a path."""
+    mode, mtime = attributes.permissions or 0, float(attributes.mtime or 0)
+    if stat_module.S_ISREG(mode):
+        return Entry(path, attributes.size or 0, mtime, "file")
+    if stat_module.S_ISDIR(mode):
+        return Entry(path, 0, mtime, "directory")
+    kind = "symlink" if stat_module.S_ISLNK(mode) else "other"
+    return Entry(path, attributes.size or 0, mtime, kind)

@@ -36,6 +36,8 @@ _CONNECT_SECONDS = 10
 _LOGIN_SECONDS = 30
 # a peer that answers none of three of these is gone
 _KEEPALIVE_SECONDS = 15
+# put before the others: a third less work for both ends than ChaCha20, which comes first else
+_FAST = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
 # a machine that refused one more connection is left in peace for so long
 _REFUSED_SECONDS = 60
 # a connection that has so much to do wants another beside it
@@ -245,8 +247,9 @@ class Connections:
             "host": self._address.host, "port": self._address.port,
             "username": self._address.user, "client_keys": keys, "password": password,
             "known_hosts": known, "config": None, "agent_path": None, "gss_host": None,
-            "compression_algs": ["none"], "connect_timeout": _CONNECT_SECONDS,
-            "login_timeout": _LOGIN_SECONDS, "keepalive_interval": _KEEPALIVE_SECONDS,
+            "encryption_algs": _FAST, "compression_algs": ["none"],
+            "connect_timeout": _CONNECT_SECONDS, "login_timeout": _LOGIN_SECONDS,
+            "keepalive_interval": _KEEPALIVE_SECONDS,
         }  # fmt: skip
 
     def _key(self) -> asyncssh.SSHKey:

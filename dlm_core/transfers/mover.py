@@ -12,12 +12,12 @@ import io
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from hashlib import md5, sha256
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from dlm_core.errors import (
     DestinationDamagedError,
@@ -35,6 +35,9 @@ from dlm_core.types import ManifestEntry, PayloadKind
 
 #: files up to this size are read whole: one read, one hash, one write
 _SMALL = 1 << 20
+# small files that are written in one call, where the destination has one
+_TOGETHER_FILES = 64
+_TOGETHER_BYTES = 4 << 20
 _SUB_BATCH_FILES = 512
 _SUB_BATCH_BYTES = 256 << 20
 # folders for temporary files: threads that make files in one folder wait for each other
@@ -165,6 +168,8 @@ class _Mover:
         self.progress, self.stop = progress, stop or threading.Event()
         self.atomic = bool(getattr(destination, "atomic_write", False))
         self.part_size: Callable[[int], int] | None = getattr(destination, "part_size", None)
+        self.write_many = getattr(destination, "write_many", None)
+        self.rename_many = getattr(destination, "rename_many", None)
         self.digest_many = getattr(destination, "digest_many", None)
         self.read_back = getattr(destination, "read_back", destination.open_read)
         self.opened_ahead = _MAX_CHUNK if hasattr(destination, "read_back") else 1
@@ -182,7 +187,12 @@ class _Mover:
     def write(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[_Copy]:
         """Bring the bytes of one sub-batch over; errors are kept beside the files."""
         copies = [self._prepare(task, n // _MAX_CHUNK % _SLOTS) for n, task in enumerate(tasks)]
-        _each(pool, self._write, [file for copy in copies for file in copy.files])
+        files = [file for copy in copies for file in copy.files]
+        if self.write_many is not None:
+            small = [file for file in files if file.size <= _SMALL]
+            list(pool.map(self._write_together, _groups(small)))
+            files = [file for file in files if file.size > _SMALL]
+        _each(pool, self._write, files)
         return copies
 
     def finish(self, copies: Sequence[_Copy], pool: ThreadPoolExecutor) -> list[CopyResult]:
@@ -196,7 +206,8 @@ class _Mover:
         unproven = [file for file in files if not file.error and not file.proven]
         _in_chunks(pool, self._verify, unproven, self.opened_ahead)
         stopped = self.stop.is_set()
-        results = _each(pool, self._settle, copies)
+        renamed = self._rename_together(copies)
+        results = _each(pool, lambda copy: self._settle(copy, renamed), copies)
         if not self.atomic:
             results = self._make_names_durable(results)
         return [result for result in results if result.error is None or not stopped]
@@ -221,6 +232,17 @@ class _Mover:
     # --- write -----------------------------------------------------------------------------------
 
     def _write(self, file: _File) -> None:
+        def work() -> None:
+            if file.size <= _SMALL:
+                self._write_small(file)
+            else:
+                self._write_large(file)
+            file.made = True
+
+        self._attempt(file, work)
+
+    def _attempt(self, file: _File, work: Callable[[], None]) -> None:
+        """Do ``work``; what it raises is kept beside the file."""
         if self.outage is not None:
             file.error = self.outage
             return
@@ -228,23 +250,48 @@ class _Mover:
         try:
             if self.stop.is_set():
                 raise Interrupted
-            if file.size <= _SMALL:
-                self._write_small(file)
-            else:
-                self._write_large(file)
-            file.made = True
-        except PayloadExistsError as error:
-            self._adopt(file, error)
+            work()
         except Interrupted:
             file.error = StorageUnavailableError(storage=self.source.name, message="interrupted")
-        except StorageUnavailableError as error:
-            file.error = error
-            self._look_for_outage()
         except DlmError as error:
-            file.error = error
+            self._note(file, error)
         file.seconds += time.monotonic() - begun
 
-    def _write_small(self, file: _File) -> None:
+    def _note(self, file: _File, error: DlmError) -> None:
+        if isinstance(error, PayloadExistsError):
+            self._adopt(file, error)
+            return
+        file.error = error
+        if isinstance(error, StorageUnavailableError):
+            self._look_for_outage()
+
+    def _write_together(self, files: Sequence[_File]) -> None:
+        """Small files that the destination takes many of at once."""
+        data: dict[str, bytes] = {}
+        for file in files:
+            self._attempt(file, lambda file=file: data.update({file.written: self._read(file)}))  # type: ignore[misc]
+        read = [file for file in files if file.written in data]
+        if not read or self.write_many is None:
+            return
+        begun = time.monotonic()
+        errors = self._together(self.write_many, [(f.written, data[f.written]) for f in read])
+        for file, error in zip(read, errors, strict=True):
+            file.seconds += (time.monotonic() - begun) / len(read)
+            if error is not None:
+                self._note(file, error)
+                continue
+            file.made = True
+            if self.progress is not None:
+                self.progress(file.size)
+
+    @staticmethod
+    def _together(call: Callable[..., Any], things: Sequence[Any]) -> Sequence[DlmError | None]:
+        try:
+            return cast(Sequence[DlmError | None], call(things))
+        except DlmError as error:
+            return [error] * len(things)
+
+    def _read(self, file: _File) -> bytes:
         with self.source.open_read(file.source) as stream:
             data = read_up_to(stream, file.size + 1)
         found = f"sha256:{sha256(data).hexdigest()}"
@@ -254,6 +301,10 @@ class _Mover:
                 expected=f"{file.digest} ({file.size} bytes)",
                 found=f"{found} (the first {len(data)} bytes)",
             )
+        return data
+
+    def _write_small(self, file: _File) -> None:
+        data = self._read(file)
         if self.part_size is not None:
             file.etag = md5(data, usedforsecurity=False).hexdigest()
         self.destination.write(file.written, io.BytesIO(data), file.size)
@@ -272,7 +323,7 @@ class _Mover:
 
     def _look_for_outage(self) -> None:
         """One look at both ends tells an outage from one file's trouble; the rest need not try."""
-        for storage in (self.source, self.destination):
+        for storage in (self.source, self.destination) if self.outage is None else ():
             try:
                 storage.check()
             except StorageUnavailableError as error:
@@ -394,17 +445,29 @@ class _Mover:
 
     # --- publish ---------------------------------------------------------------------------------
 
-    def _settle(self, copy: _Copy) -> CopyResult:
+    def _rename_together(self, copies: Sequence[_Copy]) -> dict[str, DlmError | None]:
+        """How the renaming of each verified copy ended, by temporary name; or nothing."""
+        if self.rename_many is None:
+            return {}
+        good = [copy for copy in copies if copy.first_error() is None]
+        pairs = [(copy.written, copy.task.destination_path) for copy in good]
+        errors = self._together(self.rename_many, pairs)
+        return {copy.written: error for copy, error in zip(good, errors, strict=True)}
+
+    def _settle(self, copy: _Copy, renamed: Mapping[str, DlmError | None]) -> CopyResult:
         error = copy.first_error()
         if error is None:
-            error = self._look_for_strangers(copy) if self.atomic else self._reveal(copy)
+            error = self._look_for_strangers(copy) if self.atomic else self._reveal(copy, renamed)
         if error is not None:
             self._clear(copy, error)
         return CopyResult(copy.task, error, sum(file.seconds for file in copy.files))
 
-    def _reveal(self, copy: _Copy) -> DlmError | None:
+    def _reveal(self, copy: _Copy, renamed: Mapping[str, DlmError | None]) -> DlmError | None:
         try:
-            self.destination.rename(copy.written, copy.task.destination_path)
+            if (failure := renamed.get(copy.written)) is not None:
+                raise failure
+            if copy.written not in renamed:
+                self.destination.rename(copy.written, copy.task.destination_path)
         except PayloadExistsError as error:
             return self._same_already(copy, error)
         except DlmError as error:
@@ -469,6 +532,20 @@ def _of_destination(error: DlmError, file: _File) -> DlmError:
             storage=storage, message=f"{file.final} went while it was looked at"
         )
     return error
+
+
+def _groups(files: Sequence[_File]) -> Iterator[list[_File]]:
+    """In order, few enough at once to be held in memory by every thread."""
+    group: list[_File] = []
+    size = 0
+    for file in files:
+        if group and (len(group) == _TOGETHER_FILES or size + file.size > _TOGETHER_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(file)
+        size += file.size
+    if group:
+        yield group
 
 
 def _each(pool: ThreadPoolExecutor, function: Callable[[_T], _R], things: Sequence[_T]) -> list[_R]:

@@ -1,0 +1,54 @@
+"""A storage behind SFTP by command."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.backends import sshd  # noqa: F401
+from tests.cli.site import Dlm, Result, refused
+from tests.sshd import SshServer
+
+
+@pytest.fixture
+def server(sshd: SshServer) -> SshServer:  # noqa: F811
+    return sshd
+
+
+def add(dlm: Dlm, server: SshServer, root: Path, **config: str) -> Result:
+    """``dlm storage add far`` on ``server``."""
+    root.mkdir(exist_ok=True)
+    dlm("location", "add", "hpc")
+    pairs = {"host_keys": server.host_keys, "key": f"env:{server.key_name}", **config}
+    options = [part for key, value in pairs.items() for part in ("--config", f"{key}={value}")]
+    at = ["--location", "hpc", "--interface", "sftp", "--root", server.root(root)]
+    return dlm("storage", "add", "far", *at, *options)
+
+
+@pytest.mark.parametrize("shell", ["true", "false"])
+def test_it_is_added_and_tested(dlm: Dlm, server: SshServer, tmp_path: Path, shell: str) -> None:
+    """Every check of the contract passes, and nothing is left there; no secret is printed."""
+    added = add(dlm, server, tmp_path / "far", shell=shell)
+    assert added.code == 0, added.error
+    tested = dlm("storage", "test", "far")
+    assert tested.code == 0 and "of 14 checks passed" in tested.out and "FAILED" not in tested.out
+    assert [file for file in (tmp_path / "far").rglob("*") if file.is_file()] == []
+    shown = dlm("storage", "show", "far").out
+    secret = os.environ[server.key_name].splitlines()[3]
+    assert server.key_name in shown and secret not in shown + tested.out + added.out
+
+
+def test_what_cannot_be_used_is_not_added(dlm: Dlm, server: SshServer, tmp_path: Path) -> None:
+    """An unknown host, a key given and not named, one that is not there: a line with a code."""
+    other = server.host_keys.replace("127.0.0.1", "127.0.0.2")
+    for config, code, exit_code in (
+        ({"host_keys": other}, "DLM-301", 4),
+        ({"key": "hunter2hunter2"}, "DLM-101", 2),
+        ({"key": "env:DLM_TEST_UNSET"}, "DLM-301", 4),
+        ({"shell": "perhaps"}, "DLM-101", 2),
+    ):
+        told = refused(add(dlm, server, tmp_path / "far", **config), code, exit_code)
+        assert "hunter2" not in told
+    assert dlm("storage", "list", "--json").json == []

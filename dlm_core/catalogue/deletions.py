@@ -370,6 +370,17 @@ def take_back_path(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uui
     return {row["uid"] for row in found}
 
 
+def trashed_from(connection: Connection, uids: Sequence[uuid.UUID]) -> dict[uuid.UUID, str]:
+    """The state that each of trashed replicas was in before, as its certificate has it."""
+    found = rows(
+        connection,
+        """SELECT DISTINCT ON (uid) uid, from_state FROM deletion
+            WHERE uid = ANY(:uids) AND step = 'trash' ORDER BY uid, deletion_id DESC""",
+        uids=list(uids),
+    )
+    return {row["uid"]: row["from_state"] for row in found}
+
+
 def displaced(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
     """Those of trashed replicas whose item has a newer copy on their storage by now."""
     found = rows(

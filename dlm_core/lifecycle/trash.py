@@ -45,6 +45,8 @@ Manifests = Mapping[uuid.UUID, Sequence[Row]]
 #: file work on (storage, replica's row); its result goes into the closing transaction
 Effect = Callable[[Storage, Row], Any]
 _WRITABLE = ("read_write", "draining")
+#: the bytes of a replica in these states are gone or set aside, not in its place
+_WITHOUT_BYTES = (ReplicaState.MISSING, ReplicaState.CORRUPTED)
 _CHUNK = 512
 
 
@@ -83,10 +85,12 @@ def _to_trash(storage: Storage, row: Row) -> None:
     if not row["managed"]:
         return  # the bytes belong to somebody else and stay where they are
     path, trashed = decode_path(row["path"]), trash_path(str(row["uid"]))
+    if row["from_state"] in _WITHOUT_BYTES and not _is_payload(storage, path, row):
+        return  # nothing of ours is there; what may be is somebody else's
     try:
         storage.rename(path, trashed)
     except PayloadNotFoundError:
-        return  # moved by an earlier try, or there was nothing (MISSING, CORRUPTED)
+        return  # moved by an earlier try, or there was nothing
     except PayloadExistsError:
         # an object store's rename is copy and delete: an earlier try got half-way. The path is
         # this replica's own until trashed_at is set, so what is there is what was to be moved.
@@ -186,9 +190,11 @@ def _trash_again(
 
 def _from_trash(storage: Storage, row: Row) -> Observation | None:
     path, trashed = decode_path(row["path"]), trash_path(str(row["uid"]))
+    moved = not row["managed"]
     if row["managed"]:
         try:
             storage.rename(trashed, path)
+            moved = True
         except PayloadNotFoundError:
             pass  # it never left, or an earlier try brought it back: reading will tell
         except PayloadExistsError:
@@ -197,16 +203,25 @@ def _from_trash(storage: Storage, row: Row) -> Observation | None:
                 raise
             storage.remove(trashed)
     try:
-        return observe(storage, path, PayloadKind(row["kind"]))
+        seen = observe(storage, path, PayloadKind(row["kind"]))
     except PayloadNotFoundError:
         return None
+    except PathRefusedError:
+        if moved:
+            raise
+        return None
+    # other bytes that this try did not bring back may be anybody's: nothing is known of ours
+    return seen if moved or _are_payload(seen, row) else None
 
 
 def _is_payload(storage: Storage, path: str, row: Row) -> bool:
     try:
-        seen = observe(storage, path, PayloadKind(row["kind"]))
-    except PathRefusedError:
-        return False  # of another kind
+        return _are_payload(observe(storage, path, PayloadKind(row["kind"])), row)
+    except (PayloadNotFoundError, PathRefusedError):
+        return False  # nothing, or of another kind
+
+
+def _are_payload(seen: Observation, row: Row) -> bool:
     return (seen.digest, seen.size) == (row["item_digest"], row["item_size"])
 
 
@@ -441,15 +456,16 @@ def _run(
     those on a storage that may not be written now come back later."""
     report = Report()
     storages = context.transact(context.storages.load)
-    details = context.transact(
-        lambda c: replicas.replica_details(c, [op["uid"] for op in claim.operations])
-    )
+    uids = [op["uid"] for op in claim.operations]
+    details = context.transact(lambda c: replicas.replica_details(c, uids))
+    before = context.transact(lambda c: catalogue.trashed_from(c, uids))
     work: dict[uuid.UUID, list[tuple[Row, Row]]] = {}
     idle: list[tuple[Row, queue.Outcome]] = []
     for operation in claim.operations:
         storage = storages[details[operation["uid"]]["storage_id"]]
         row = {**details[operation["uid"]], "managed": storage["managed"],
-               "trash_grace": storage["trash_grace"]}  # fmt: skip
+               "trash_grace": storage["trash_grace"],
+               "from_state": before.get(operation["uid"])}  # fmt: skip
         outcome = _idle_outcome(context, operation, row, storage)
         if outcome is None:
             work.setdefault(row["storage_id"], []).append((operation, row))

@@ -170,7 +170,8 @@ def execute_verify(context: Context, claim: Claim) -> Report:
 
     The same bytes: READY, checked now. Others: SUSPECT at first, with a second look queued; when
     that differs too the bytes are set aside under a visible name and the replica is CORRUPTED.
-    Nothing there, said by a storage that is well: MISSING. An outage proves nothing.
+    Nothing there, said by a storage that is well: MISSING; then other bytes in its place are taken
+    for somebody else's. An outage proves nothing.
 
     Scheduled checks ask a storage that can tell the content first: if it says what it said when the
     bytes were last read, they are read another time, unless this is the last good copy. All is
@@ -274,7 +275,10 @@ def _verdict(look: Look, row: Mapping[str, Any]) -> tuple[str, DlmError | None]:
         expected=f"{row['item_digest']} ({row['item_size']} bytes)",
         found=f"{look.observation.digest} ({look.observation.size} bytes)",
     )
-    second = row["state"] in (ReplicaState.SUSPECT, ReplicaState.MISSING)
+    if row["state"] == ReplicaState.MISSING:
+        # its own bytes are not known to be anywhere: what is in its place may be anybody's
+        return ReplicaState.MISSING, error
+    second = row["state"] == ReplicaState.SUSPECT
     return (ReplicaState.CORRUPTED if second else ReplicaState.SUSPECT), error
 
 
@@ -304,7 +308,6 @@ def _write(
     for look, verdict, _ in mine:
         by_state[verdict].append(look.uid)
     returned = [u for u in by_state[ReplicaState.READY] if details[u]["state"] == "MISSING"]
-    returned += [u for u in by_state[ReplicaState.CORRUPTED] if details[u]["state"] == "MISSING"]
     _mark(connection, returned, ReplicaState.SUSPECT, [ReplicaState.MISSING])
     _mark(connection, by_state[ReplicaState.SUSPECT], ReplicaState.SUSPECT, [ReplicaState.READY])
     _mark(

@@ -258,6 +258,14 @@ class World:
 
     def __init__(self, engine: Engine, folder: Path, salt: int = 0) -> None:
         self.engine, self.folder = engine, folder
+        self.settings = Settings(
+            home=folder,
+            trash_grace_seconds=GRACE.total_seconds(),
+            retry_base_seconds=1,
+            # every survivor is read again before a purge
+            proof_max_age_seconds=0.001,
+            lease_seconds=300,
+        )
         self.eyes = Eyes(engine)
         self.faults: dict[str, str] = {}
         #: files that were at a place once: what a lying storage still tells
@@ -288,15 +296,7 @@ class World:
 
     def worker(self, name: str) -> Worker:
         """A process of its own: nothing of it outlives a crash."""
-        settings = Settings(
-            home=self.folder,
-            trash_grace_seconds=GRACE.total_seconds(),
-            retry_base_seconds=1,
-            # every survivor is read again before a purge
-            proof_max_age_seconds=0.001,
-            lease_seconds=300,
-        )
-        worker = Worker(self.engine, settings, name, lambda: self.model.now)
+        worker = Worker(self.engine, self.settings, name, lambda: self.model.now)
         worker.worker = name
         worker.bind(self)
         return worker
@@ -503,9 +503,7 @@ _ITEMS = "SELECT oid, uri FROM data_item WHERE oid = ANY(:oids)"
 _REPLICAS = """
   SELECT r.uid, r.oid, s.name AS storage, r.path FROM replica r JOIN storage s USING (storage_id)
    WHERE r.uid = ANY(:uids)"""
-_SNAPSHOT = text(
-    "SELECT pg_current_snapshot()::text FROM set_config('dlm.now', :now, false)"
-)
+_SNAPSHOT = text("SELECT pg_current_snapshot()::text FROM set_config('dlm.now', :now, false)")
 _BUSY = """
   SELECT FROM operation WHERE oid = :oid AND kind IN ('trash', 'purge', 'restore')
      AND (state = 'RUNNING' OR (kind = 'restore' AND state = 'QUEUED'))"""

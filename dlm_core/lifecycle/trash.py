@@ -42,8 +42,10 @@ from dlm_core.types import (
 
 Row = Mapping[str, Any]
 Manifests = Mapping[uuid.UUID, Sequence[Row]]
-#: file work on (storage, replica's row); its result goes into the closing transaction
+#: what moves or removes bytes of (storage, replica's row), while the operation is locked
 Effect = Callable[[Storage, Row], Any]
+#: what reads them afterwards, told what the effect returned; it may take long
+Reading = Callable[[Storage, Row, Any], Any]
 _WRITABLE = ("read_write", "draining")
 #: the bytes of a replica in these states are gone or set aside, not in its place
 _WITHOUT_BYTES = (ReplicaState.MISSING, ReplicaState.CORRUPTED)
@@ -170,7 +172,7 @@ def execute_restore(context: Context, claim: Claim) -> Report:
                 replicas.mark_state(connection, uids, state, only_from=[ReplicaState.TRASHED])
         _look_again(connection, context, damaged, "damaged when it came out of the trash", now)
 
-    return _run(context, claim, _from_trash, write)
+    return _run(context, claim, _from_trash, write, _brought_back)
 
 
 def _trash_again(
@@ -188,22 +190,26 @@ def _trash_again(
     )
 
 
-def _from_trash(storage: Storage, row: Row) -> Observation | None:
+def _from_trash(storage: Storage, row: Row) -> bool:
+    """True if what lies in the replica's place now was brought there by this try."""
+    if not row["managed"]:
+        return True
     path, trashed = decode_path(row["path"]), trash_path(str(row["uid"]))
-    moved = not row["managed"]
-    if row["managed"]:
-        try:
-            storage.rename(trashed, path)
-            moved = True
-        except PayloadNotFoundError:
-            pass  # it never left, or an earlier try brought it back: reading will tell
-        except PayloadExistsError:
-            # an object store's rename that got half-way, or somebody's file: the bytes tell
-            if not _is_payload(storage, path, row):
-                raise
-            storage.remove(trashed)
     try:
-        seen = observe(storage, path, PayloadKind(row["kind"]))
+        storage.rename(trashed, path)
+    except PayloadNotFoundError:
+        return False  # it never left, or an earlier try brought it back: reading will tell
+    except PayloadExistsError:
+        # an object store's rename that got half-way, or somebody's file: the bytes tell
+        if not _is_payload(storage, path, row):
+            raise
+        storage.remove(trashed)
+    return True
+
+
+def _brought_back(storage: Storage, row: Row, moved: bool) -> Observation | None:
+    try:
+        seen = observe(storage, decode_path(row["path"]), PayloadKind(row["kind"]))
     except PayloadNotFoundError:
         return None
     except PathRefusedError:
@@ -450,10 +456,11 @@ def _run(
     claim: Claim,
     effect: Effect,
     write: Callable[[Connection, Sequence[Effected], datetime], None],
+    reading: Reading | None = None,
 ) -> Report:
-    """Do ``effect`` for each operation, with each storage's concurrency, then ``write`` and finish
-    in one transaction a chunk. Operations whose replica is not TRASHED any more are cancelled;
-    those on a storage that may not be written now come back later."""
+    """Do ``effect`` for each operation, with each storage's concurrency, then ``reading``, then
+    ``write`` and finish in one transaction a chunk. Operations whose replica is not TRASHED any
+    more are cancelled; those on a storage that may not be written now come back later."""
     report = Report()
     storages = context.transact(context.storages.load)
     uids = [op["uid"] for op in claim.operations]
@@ -485,8 +492,9 @@ def _run(
             if context.stop.is_set():
                 return report
             _effect_chunk(
-                context, claim, adapter, pairs[start : start + _CHUNK], effect, write, report
-            )
+                context, claim, adapter, pairs[start : start + _CHUNK], effect, reading, write,
+                report,
+            )  # fmt: skip
     return report
 
 
@@ -511,20 +519,30 @@ def _effect_chunk(
     adapter: Storage,
     pairs: Sequence[tuple[Row, Row]],
     effect: Effect,
+    reading: Reading | None,
     write: Callable[[Connection, Sequence[Effected], datetime], None],
     report: Report,
 ) -> None:
     def one(pair: tuple[Row, Row]) -> Effected:
-        begun = time.monotonic()
-        result, failure = None, None
-        try:
-            result = effect(adapter, pair[1])
-        except DlmError as error:
-            failure = error
-        return Effected(*pair, result, failure, time.monotonic() - begun)
+        return _tried(*pair, lambda: effect(adapter, pair[1]))
 
-    with ThreadPoolExecutor(adapter.concurrency, "dlm-trash") as pool:
-        effected = list(pool.map(one, pairs))
+    def read(e: Effected) -> Effected:
+        if reading is None or e.error is not None:
+            return e
+        after = _tried(e.operation, e.row, lambda: reading(adapter, e.row, e.result))
+        return replace(after, seconds=e.seconds + after.seconds)
+
+    def act(connection: Connection) -> list[Effected]:
+        # Who lost the lease must not touch a path that others' work may have filled anew since. And
+        # nobody takes over an operation that is locked: what lies there stays ours to the end.
+        ids = [operation["operation_id"] for operation, _ in pairs]
+        held = queue.lock_claimed(connection, claim.token, ids)
+        with ThreadPoolExecutor(adapter.concurrency, "dlm-trash") as pool:
+            return list(pool.map(one, [p for p in pairs if p[0]["operation_id"] in held]))
+
+    acted: list[Effected] = context.transact(act)
+    with ThreadPoolExecutor(adapter.concurrency, "dlm-look") as pool:
+        effected = list(pool.map(read, acted))
     try:
         adapter.flush()
     except DlmError as error:
@@ -549,3 +567,13 @@ def _effect_chunk(
 
     for e, outcome in context.transact(close):
         report.note(e.operation, outcome, e.row["size"], e.seconds)
+
+
+def _tried(operation: Row, row: Row, action: Callable[[], Any]) -> Effected:
+    begun = time.monotonic()
+    result, failure = None, None
+    try:
+        result = action()
+    except DlmError as error:
+        failure = error
+    return Effected(operation, row, result, failure, time.monotonic() - begun)

@@ -246,14 +246,16 @@ def _judge(
     report: Report,
 ) -> None:
     """Set damaged bytes aside, then write what was found in one transaction."""
-    verdicts: list[tuple[Look, str, DlmError | None]] = []
-    for look in looks:
-        verdict, error = _verdict(look, details[look.uid])
-        if verdict == ReplicaState.CORRUPTED and writable:
-            error = _quarantine(storage, details[look.uid], claim.token) or error
-            if isinstance(error, StorageError):
-                verdict = ReplicaState.SUSPECT
-        verdicts.append((look, verdict, error))
+    verdicts = [(look, *_verdict(look, details[look.uid])) for look in looks]
+    damaged = [look for look, verdict, _ in verdicts if verdict == ReplicaState.CORRUPTED]
+    if damaged and writable:
+        failed = context.transact(lambda c: _set_aside(c, claim, details, damaged, storage))
+        verdicts = [
+            (look, ReplicaState.SUSPECT, failed[look.uid])
+            if failed.get(look.uid)
+            else (look, verdict, error)
+            for look, verdict, error in verdicts
+        ]
     outcomes = context.transact(lambda c: _write(c, context, claim, operations, details, verdicts))
     for look, outcome in outcomes:
         size = look.observation.size if look.observation else 0
@@ -280,6 +282,27 @@ def _verdict(look: Look, row: Mapping[str, Any]) -> tuple[str, DlmError | None]:
         return ReplicaState.MISSING, error
     second = row["state"] == ReplicaState.SUSPECT
     return (ReplicaState.CORRUPTED if second else ReplicaState.SUSPECT), error
+
+
+def _set_aside(
+    connection: Connection,
+    claim: Claim,
+    details: Mapping[uuid.UUID, Mapping[str, Any]],
+    damaged: Sequence[Look],
+    storage: Storage,
+) -> dict[uuid.UUID, StorageError | None]:
+    """Quarantine what is still this worker's to judge; by uid the error if that failed.
+
+    Under locks: the copy may have been trashed, or made again in its place, since it was read.
+    """
+    held = queue.lock_claimed(connection, claim.token, [look.operation_id for look in damaged])
+    uids = [look.uid for look in damaged if look.operation_id in held]
+    now = catalogue.replica_details(connection, uids, lock=True)
+    return {
+        uid: _quarantine(storage, details[uid], claim.token)
+        for uid in uids
+        if now[uid]["state"] == details[uid]["state"]
+    }
 
 
 def _quarantine(storage: Storage, row: Mapping[str, Any], token: uuid.UUID) -> StorageError | None:

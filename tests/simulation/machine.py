@@ -460,7 +460,9 @@ class Lifecycle(RuleBasedStateMachine):
         if event == "crash":
             worker.process.arm(point, worker.process.crash)
         else:
-            worker.process.arm(point, lambda: self._disturb(worker, job, event, which))
+            disturb = partial(self._disturb, worker, job, event, which)
+            others = event in (*JOBS, "overtake", "outsleep")
+            worker.process.arm(point, disturb, patient=others)
         try:
             self._guard(lambda: self.world.run(worker, job))
         except Crash:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from sqlalchemy import Engine
 
 from dlm_core.catalogue import deletions
 from dlm_core.lifecycle import trash
@@ -86,14 +85,12 @@ def removal_is_believed(patch: Patch) -> None:
 def restored_unread(patch: Patch) -> None:
     """A restore that takes its bytes for good without reading them."""
 
-    def believe(storage, row):
+    def believe(storage, row, moved):
         from dlm_core.types import Observation
 
-        from_trash(storage, row)
         return Observation(row["item_size"], row["item_digest"])
 
-    from_trash = trash._from_trash
-    patch.setattr(trash, "_from_trash", believe)
+    patch.setattr(trash, "_brought_back", believe)
 
 
 QUICK = [

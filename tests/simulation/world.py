@@ -80,10 +80,14 @@ class Process:
         self.countdown: int | None = None
         self.event: Callable[[], None] = lambda: None
         self.dead = False
+        #: in a transaction, whose locks others would wait for: here they would wait for ever
+        self.locking = False
+        self.patient = False
 
-    def arm(self, point: int, event: Callable[[], None]) -> None:
-        """Let ``event`` happen at the point with this number, counted from now."""
-        self.countdown, self.event = point, event
+    def arm(self, point: int, event: Callable[[], None], *, patient: bool = False) -> None:
+        """Let ``event`` happen at the point with this number, counted from now; if it is
+        ``patient``, not before the transaction in hand is over."""
+        self.countdown, self.event, self.patient = point, event, patient
 
     def point(self) -> None:
         if self.dead:
@@ -91,7 +95,7 @@ class Process:
         if self.countdown is None:
             return
         self.countdown -= 1
-        if self.countdown < 0:
+        if self.countdown < 0 and not (self.locking and self.patient):
             self.countdown = None
             self.event()
 
@@ -112,11 +116,15 @@ class Worker(Context):
         seen: list[Commit] = []
 
         def watched(connection: Connection) -> Any:
+            self.process.locking = True
             result = work(connection)
             seen[:] = [self.world.look(connection)]
             return result
 
-        result = super().transact(watched)
+        try:
+            result = super().transact(watched)
+        finally:
+            self.process.locking = False
         self.world.tell(seen[-1])
         self.process.point()
         return result

@@ -94,11 +94,23 @@ def _to_trash(storage: Storage, row: Row) -> None:
     except PayloadNotFoundError:
         return  # moved by an earlier try, or there was nothing
     except PayloadExistsError:
-        # an object store's rename is copy and delete: an earlier try got half-way. The path is
-        # this replica's own until trashed_at is set, so what is there is what was to be moved.
-        if storage.stat(path) is not None:
+        # An earlier try moved it, and what is there now is somebody's. Or it got half-way, since an
+        # object store's rename is copy and delete: then the same bytes are in both places.
+        if _is_half_way(storage, path, trashed, row):
             storage.remove(trashed)
             storage.rename(path, trashed)
+
+
+def _is_half_way(storage: Storage, path: str, trashed: str, row: Row) -> bool:
+    kind = PayloadKind(row["kind"])
+    try:
+        there = observe(storage, path, kind)
+        if _are_payload(there, row):
+            return True
+        moved = observe(storage, trashed, kind)
+        return (there.digest, there.size) == (moved.digest, moved.size)
+    except (PayloadNotFoundError, PathRefusedError):
+        return False
 
 
 # --- restore --------------------------------------------------------------------------------------

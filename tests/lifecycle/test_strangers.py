@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dlm_core.catalogue import replicas
+from dlm_core.lifecycle.expire import plan_batch
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
@@ -88,6 +89,22 @@ def test_a_lost_copy_that_goes_takes_no_strangers_file_with_it(site, state):
     to_the_end(site)
     assert site.visible("a") == {"x": STRANGER}
     assert site.replicas(oid) == {"a": "DELETED", "b": "READY"}
+
+
+def test_a_trashing_that_is_done_again_leaves_a_stranger_alone(site):
+    """A crash came after the move; somebody's file in the place since is not trashed instead."""
+    oid = two_copies(site)
+    let_go(site, oid)
+    site.context.transact(lambda c: plan_batch(c, site.context, 10))
+    uid = str(site.replica(oid, "a")["uid"])
+    (site.folder / "a" / ".dlm" / "trash").mkdir(parents=True, exist_ok=True)
+    (site.folder / "a" / "x").rename(site.folder / "a" / ".dlm" / "trash" / uid)
+    put_a_stranger(site)
+    site.work(OperationKind.TRASH)
+    assert site.visible("a") == {"x": STRANGER} and site.private("a", "trash") == [uid]
+    assert (site.folder / "a" / ".dlm" / "trash" / uid).read_bytes() == b"good bytes"
+    to_the_end(site)
+    assert site.visible("a") == {"x": STRANGER} and site.private("a", "trash") == []
 
 
 def test_a_lost_copy_that_is_back_in_its_place_goes_with_it(site):

@@ -329,7 +329,8 @@ def undo_trash(connection: Connection, seen: Sequence[Seen], now: datetime) -> s
     found = rows(
         connection,
         """UPDATE replica r SET state = 'READY', size = u.size, digest = u.digest, checked_at = :now,
-                  trashed_at = NULL, expires_at = NULL, expiry_reason = NULL
+                  trashed_at = NULL, expires_at = NULL, expiry_reason = NULL,
+                  own_expires_at = NULL, own_expiry_reason = NULL
              FROM unnest(CAST(:uids AS uuid[]), CAST(:sizes AS bigint[]),
                          CAST(:digests AS text[])) AS u(uid, size, digest)
             WHERE r.uid = u.uid AND r.state = 'TRASHED' RETURNING r.uid""",

@@ -28,6 +28,7 @@ from dlm_core.errors import (
     PayloadNotFoundError,
     StorageUnavailableError,
 )
+from dlm_core.lifecycle.quarantine import is_payload
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage, trash_path
 from dlm_core.transfers.checksums import observe
@@ -87,7 +88,7 @@ def _to_trash(storage: Storage, row: Row) -> None:
     if not row["managed"]:
         return  # the bytes belong to somebody else and stay where they are
     path, trashed = decode_path(row["path"]), trash_path(str(row["uid"]))
-    if row["from_state"] in _WITHOUT_BYTES and not _is_payload(storage, path, row):
+    if row["from_state"] in _WITHOUT_BYTES and not is_payload(storage, path, row):
         return  # nothing of ours is there; what may be is somebody else's
     try:
         storage.rename(path, trashed)
@@ -213,7 +214,7 @@ def _from_trash(storage: Storage, row: Row) -> bool:
         return False  # it never left, or an earlier try brought it back: reading will tell
     except PayloadExistsError:
         # an object store's rename that got half-way, or somebody's file: the bytes tell
-        if not _is_payload(storage, path, row):
+        if not is_payload(storage, path, row):
             raise
         storage.remove(trashed)
     return True
@@ -230,13 +231,6 @@ def _brought_back(storage: Storage, row: Row, moved: bool) -> Observation | None
         return None
     # other bytes that this try did not bring back may be anybody's: nothing is known of ours
     return seen if moved or _are_payload(seen, row) else None
-
-
-def _is_payload(storage: Storage, path: str, row: Row) -> bool:
-    try:
-        return _are_payload(observe(storage, path, PayloadKind(row["kind"])), row)
-    except (PayloadNotFoundError, PathRefusedError):
-        return False  # nothing, or of another kind
 
 
 def _are_payload(seen: Observation, row: Row) -> bool:

@@ -142,7 +142,7 @@ LIFECYCLE = (
         "restore-over-a-stranger",
         "dlm_core/lifecycle/trash.py",
         (
-            "        if not _is_payload(storage, path, row):\n"
+            "        if not is_payload(storage, path, row):\n"
             "            raise\n"
             "        storage.remove(trashed)\n"
         ),
@@ -186,7 +186,7 @@ LIFECYCLE = (
     ),
     Mutant(
         "quarantine-deletes",
-        "dlm_core/lifecycle/verify.py",
+        "dlm_core/lifecycle/quarantine.py",
         (
             '        storage.rename(decode_path(row["path"]), '
             'quarantine_path(str(row["uid"]), token.hex))'

@@ -170,7 +170,7 @@ LIFECYCLE = (
         '    second = row["state"] == ReplicaState.SUSPECT',
         "    second = True",
         "one read that differs condemns a copy",
-        ("storages/test_faults.py::test_a_read_that_differs_once_condemns_nothing",),
+        ("lifecycle/test_quarantine.py::test_what_is_set_aside_is_read_once_more_there",),
     ),
     Mutant(
         "wrong-digest-is-ready",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,11 +21,13 @@ from dlm_cli.session import (
     show_table,
 )
 from dlm_core.errors import EmptySelectorError, InvalidValueError
+from dlm_core.types import OperationKind
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Uri = Annotated[str, typer.Argument(help="e.g. ska:eb-1/scan-3.ms")]
 Version = Annotated[int | None, typer.Option(help="Another than the newest version.")]
 _PHASES = ("PLASMA", "GAS", "LIQUID", "SOLID")
+_KINDS = ", ".join(OperationKind)
 
 item_app = typer.Typer(no_args_is_help=True, help="Data items: look, and ask why.")
 watch_app = typer.Typer(no_args_is_help=True, help="Folders whose new files are registered.")
@@ -335,12 +338,32 @@ def verify(
 
 
 @plain_errors
-def retry() -> None:
-    """Try FAILED operations again."""
-    from dlm_core.catalogue.operations import retry_failed
+def retry(
+    kind: Annotated[str | None, typer.Option(help=f"Only of this kind: {_KINDS}.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Only of copies on this storage.")] = None,
+    item: Annotated[str | None, typer.Option(help="Only of the item with this uri.")] = None,
+    error: Annotated[str | None, typer.Option(help="Only with this code, e.g. DLM-302.")] = None,
+) -> None:
+    """Try FAILED operations again, all or those that every option given matches."""
+    from dlm_core.catalogue.browse import get_item
+    from dlm_core.catalogue.operations import FailedSelector, retry_failed
+    from dlm_core.catalogue.places import get_storage
+
+    if error is not None and not re.fullmatch(r"DLM-\d{3}", error):
+        raise InvalidValueError(what="error", value=error, expected="a code, e.g. DLM-302")
+    wanted = parse_choice("kind", kind, tuple(OperationKind)) if kind else None
+
+    def work(connection: Any, now: Any) -> int:
+        selector = FailedSelector(
+            OperationKind(wanted) if wanted else None,
+            get_storage(connection, storage)["storage_id"] if storage else None,
+            get_item(connection, item)["oid"] if item else None,
+            error,
+        )
+        return retry_failed(connection, now, selector)
 
     with catalogue() as context:
-        print(f"{context.transact(lambda c: retry_failed(c, context.clock()))} queued again")
+        print(f"{context.transact(lambda c: work(c, context.clock()))} queued again")
 
 
 @watch_app.command("add")

@@ -9,7 +9,7 @@ import dagster as dg
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.capacity import storages_to_observe, storages_to_relieve
-from dlm_core.catalogue.checks import storages_with_checks_due
+from dlm_core.catalogue.checks import count_failed_looks, storages_with_checks_due
 from dlm_core.catalogue.deletions import count_expiry_due
 from dlm_core.catalogue.housekeeping import fold_long_tally
 from dlm_core.catalogue.operations import count_due
@@ -62,8 +62,8 @@ def replication_due(connection: Connection, _: Settings, now: datetime) -> Due:
 
 
 def verification_due(connection: Connection, _: Settings, now: datetime) -> Due:
-    """Replicas to read again, asked for or by their age."""
-    due = count_due(connection, [OperationKind.VERIFY], now)
+    """Replicas to read again, asked for, in doubt, or by their age."""
+    due = count_due(connection, [OperationKind.VERIFY], now) + count_failed_looks(connection, now)
     storages = storages_with_checks_due(connection, now)
     names = ", ".join(storages) or "none"
     return Due(due + len(storages), f"{due} replicas to verify; storages with checks due: {names}")

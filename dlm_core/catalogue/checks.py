@@ -32,6 +32,32 @@ _DUE = """
    ORDER BY GREATEST(r.checked_at, r.told_at) LIMIT :window"""
 
 
+# a doubted copy whose look FAILED: again after an hour, then two, four … a day at most. Found through
+# the index of FAILED operations.
+_FAILED_LOOKS = f"""
+  SELECT o.operation_id FROM operation o JOIN replica r USING (uid) JOIN storage s USING (storage_id)
+   WHERE o.state = 'FAILED' AND o.kind = 'verify' AND r.state = 'SUSPECT' AND s.mode IN {_READABLE}
+     AND o.finished_at <= CAST(:now AS timestamptz)
+         - least(interval '1 hour' * power(2, least(o.attempts - 1, 10)), interval '1 day')"""
+
+
+def count_failed_looks(connection: Connection, now: datetime) -> int:
+    """Looks at SUSPECT replicas that FAILED and are to be tried again now."""
+    found = rows(connection, f"SELECT count(*) AS n FROM ({_FAILED_LOOKS}) x", now=now)
+    return int(found[0]["n"])
+
+
+def look_again(connection: Connection, now: datetime) -> int:
+    """Queue looks at SUSPECT replicas that FAILED a while ago, so that no doubt stays for want of an
+    operator; their tries go on being counted. How many."""
+    return run(
+        connection,
+        f"""UPDATE operation SET state = 'QUEUED', due_at = :now, finished_at = NULL
+             WHERE operation_id IN ({_FAILED_LOOKS} FOR UPDATE OF o SKIP LOCKED)""",
+        now=now,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """A replica to be read again; ``copies`` are its item's READY ones, itself included."""

@@ -351,7 +351,8 @@ def undo_trash(connection: Connection, seen: Sequence[Seen], now: datetime) -> s
     found = rows(
         connection,
         """UPDATE replica r SET state = 'READY', size = u.size, digest = u.digest, checked_at = :now,
-                  trashed_at = NULL, expires_at = NULL, expiry_reason = NULL
+                  trashed_at = NULL, expires_at = NULL, expiry_reason = NULL,
+                  own_expires_at = NULL, own_expiry_reason = NULL
              FROM unnest(CAST(:uids AS uuid[]), CAST(:sizes AS bigint[]),
                          CAST(:digests AS text[])) AS u(uid, size, digest)
             WHERE r.uid = u.uid AND r.state = 'TRASHED' RETURNING r.uid""",
@@ -390,6 +391,17 @@ def take_back_path(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uui
         uids=list(uids),
     )
     return {row["uid"] for row in found}
+
+
+def trashed_from(connection: Connection, uids: Sequence[uuid.UUID]) -> dict[uuid.UUID, str]:
+    """The state that each of trashed replicas was in before, as its certificate has it."""
+    found = rows(
+        connection,
+        """SELECT DISTINCT ON (uid) uid, from_state FROM deletion
+            WHERE uid = ANY(:uids) AND step = 'trash' ORDER BY uid, deletion_id DESC""",
+        uids=list(uids),
+    )
+    return {row["uid"]: row["from_state"] for row in found}
 
 
 def displaced(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uuid.UUID]:

@@ -213,15 +213,36 @@ def finish_operations(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class FailedSelector:
+    """Which FAILED operations: all that are given have to match, None matches all."""
+
+    kind: OperationKind | None = None
+    storage_id: uuid.UUID | None = None
+    oid: uuid.UUID | None = None
+    error_code: str | None = None
+
+
+_SELECTED = """
+  o.state = 'FAILED' AND (CAST(:kind AS text) IS NULL OR o.kind = :kind)
+  AND (CAST(:oid AS uuid) IS NULL OR o.oid = :oid)
+  AND (CAST(:code AS text) IS NULL OR o.error_code = :code)
+  AND (CAST(:storage AS uuid) IS NULL OR EXISTS (
+    SELECT FROM replica r WHERE r.uid = o.uid AND r.storage_id = :storage))"""
+
+
 def retry_failed(
-    connection: Connection, now: datetime, operation_ids: Sequence[uuid.UUID] | None = None
+    connection: Connection, now: datetime, selector: FailedSelector | None = None
 ) -> int:
-    """Queue FAILED operations again, all or the named ones, with their tries forgotten."""
+    """Queue FAILED operations again, all or the selected ones, with their tries forgotten."""
+    chosen = selector or FailedSelector()
     return run(
         connection,
-        """UPDATE operation SET state = 'QUEUED', attempts = 0, due_at = :now, finished_at = NULL
-            WHERE state = 'FAILED'
-              AND (CAST(:ids AS uuid[]) IS NULL OR operation_id = ANY(CAST(:ids AS uuid[])))""",
+        f"""UPDATE operation o SET state = 'QUEUED', attempts = 0, due_at = :now, finished_at = NULL
+             WHERE {_SELECTED}""",
         now=now,
-        ids=list(operation_ids) if operation_ids is not None else None,
+        kind=chosen.kind.value if chosen.kind else None,
+        storage=chosen.storage_id,
+        oid=chosen.oid,
+        code=chosen.error_code,
     )

@@ -12,6 +12,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import rows, run
+from dlm_core.catalogue.replicas import keep_drained
 from dlm_core.errors import (
     AlreadyExistsError,
     DeletionRefusedError,
@@ -235,7 +236,8 @@ def get_storage(connection: Connection, name: str) -> dict[str, Any]:
 def set_storage(connection: Connection, name: str, changes: Mapping[str, Any]) -> None:
     """Change what may be changed of a storage (:data:`CHANGEABLE`).
 
-    A storage that is no longer drained keeps what was to leave it for that reason.
+    A storage that is no longer drained keeps what was to leave it for that reason, with the expiry
+    of its own that a replica may have had.
 
     Raises
     ------
@@ -259,14 +261,7 @@ def set_storage(connection: Connection, name: str, changes: Mapping[str, Any]) -
     )
     left_drain = storage["mode"] == StorageMode.DRAINING and "mode" in wanted
     if left_drain and wanted["mode"] != StorageMode.DRAINING:
-        run(
-            connection,
-            """UPDATE replica SET expires_at = NULL, expiry_reason = NULL
-                WHERE storage_id = :id AND expires_at IS NOT NULL
-                  AND expiry_reason LIKE 'drain:%'
-                  AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')""",
-            id=storage["storage_id"],
-        )
+        keep_drained(connection, storage["storage_id"])
     if wanted.get("phase", storage["phase"]) != storage["phase"]:
         _weigh_again(connection, storage["storage_id"])
     _ask_planner_again(connection)

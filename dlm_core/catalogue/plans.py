@@ -84,30 +84,38 @@ def trashed_since(connection: Connection, since: datetime) -> Due:
     return Due(int(found["n"]), int(found["bytes"]))
 
 
-# of a collection's items that are not DELETED: those due to expire and those EXPIRED, without those
-# whose going somebody approved. Counting stops where the answer is known.
+# of a collection's items that are not DELETED, those of the collections in it included: those due to
+# expire and those EXPIRED, without those whose going somebody approved. Only collections with
+# something due, and those above them, are looked at; counting stops where the answer is known.
 _FRACTIONS = """
-WITH due AS (
+WITH RECURSIVE direct AS MATERIALIZED (
   SELECT i.collection_id, count(*) AS n FROM data_item i
    WHERE i.expires_at <= :now AND i.expires_at IS NOT NULL AND i.state IN ('READY', 'CORRUPTED')
      AND i.collection_id IS NOT NULL
      AND NOT EXISTS (SELECT FROM plan_reserved k WHERE k.oid = i.oid AND k.basis = 'item_expired')
      AND NOT EXISTS (SELECT FROM holds_on(i.oid, i.uri, i.collection_id))
    GROUP BY 1),
+due AS MATERIALIZED (
+  SELECT up.collection_id, sum(d.n) AS n
+    FROM direct d, collections_above(d.collection_id) up(collection_id) GROUP BY 1),
+tree(top, collection_id) AS (
+  SELECT collection_id, collection_id FROM due
+  UNION SELECT t.top, c.collection_id FROM tree t JOIN collection c ON c.parent_id = t.collection_id),
 gone AS (
-  SELECT i.collection_id, count(*) AS n FROM data_item i JOIN due USING (collection_id)
+  SELECT t.top AS collection_id, count(*) AS n FROM data_item i JOIN tree t USING (collection_id)
    WHERE i.state = 'EXPIRED'
      AND NOT EXISTS (SELECT FROM plan_entry e JOIN plan p USING (plan_id)
                       WHERE e.oid = i.oid AND p.state = 'APPROVED')
    GROUP BY 1),
 going AS (
   SELECT collection_id, due.n + coalesce(gone.n, 0) AS n FROM due LEFT JOIN gone USING (collection_id))
-SELECT c.name, g.n, t.total FROM going g JOIN collection c USING (collection_id), LATERAL (
+SELECT c.name, g.n::bigint AS n, t.total FROM going g JOIN collection c USING (collection_id), LATERAL (
   SELECT count(*) AS total FROM (
-    SELECT FROM data_item i WHERE i.collection_id = g.collection_id AND i.state <> 'DELETED'
+    SELECT FROM tree b JOIN data_item i ON i.collection_id = b.collection_id
+     WHERE b.top = g.collection_id AND i.state <> 'DELETED'
      LIMIT greatest(:least, ceil(g.n / CAST(:fraction AS double precision)))::bigint) x) t
  WHERE g.n > :fraction * :least AND t.total >= :least AND g.n > :fraction * t.total
- ORDER BY g.n DESC LIMIT 1"""
+ ORDER BY g.n DESC, c.name LIMIT 1"""
 
 
 def _fraction_stop(connection: Connection, now: datetime, limits: Limits) -> Stop | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -127,7 +127,8 @@ def remake_replicas(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uu
     """Set CORRUPTED and MISSING replicas to PENDING, to be copied again; those that were."""
     found = rows(
         connection,
-        """UPDATE replica SET state = 'PENDING', expires_at = NULL, expiry_reason = NULL
+        """UPDATE replica SET state = 'PENDING', expires_at = NULL, expiry_reason = NULL,
+                  own_expires_at = NULL, own_expiry_reason = NULL
             WHERE uid = ANY(:uids) AND state IN ('CORRUPTED', 'MISSING') RETURNING uid""",
         uids=list(uids),
     )
@@ -268,6 +269,20 @@ def mark_state(
     return {row["uid"] for row in found}
 
 
+def note_brought_back(connection: Connection, places: Mapping[uuid.UUID, str]) -> None:
+    """Write into the log that bytes came back from quarantine, and from which place there."""
+    run(
+        connection,
+        """INSERT INTO event (noun, action, oid, uid, storage_id, actor, detail)
+           SELECT 'replica', 'brought_back', r.oid, r.uid, r.storage_id, dlm_actor(),
+                  jsonb_build_object('from', u.place)
+             FROM unnest(CAST(:uids AS uuid[]), CAST(:places AS text[])) AS u(uid, place)
+             JOIN replica r USING (uid)""",
+        uids=list(places),
+        places=list(places.values()),
+    )
+
+
 def replica_details(
     connection: Connection, uids: Sequence[uuid.UUID], *, lock: bool = False
 ) -> dict[uuid.UUID, dict[str, Any]]:
@@ -299,18 +314,47 @@ def select_unmarked(
     )
 
 
+def select_staying(
+    connection: Connection, storage_id: uuid.UUID, now: datetime, limit: int
+) -> list[dict[str, Any]]:
+    """Replicas on a storage whose own time comes later: a drain does not wait for it."""
+    return rows(
+        connection,
+        """SELECT uid, oid, size, state FROM replica
+            WHERE storage_id = :storage AND expires_at IS NOT NULL AND expires_at > :now
+              AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING') LIMIT :limit""",
+        storage=storage_id,
+        now=now,
+        limit=limit,
+    )
+
+
 def mark_leaving(
     connection: Connection, uids: Sequence[uuid.UUID], reason: str, now: datetime
 ) -> int:
-    """Let replicas expire now: replication stops counting them, expiry deletes them with proof."""
+    """Let replicas expire now: replication stops counting them, expiry deletes them with proof. An
+    expiry of their own is remembered."""
     return run(
         connection,
-        """UPDATE replica SET expires_at = greatest(:now, created_at), expiry_reason = :reason
+        """UPDATE replica SET expires_at = greatest(:now, created_at), expiry_reason = :reason,
+                  own_expires_at = expires_at, own_expiry_reason = expiry_reason
             WHERE uid = ANY(:uids) AND (expires_at IS NULL OR expires_at > :now)
               AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')""",
         uids=list(uids),
         reason=reason,
         now=now,
+    )
+
+
+def keep_drained(connection: Connection, storage_id: uuid.UUID) -> int:
+    """A drain is called off: what was to leave for it stays, with the expiry that it had before."""
+    return run(
+        connection,
+        """UPDATE replica SET expires_at = own_expires_at, expiry_reason = own_expiry_reason,
+                  own_expires_at = NULL, own_expiry_reason = NULL
+            WHERE storage_id = :id AND expires_at IS NOT NULL AND expiry_reason LIKE 'drain:%'
+              AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')""",
+        id=storage_id,
     )
 
 

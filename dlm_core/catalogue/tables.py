@@ -141,6 +141,7 @@ collection = Table(
     _to("parent_id", "collection"),
     _required("metadata", JSONB, "'{}'::jsonb"),
     _created(),
+    Index("collection_parent", "parent_id", postgresql_where=text("parent_id IS NOT NULL")),
 )
 
 data_item = Table(
@@ -226,6 +227,8 @@ replica = Table(
     Column("released_at", Moment),
     Column("told_at", Moment),
     Column("told_stamp", Text),
+    Column("own_expires_at", Moment),
+    Column("own_expiry_reason", Text),
     Index(
         "replica_check",
         "storage_id",

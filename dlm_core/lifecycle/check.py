@@ -25,7 +25,7 @@ def plan_verification(context: Context) -> int:
 
     Those with the fewest good copies come first, then those on cheap media, then those looked at
     longest ago. What a storage may read on a day is never exceeded but by a payload that is larger
-    than that by itself.
+    than that by itself. Looks at doubted copies that FAILED a while ago are queued again too.
     """
     planned: int = context.transact(lambda c: _plan(c, context))
     return planned
@@ -42,7 +42,8 @@ def propose_verification(context: Context) -> list[checks.Check]:
 
 
 def _plan(connection: Connection, context: Context) -> int:
-    now, count = context.clock(), 0
+    now = context.clock()
+    count = checks.look_again(connection, now)
     for budget, chosen in _choose(connection, context):
         # what is due does not fit into the rest of the day: the day is over, so that nobody asks
         size = sum(c.size for c in chosen) if chosen else budget.left or 0

@@ -74,6 +74,8 @@ class Decision:
     item_state: str | None = None
     #: nothing that is under way will mend the shortfall: look again later
     impossible: bool = False
+    #: no good copy is known: its lost ones are looked for again
+    search: bool = False
 
 
 class Space:
@@ -117,7 +119,7 @@ def decide_copies(
 
     Copies that are on their way count as expected, never as reached. A source must exist: without
     any READY replica on a storage that can be read there is nothing to copy, and an item of which
-    no replica is READY, SUSPECT or on its way is CORRUPTED.
+    no replica is READY, SUSPECT or on its way is CORRUPTED, once its lost ones were looked for.
     """
     ready = [r for r in replicas if r.state == ReplicaState.READY]
     staying = [r for r in ready if not is_leaving(r, storages[r.storage_id], now)]
@@ -173,8 +175,14 @@ def _without_source(item: ItemView, replicas: Sequence[ReplicaView]) -> Decision
         return Decision(0, shortfall="no verified copy; a suspect one waits for its second look")
     if ReplicaState.PENDING in states:
         return Decision(0, shortfall="no verified copy; one is announced or being copied")
+    if ReplicaState.CORRUPTED in states and item.state == ItemState.READY and not item.waited:
+        # the storage may have read good bytes wrongly: nothing is called lost before another look
+        text = "no good copy is known; what was set aside is looked at again"
+        return Decision(0, shortfall=text, impossible=True, search=True)
     lost = ItemState.CORRUPTED if item.state == ItemState.READY else None
-    return Decision(0, shortfall="no good copy is known", item_state=lost, impossible=True)
+    return Decision(
+        0, shortfall="no good copy is known", item_state=lost, impossible=True, search=True
+    )
 
 
 def _choose(

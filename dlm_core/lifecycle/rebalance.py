@@ -85,6 +85,7 @@ def _relieve(connection: Connection, context: Context, storage: Mapping[str, Any
     now = context.clock()
     candidates = replicas.select_unmarked(connection, storage["storage_id"], _BATCH)
     if storage["undrained"]:
+        candidates += replicas.select_staying(connection, storage["storage_id"], now, _BATCH)
         reason = f"drain: storage {storage['name']} is being drained"
         leaving = [
             Leaving(row["uid"], row["oid"], row["size"], storage["name"], reason)

@@ -31,6 +31,7 @@ from dlm_core.lifecycle.decide import (
     StorageView,
     decide_copies,
 )
+from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage
 from dlm_core.transfers.mover import CopyResult, CopyTask, copy_batch
@@ -253,6 +254,10 @@ def _apply(
             now,
         )
     _write_phases(connection, decided, now)
+    lost = [item["oid"] for item, decision in decided if decision.search]
+    if lost:
+        reason = "no good copy of its item is known"
+        request_verification(connection, actor=context.actor, now=now, oids=lost, reason=reason)
     planned = {copy.oid for copy, _ in pairs}
     _look_again(connection, decided, planned, tries, now)
 

@@ -28,6 +28,7 @@ from dlm_core.errors import (
     PayloadNotFoundError,
     StorageUnavailableError,
 )
+from dlm_core.lifecycle.quarantine import is_payload
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage, trash_path
 from dlm_core.transfers.checksums import observe
@@ -42,9 +43,13 @@ from dlm_core.types import (
 
 Row = Mapping[str, Any]
 Manifests = Mapping[uuid.UUID, Sequence[Row]]
-#: file work on (storage, replica's row); its result goes into the closing transaction
+#: what moves or removes bytes of (storage, replica's row), while the operation is locked
 Effect = Callable[[Storage, Row], Any]
+#: what reads them afterwards, told what the effect returned; it may take long
+Reading = Callable[[Storage, Row, Any], Any]
 _WRITABLE = ("read_write", "draining")
+#: the bytes of a replica in these states are gone or set aside, not in its place
+_WITHOUT_BYTES = (ReplicaState.MISSING, ReplicaState.CORRUPTED)
 _CHUNK = 512
 
 
@@ -85,16 +90,30 @@ def _to_trash(storage: Storage, row: Row) -> None:
     if row["unproven"]:
         return  # known from an old catalogue only: what lies there may be another's by now
     path, trashed = decode_path(row["path"]), trash_path(str(row["uid"]))
+    if row["from_state"] in _WITHOUT_BYTES and not is_payload(storage, path, row):
+        return  # nothing of ours is there; what may be is somebody else's
     try:
         storage.rename(path, trashed)
     except PayloadNotFoundError:
-        return  # moved by an earlier try, or there was nothing (MISSING, CORRUPTED)
+        return  # moved by an earlier try, or there was nothing
     except PayloadExistsError:
-        # an object store's rename is copy and delete: an earlier try got half-way. The path is
-        # this replica's own until trashed_at is set, so what is there is what was to be moved.
-        if storage.stat(path) is not None:
+        # An earlier try moved it, and what is there now is somebody's. Or it got half-way, since an
+        # object store's rename is copy and delete: then the same bytes are in both places.
+        if _is_half_way(storage, path, trashed, row):
             storage.remove(trashed)
             storage.rename(path, trashed)
+
+
+def _is_half_way(storage: Storage, path: str, trashed: str, row: Row) -> bool:
+    kind = PayloadKind(row["kind"])
+    try:
+        there = observe(storage, path, kind)
+        if _are_payload(there, row):
+            return True
+        moved = observe(storage, trashed, kind)
+        return (there.digest, there.size) == (moved.digest, moved.size)
+    except (PayloadNotFoundError, PathRefusedError):
+        return False
 
 
 # --- restore --------------------------------------------------------------------------------------
@@ -168,7 +187,7 @@ def execute_restore(context: Context, claim: Claim) -> Report:
                 replicas.mark_state(connection, uids, state, only_from=[ReplicaState.TRASHED])
         _look_again(connection, context, damaged, "damaged when it came out of the trash", now)
 
-    return _run(context, claim, _from_trash, write)
+    return _run(context, claim, _from_trash, write, _brought_back)
 
 
 def _trash_again(
@@ -186,29 +205,37 @@ def _trash_again(
     )
 
 
-def _from_trash(storage: Storage, row: Row) -> Observation | None:
+def _from_trash(storage: Storage, row: Row) -> bool:
+    """True if what lies in the replica's place now was brought there by this try."""
+    if not row["managed"]:
+        return True
     path, trashed = decode_path(row["path"]), trash_path(str(row["uid"]))
-    if row["managed"]:
-        try:
-            storage.rename(trashed, path)
-        except PayloadNotFoundError:
-            pass  # it never left, or an earlier try brought it back: reading will tell
-        except PayloadExistsError:
-            # an object store's rename that got half-way, or somebody's file: the bytes tell
-            if not _is_payload(storage, path, row):
-                raise
-            storage.remove(trashed)
     try:
-        return observe(storage, path, PayloadKind(row["kind"]))
+        storage.rename(trashed, path)
+    except PayloadNotFoundError:
+        return False  # it never left, or an earlier try brought it back: reading will tell
+    except PayloadExistsError:
+        # an object store's rename that got half-way, or somebody's file: the bytes tell
+        if not is_payload(storage, path, row):
+            raise
+        storage.remove(trashed)
+    return True
+
+
+def _brought_back(storage: Storage, row: Row, moved: bool) -> Observation | None:
+    try:
+        seen = observe(storage, decode_path(row["path"]), PayloadKind(row["kind"]))
     except PayloadNotFoundError:
         return None
-
-
-def _is_payload(storage: Storage, path: str, row: Row) -> bool:
-    try:
-        seen = observe(storage, path, PayloadKind(row["kind"]))
     except PathRefusedError:
-        return False  # of another kind
+        if moved:
+            raise
+        return None
+    # other bytes that this try did not bring back may be anybody's: nothing is known of ours
+    return seen if moved or _are_payload(seen, row) else None
+
+
+def _are_payload(seen: Observation, row: Row) -> bool:
     return (seen.digest, seen.size) == (row["item_digest"], row["item_size"])
 
 
@@ -437,15 +464,16 @@ def _run(
     claim: Claim,
     effect: Effect,
     write: Callable[[Connection, Sequence[Effected], datetime], None],
+    reading: Reading | None = None,
 ) -> Report:
-    """Do ``effect`` for each operation, with each storage's concurrency, then ``write`` and finish
-    in one transaction a chunk. Operations whose replica is not TRASHED any more are cancelled;
-    those on a storage that may not be written now come back later."""
+    """Do ``effect`` for each operation, with each storage's concurrency, then ``reading``, then
+    ``write`` and finish in one transaction a chunk. Operations whose replica is not TRASHED any
+    more are cancelled; those on a storage that may not be written now come back later."""
     report = Report()
     storages = context.transact(context.storages.load)
-    details = context.transact(
-        lambda c: replicas.replica_details(c, [op["uid"] for op in claim.operations])
-    )
+    uids = [op["uid"] for op in claim.operations]
+    details = context.transact(lambda c: replicas.replica_details(c, uids))
+    before = context.transact(lambda c: catalogue.trashed_from(c, uids))
     floor = context.transact(recovery.proof_floor)
     work: dict[uuid.UUID, list[tuple[Row, Row]]] = {}
     idle: list[tuple[Row, queue.Outcome]] = []
@@ -453,7 +481,8 @@ def _run(
         storage = storages[details[operation["uid"]]["storage_id"]]
         row = {**details[operation["uid"]], "managed": storage["managed"],
                "trash_grace": storage["trash_grace"],
-               "unproven": recovery.is_unproven(details[operation["uid"]], floor)}  # fmt: skip
+               "unproven": recovery.is_unproven(details[operation["uid"]], floor),
+               "from_state": before.get(operation["uid"])}  # fmt: skip
         outcome = _idle_outcome(context, operation, row, storage)
         if outcome is None:
             work.setdefault(row["storage_id"], []).append((operation, row))
@@ -473,8 +502,9 @@ def _run(
             if context.stop.is_set():
                 return report
             _effect_chunk(
-                context, claim, adapter, pairs[start : start + _CHUNK], effect, write, report
-            )
+                context, claim, adapter, pairs[start : start + _CHUNK], effect, reading, write,
+                report,
+            )  # fmt: skip
     return report
 
 
@@ -499,20 +529,30 @@ def _effect_chunk(
     adapter: Storage,
     pairs: Sequence[tuple[Row, Row]],
     effect: Effect,
+    reading: Reading | None,
     write: Callable[[Connection, Sequence[Effected], datetime], None],
     report: Report,
 ) -> None:
     def one(pair: tuple[Row, Row]) -> Effected:
-        begun = time.monotonic()
-        result, failure = None, None
-        try:
-            result = effect(adapter, pair[1])
-        except DlmError as error:
-            failure = error
-        return Effected(*pair, result, failure, time.monotonic() - begun)
+        return _tried(*pair, lambda: effect(adapter, pair[1]))
 
-    with ThreadPoolExecutor(adapter.concurrency, "dlm-trash") as pool:
-        effected = list(pool.map(one, pairs))
+    def read(e: Effected) -> Effected:
+        if reading is None or e.error is not None:
+            return e
+        after = _tried(e.operation, e.row, lambda: reading(adapter, e.row, e.result))
+        return replace(after, seconds=e.seconds + after.seconds)
+
+    def act(connection: Connection) -> list[Effected]:
+        # Who lost the lease must not touch a path that others' work may have filled anew since. And
+        # nobody takes over an operation that is locked: what lies there stays ours to the end.
+        ids = [operation["operation_id"] for operation, _ in pairs]
+        held = queue.lock_claimed(connection, claim.token, ids)
+        with ThreadPoolExecutor(adapter.concurrency, "dlm-trash") as pool:
+            return list(pool.map(one, [p for p in pairs if p[0]["operation_id"] in held]))
+
+    acted: list[Effected] = context.transact(act)
+    with ThreadPoolExecutor(adapter.concurrency, "dlm-look") as pool:
+        effected = list(pool.map(read, acted))
     try:
         adapter.flush()
     except DlmError as error:
@@ -537,3 +577,13 @@ def _effect_chunk(
 
     for e, outcome in context.transact(close):
         report.note(e.operation, outcome, e.row["size"], e.seconds)
+
+
+def _tried(operation: Row, row: Row, action: Callable[[], Any]) -> Effected:
+    begun = time.monotonic()
+    result, failure = None, None
+    try:
+        result = action()
+    except DlmError as error:
+        failure = error
+    return Effected(operation, row, result, failure, time.monotonic() - begun)

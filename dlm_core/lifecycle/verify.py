@@ -7,7 +7,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -21,13 +21,13 @@ from dlm_core.errors import (
     AccessDeniedError,
     DlmError,
     IntegrityError,
-    PayloadExistsError,
     PayloadNotFoundError,
     StorageError,
 )
 from dlm_core.lifecycle.check import SCHEDULED
+from dlm_core.lifecycle.quarantine import bring_back, find_good, set_aside
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
-from dlm_core.storages.port import Storage, quarantine_path
+from dlm_core.storages.port import Storage
 from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.throttle import paced
 from dlm_core.types import (
@@ -44,7 +44,9 @@ _READABLE = ("read_write", "read_only", "draining")
 _TOLD = "TOLD"
 #: after so many intervals a replica is read whatever its storage says
 _READ_EVERY = 4
-_CHECKABLE = (ReplicaState.READY, ReplicaState.SUSPECT, ReplicaState.MISSING)
+#: its bytes are not known to be in its place
+_LOST = (ReplicaState.MISSING, ReplicaState.CORRUPTED)
+_CHECKABLE = (ReplicaState.READY, ReplicaState.SUSPECT, *_LOST)
 
 
 def request_verification(
@@ -54,22 +56,24 @@ def request_verification(
     now: datetime,
     storage_id: uuid.UUID | None = None,
     oid: uuid.UUID | None = None,
+    oids: Sequence[uuid.UUID] | None = None,
     reason: str = "asked for",
 ) -> int:
     """Queue a look at every replica of an item, on a storage, or both narrowed; how many.
 
-    Replicas that wait for one already are not queued twice. With neither given, all replicas.
+    ``oids`` names several items. Those that are CORRUPTED are looked for in quarantine. Replicas
+    that wait for a look already are not queued twice. With nothing given, all replicas.
     """
     found = rows(
         connection,
         """SELECT r.uid, r.oid FROM replica r
-            WHERE r.state IN ('READY', 'SUSPECT', 'MISSING')
+            WHERE r.state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')
               AND (CAST(:storage AS uuid) IS NULL OR r.storage_id = :storage)
-              AND (CAST(:oid AS uuid) IS NULL OR r.oid = :oid)
+              AND (CAST(:oids AS uuid[]) IS NULL OR r.oid = ANY(CAST(:oids AS uuid[])))
               AND NOT EXISTS (SELECT FROM operation o WHERE o.uid = r.uid AND o.kind = 'verify'
                                  AND o.state IN ('QUEUED', 'RUNNING'))""",
         storage=storage_id,
-        oid=oid,
+        oids=list(oids) if oids is not None else [oid] if oid else None,
     )
     return queue.insert_operations(
         connection,
@@ -99,6 +103,10 @@ class Look:
     stamp: str | None = None
     #: that is what it said when it was last read, and nothing was read this time
     told: bool = False
+
+
+#: a look, the state that it proves ('' for none), and the error to show
+Verdict = tuple[Look, str, DlmError | None]
 
 
 def look_at(
@@ -170,7 +178,9 @@ def execute_verify(context: Context, claim: Claim) -> Report:
 
     The same bytes: READY, checked now. Others: SUSPECT at first, with a second look queued; when
     that differs too the bytes are set aside under a visible name and the replica is CORRUPTED.
-    Nothing there, said by a storage that is well: MISSING. An outage proves nothing.
+    Nothing there, said by a storage that is well: MISSING. What is MISSING or CORRUPTED is looked
+    for in quarantine too and brought back from there; other bytes in its place are taken for
+    somebody else's. An outage proves nothing.
 
     Scheduled checks ask a storage that can tell the content first: if it says what it said when the
     bytes were last read, they are read another time, unless this is the last good copy. All is
@@ -255,11 +265,22 @@ def _judge(
         verdict, error = _verdict(look, details[look.uid])
         if verdict == ReplicaState.CORRUPTED and recovery.is_unproven(details[look.uid], floor):
             verdict = ""
-        if verdict == ReplicaState.CORRUPTED and writable:
-            error = _quarantine(storage, details[look.uid], claim.token) or error
-            if isinstance(error, StorageError):
-                verdict = ReplicaState.SUSPECT
         verdicts.append((look, verdict, error))
+    damaged = [
+        (look.operation_id, look.uid)
+        for look, verdict, _ in verdicts
+        if verdict == ReplicaState.CORRUPTED and details[look.uid]["state"] not in _LOST
+    ]
+    if damaged and writable:
+        failed = context.transact(lambda c: set_aside(c, claim, details, damaged, storage))
+        verdicts = [
+            (look, ReplicaState.SUSPECT, failed[look.uid])
+            if failed.get(look.uid)
+            else (look, verdict, error)
+            for look, verdict, error in verdicts
+        ]
+    if writable:
+        verdicts = _rescued(context, claim, details, verdicts, storage)
     outcomes = context.transact(lambda c: _write(c, context, claim, operations, details, verdicts))
     for look, outcome in outcomes:
         size = look.observation.size if look.observation else 0
@@ -271,7 +292,8 @@ def _verdict(look: Look, row: Mapping[str, Any]) -> tuple[str, DlmError | None]:
     if look.told:
         return _TOLD, None
     if isinstance(look.error, PayloadNotFoundError):
-        return ReplicaState.MISSING, look.error
+        lost = row["state"] if row["state"] in _LOST else ReplicaState.MISSING
+        return lost, look.error
     if look.observation is None:
         return "", look.error
     if (look.observation.digest, look.observation.size) == (row["item_digest"], row["item_size"]):
@@ -281,19 +303,55 @@ def _verdict(look: Look, row: Mapping[str, Any]) -> tuple[str, DlmError | None]:
         expected=f"{row['item_digest']} ({row['item_size']} bytes)",
         found=f"{look.observation.digest} ({look.observation.size} bytes)",
     )
-    second = row["state"] in (ReplicaState.SUSPECT, ReplicaState.MISSING)
+    if row["state"] in _LOST:
+        # its own bytes are not known to be there: what is in its place may be anybody's
+        return row["state"], error
+    second = row["state"] == ReplicaState.SUSPECT
     return (ReplicaState.CORRUPTED if second else ReplicaState.SUSPECT), error
 
 
-def _quarantine(storage: Storage, row: Mapping[str, Any], token: uuid.UUID) -> StorageError | None:
-    """Move damaged bytes to a visible place, never over anything; the error if that failed."""
+def _rescued(
+    context: Context,
+    claim: Claim,
+    details: Mapping[uuid.UUID, Mapping[str, Any]],
+    verdicts: Sequence[Verdict],
+    storage: Storage,
+) -> list[Verdict]:
+    """The verdicts after a look into quarantine for what is not in its place."""
+    lost = {look.uid: look for look, verdict, _ in verdicts if verdict in _LOST}
     try:
-        storage.rename(decode_path(row["path"]), quarantine_path(str(row["uid"]), token.hex))
-    except (PayloadExistsError, PayloadNotFoundError):
-        return None  # done by an earlier try of this operation
+        good = find_good(storage, [details[uid] for uid in lost]) if lost else {}
     except StorageError as error:
-        return error
-    return None
+        # whether anything is lost cannot be told now
+        return [(v[0], "", error) if v[0].uid in lost else v for v in verdicts]
+    if not good:
+        return list(verdicts)
+    found = {(lost[uid].operation_id, uid): path for uid, path in good.items()}
+    back = context.transact(lambda c: bring_back(c, claim, details, found, storage))
+    try:
+        storage.flush()
+    except StorageError as error:
+        # they may be back; the next look will tell
+        return [(v[0], "", error) if v[0].uid in back else v for v in verdicts]
+    return [
+        _seen_again(v, back[v[0].uid], details[v[0].uid], storage) if v[0].uid in back else v
+        for v in verdicts
+    ]
+
+
+def _seen_again(
+    verdict: Verdict, error: StorageError | None, row: Mapping[str, Any], storage: Storage
+) -> Verdict:
+    """What is said of a copy that came back from quarantine, or did not: its bytes tell."""
+    if error is not None:
+        return verdict[0], verdict[1], error
+    try:
+        seen = observe(storage, decode_path(row["path"]), PayloadKind(row["kind"]))
+    except DlmError as failure:
+        return verdict[0], ReplicaState.SUSPECT, failure
+    look = replace(verdict[0], observation=seen, error=None)
+    state, reason = _verdict(look, row)
+    return look, state if state == ReplicaState.READY else ReplicaState.SUSPECT, reason
 
 
 def _write(
@@ -302,7 +360,7 @@ def _write(
     claim: Claim,
     operations: Mapping[uuid.UUID, Mapping[str, Any]],
     details: Mapping[uuid.UUID, Mapping[str, Any]],
-    verdicts: Sequence[tuple[Look, str, DlmError | None]],
+    verdicts: Sequence[Verdict],
 ) -> list[tuple[Look, queue.Outcome]]:
     now = context.clock()
     held = queue.lock_claimed(connection, claim.token, [v[0].operation_id for v in verdicts])
@@ -310,10 +368,14 @@ def _write(
     by_state: dict[str, list[uuid.UUID]] = defaultdict(list)
     for look, verdict, _ in mine:
         by_state[verdict].append(look.uid)
-    returned = [u for u in by_state[ReplicaState.READY] if details[u]["state"] == "MISSING"]
-    returned += [u for u in by_state[ReplicaState.CORRUPTED] if details[u]["state"] == "MISSING"]
-    _mark(connection, returned, ReplicaState.SUSPECT, [ReplicaState.MISSING])
-    _mark(connection, by_state[ReplicaState.SUSPECT], ReplicaState.SUSPECT, [ReplicaState.READY])
+    returned = [u for u in by_state[ReplicaState.READY] if details[u]["state"] in _LOST]
+    _mark(connection, returned, ReplicaState.SUSPECT, _LOST)
+    _mark(
+        connection,
+        by_state[ReplicaState.SUSPECT],
+        ReplicaState.SUSPECT,
+        [ReplicaState.READY, *_LOST],
+    )
     _mark(
         connection, by_state[ReplicaState.CORRUPTED], ReplicaState.CORRUPTED, [ReplicaState.SUSPECT]
     )
@@ -377,7 +439,7 @@ def _queue_second_looks(
     connection: Connection,
     context: Context,
     details: Mapping[uuid.UUID, Mapping[str, Any]],
-    verdicts: Sequence[tuple[Look, str, DlmError | None]],
+    verdicts: Sequence[Verdict],
     now: datetime,
 ) -> None:
     again = [
@@ -390,7 +452,8 @@ def _queue_second_looks(
             priority=-1,
         )
         for look, verdict, error in verdicts
-        if verdict == ReplicaState.SUSPECT and details[look.uid]["state"] == ReplicaState.READY
+        if verdict == ReplicaState.SUSPECT
+        and details[look.uid]["state"] in (ReplicaState.READY, *_LOST)
     ]
     if again:
         queue.insert_operations(connection, again, context.actor, now)

@@ -15,6 +15,8 @@ from typing import Any, Protocol, Self
 
 #: Everything of the DLM's own on a storage lies below this folder and is never a payload.
 PRIVATE = ".dlm"
+#: The folder of what was found damaged.
+QUARANTINE = f"{PRIVATE}/quarantine"
 
 
 def temp_path(token: str) -> str:
@@ -29,7 +31,7 @@ def trash_path(uid: str) -> str:
 
 def quarantine_path(uid: str, token: str) -> str:
     """Where damaged bytes are kept, visibly, when a replica is made again."""
-    return f"{PRIVATE}/quarantine/{uid}.{token}"
+    return f"{QUARANTINE}/{uid}.{token}"
 
 
 @dataclass(frozen=True, slots=True)

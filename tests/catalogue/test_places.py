@@ -16,6 +16,7 @@ from dlm_core.errors import (
     InvalidValueError,
     NotFoundError,
 )
+from dlm_core.lifecycle.rebalance import plan_rebalance
 from tests.site import Site, make_site
 
 
@@ -133,6 +134,29 @@ def test_a_draining_that_is_called_off_keeps_the_replicas(site: Site) -> None:
     change(site, "a", mode="read_write")
     assert site.replica(stays, "a")["expires_at"] is None
     assert site.replica(leaves, "a")["expires_at"] == later
+
+
+def test_a_drain_does_not_wait_for_a_replicas_own_later_expiry(site: Site) -> None:
+    """It leaves like the others; called off before it went, it has its own expiry again."""
+    site.add_storage("a", "A")
+    site.add_storage("b", "B")
+    oid = site.add_item("x", b"1", "a", target_phase="LIQUID")
+    later = site.now + timedelta(days=90)
+    mine = "UPDATE replica SET expires_at = :later, expiry_reason = 'mine' WHERE oid = :oid"
+    site.execute(mine, later=later, oid=oid)
+    change(site, "a", mode="draining")
+    plan_rebalance(site.context)
+    found = site.replica(oid, "a")
+    assert found["expires_at"] == site.now and found["expiry_reason"].startswith("drain: ")
+    change(site, "a", mode="read_write")
+    found = site.replica(oid, "a")
+    assert (found["expires_at"], found["expiry_reason"]) == (later, "mine")
+    assert (found["own_expires_at"], found["own_expiry_reason"]) == (None, None)
+    change(site, "a", mode="draining")
+    for _ in range(4):
+        site.settle()
+        site.advance(hours=2)
+    assert site.visible("a") == {} and site.replicas(oid) == {"a": "DELETED", "b": "READY"}
 
 
 def test_a_change_of_phase_makes_its_items_be_looked_at(site: Site) -> None:

@@ -319,7 +319,14 @@ def test_failed_operations_can_be_tried_again(
     settle()
     assert dlm("status", "--json").json["operations"]["admit"]["FAILED"] == 1
     (storages["a"] / "hidden").rename(storages["a"] / "x")
-    assert dlm("retry").out.startswith("1 ")
+    for other in (("--kind", "copy"), ("--storage", "b"), ("--error", "DLM-999")):
+        assert dlm("retry", *other).out.startswith("0 "), other
+    refused(dlm("retry", "--kind", "fry"), "DLM-101", 2)
+    refused(dlm("retry", "--error", "disk"), "DLM-101", 2)
+    refused(dlm("retry", "--storage", "nowhere"), "DLM-102", 2)
+    refused(dlm("retry", "--item", "file:none"), "DLM-102", 2)
+    matching = ("--kind", "admit", "--storage", "a", "--item", "file:x", "--error", "DLM-303")
+    assert dlm("retry", *matching).out.startswith("1 ")
     settle()
     assert dlm("item", "show", "file:x", "--json").json["state"] == "READY"
 

@@ -379,3 +379,34 @@ def test_what_is_asked_for_in_words_is_read(buckets):
         )
         buckets.work(OperationKind.VERIFY)
         assert len(found) == times
+
+
+def test_a_doubted_copy_whose_look_failed_is_looked_at_again_by_itself(site):
+    """After an hour, then two, then four; nobody has to ask."""
+    oid = add(site, "x")
+    (site.folder / "a" / "x").write_bytes(b"1234X")
+    site.context.transact(
+        lambda c: request_verification(c, actor="user:test", now=site.now, oid=oid)
+    )
+    denied = [True]
+
+    def deny(path):
+        if denied and site.replicas(oid)["a"] == "SUSPECT":
+            raise AccessDeniedError(storage="a", path=path, message="not you")
+
+    reads(site, deny)
+    verify(site)
+    asked = "SELECT state, attempts FROM operation WHERE kind = 'verify' ORDER BY operation_id"
+    assert site.replicas(oid)["a"] == "SUSPECT" and site.query(asked)[-1]["state"] == "FAILED"
+    for tries, hours in ((2, 1), (3, 2), (4, 4)):
+        site.advance(hours=hours, seconds=-1)
+        assert verify(site).total == 0
+        assert site.context.transact(lambda c: checks.count_failed_looks(c, site.now)) == 0
+        site.advance(seconds=1)
+        assert site.context.transact(lambda c: checks.count_failed_looks(c, site.now)) == 1
+        assert verify(site).total == 1
+        assert site.query(asked)[-1] == {"state": "FAILED", "attempts": tries}
+    denied.clear()
+    site.advance(hours=24)
+    verify(site)
+    assert site.replicas(oid)["a"] == "CORRUPTED"

@@ -31,9 +31,9 @@ def replica(where, state="READY", **more):
     return ReplicaView(uuid.uuid4(), where.storage_id, state, **more)
 
 
-def decide(replicas, storages, *, target="SOLID", size=10, state="READY"):
+def decide(replicas, storages, *, target="SOLID", size=10, state="READY", waited=False):
     views = {s.storage_id: s for s in storages}
-    item = ItemView(uuid.UUID(int=99), state, size, target)
+    item = ItemView(uuid.UUID(int=99), state, size, target, waited)
     return decide_copies(item, replicas, views, Space(storages), NOW)
 
 
@@ -95,10 +95,14 @@ def test_modes_management_and_space_are_respected():
 
 
 def test_an_item_without_any_source_is_corrupted():
-    """All replicas damaged or gone: nothing is copied over anything, the item is CORRUPTED."""
+    """All replicas damaged or gone: nothing is copied over anything, the lost ones are looked for,
+    and only then is the item CORRUPTED; they are looked for after that too."""
     a, b = storage(1, A), storage(2, B)
-    decision = decide([replica(a, "CORRUPTED"), replica(b, "MISSING")], [a, b])
-    assert decision.item_state == "CORRUPTED" and decision.copies == ()
+    lost = [replica(a, "CORRUPTED"), replica(b, "MISSING")]
+    decision = decide(lost, [a, b])
+    assert decision.item_state is None and decision.search and decision.impossible
+    decision = decide(lost, [a, b], waited=True)
+    assert decision.item_state == "CORRUPTED" and decision.copies == () and decision.search
 
 
 def test_a_suspect_copy_waits_for_its_second_look():

@@ -69,6 +69,8 @@ def test_a_damaged_source_is_never_copied(site):
     oid = site.add_item("x", b"good bytes", "a")
     (site.folder / "a" / "x").write_bytes(b"evil bytes")
     site.settle()
+    site.advance(minutes=1)  # it is looked for before it is called lost
+    site.settle()
     assert site.replicas(oid)["a"] == "CORRUPTED"
     assert site.item(oid)["state"] == "CORRUPTED"
     assert site.visible("b") == {} and site.visible("c") == {}

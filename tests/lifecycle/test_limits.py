@@ -52,9 +52,12 @@ def expire(site, oids, reason="old"):
     )  # fmt: skip
 
 
-def collection(site, name):
+def collection(site, name, parent=None):
     key = new_id()
-    site.execute("INSERT INTO collection (collection_id, name) VALUES (:k, :n)", k=key, n=name)
+    site.execute(
+        "INSERT INTO collection (collection_id, name, parent_id) VALUES (:k, :n, :p)",
+        k=key, n=name, p=parent,
+    )  # fmt: skip
     return key
 
 
@@ -244,6 +247,22 @@ def test_most_of_a_collection_does_not_go_by_itself(build):
     assert "DLM_MAX_DELETE_FRACTION=0.5: 6 items of collection 'large' would go" in told
     approve(site, plan)
     assert ExpiryPlanner(MANY, MANY)(site.context) == 1
+
+
+def test_the_share_of_a_collection_is_of_all_that_lies_in_it(build):
+    """A dataset of blocks, each too small to be looked at: six of its twelve files are enough, at
+    once or bit by bit, and a block that goes whole beside many others is not."""
+    site = build(max_delete_fraction=0.4, delete_fraction_min_items=10)
+    dataset = collection(site, "dataset")
+    blocks = [collection(site, f"block-{n}", dataset) for n in range(4)]
+    oids = [add(site, 3, f"block-{n}", collection_id=key) for n, key in enumerate(blocks)]
+    expire(site, oids[0])
+    assert ExpiryPlanner(MANY, MANY)(site.context) == 3
+    expire(site, oids[1])
+    told, plan = stopped(site)
+    assert "6 items of collection 'dataset' would go, of 1" in told
+    approve(site, plan)
+    assert ExpiryPlanner(MANY, MANY)(site.context) == 3
 
 
 def test_a_run_ends_when_too_many_deletions_fail(build):

@@ -29,8 +29,8 @@ LIFECYCLE = (
     Mutant(
         "trash-error-swallowed",
         "dlm_core/lifecycle/trash.py",
-        ("        except DlmError as error:\n            failure = error\n        return Effected"),
-        ("        except DlmError:\n            pass\n        return Effected"),
+        ("    except DlmError as error:\n        failure = error\n    return Effected"),
+        ("    except DlmError:\n        pass\n    return Effected"),
         "file work that failed is taken as done",
         (("storages/test_faults.py::test_a_removal_that_is_only_said_to_be_done_is_not_believed"),),
     ),
@@ -142,11 +142,11 @@ LIFECYCLE = (
         "restore-over-a-stranger",
         "dlm_core/lifecycle/trash.py",
         (
-            "            if not _is_payload(storage, path, row):\n"
-            "                raise\n"
-            "            storage.remove(trashed)\n"
+            "        if not is_payload(storage, path, row):\n"
+            "            raise\n"
+            "        storage.remove(trashed)\n"
         ),
-        ("            storage.remove(path)\n            storage.rename(trashed, path)\n"),
+        ("        storage.remove(path)\n        storage.rename(trashed, path)\n"),
         "a restore replaces somebody's file",
         (
             (
@@ -167,10 +167,10 @@ LIFECYCLE = (
     Mutant(
         "corrupted-at-first-look",
         "dlm_core/lifecycle/verify.py",
-        '    second = row["state"] in (ReplicaState.SUSPECT, ReplicaState.MISSING)',
+        '    second = row["state"] == ReplicaState.SUSPECT',
         "    second = True",
         "one read that differs condemns a copy",
-        ("storages/test_faults.py::test_a_read_that_differs_once_condemns_nothing",),
+        ("lifecycle/test_quarantine.py::test_what_is_set_aside_is_read_once_more_there",),
     ),
     Mutant(
         "wrong-digest-is-ready",
@@ -186,7 +186,7 @@ LIFECYCLE = (
     ),
     Mutant(
         "quarantine-deletes",
-        "dlm_core/lifecycle/verify.py",
+        "dlm_core/lifecycle/quarantine.py",
         (
             '        storage.rename(decode_path(row["path"]), '
             'quarantine_path(str(row["uid"]), token.hex))'

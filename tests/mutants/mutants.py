@@ -1,7 +1,8 @@
 """The list of mutants."""
 
 from tests.mutants.catalogue import CATALOGUE
+from tests.mutants.guards import GUARDS
 from tests.mutants.lifecycle import LIFECYCLE
 from tests.mutants.rules import RULES
 
-MUTANTS = (*CATALOGUE, *LIFECYCLE, *RULES)
+MUTANTS = (*CATALOGUE, *LIFECYCLE, *RULES, *GUARDS)

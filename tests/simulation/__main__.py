@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from dlm_core.catalogue import embedded, schema
-from dlm_core.catalogue.engine import make_engine
-from tests.simulation.run import simulate
+from tests.simulation.machine import fast_folder
+from tests.simulation.run import quick_engine, simulate
 
 
 def main() -> int:
@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     chosen = parser.parse_args()
     # not below the working folder, whose path may be too long for a socket
-    home = Path(tempfile.mkdtemp(prefix="dlm-sim-"))
+    home = Path(tempfile.mkdtemp(prefix="dlm-sim-", dir=fast_folder()))
     begun, stop = time.monotonic(), threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stop.set())
 
@@ -35,7 +35,7 @@ def main() -> int:
         embedded.ensure_running(home, durable=False)
         url = embedded.database_url(home)
         schema.upgrade(url)
-        engine = make_engine(url)
+        engine = quick_engine(url)
         result = simulate(engine, chosen.steps, chosen.seed, tell, stop=stop)
         engine.dispose()
     finally:

@@ -238,6 +238,10 @@ class Model:
             if replica is None or replica.path != target:
                 raise Violation("trash-restorable", f"{storage}:{path} came back as {target}")
             replica.trashed_at = None
+        elif path.startswith(QUARANTINE):
+            owner = self._owner(storage, target)
+            if owner is None or data != owner.content:
+                raise Violation("good-copy-kept", f"{storage}:{path} came back as {target}")
         else:
             raise Violation("no-deletion-without-certificate", f"{storage}:{path} became {target}")
 

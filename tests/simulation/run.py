@@ -11,14 +11,37 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
-from sqlalchemy import Engine
+from sqlalchemy import Engine, create_engine, event
 
+from dlm_core.catalogue.dsn import sqlalchemy_url
 from tests.simulation.machine import Lifecycle
 from tests.simulation.model import Violation
 
 Calls = Sequence[tuple[str, dict[str, Any]]]
 _STORY, _STORIES = 60, 10
 _TELL_EVERY = 1000
+
+
+def quick_engine(url: str) -> Engine:
+    """An engine for many small transactions of one thread on a nearly empty catalogue, where most
+    of the time would go into planning the same statements again and into asking the server whether
+    it is there; what they do is the same."""
+    engine = create_engine(
+        sqlalchemy_url(url, "psycopg"),
+        pool_use_lifo=True,
+        pool_reset_on_return=None,
+        connect_args={
+            "application_name": "dlm",
+            "prepare_threshold": 0,
+            "options": "-c plan_cache_mode=force_generic_plan -c random_page_cost=1.1",
+        },
+    )
+
+    @event.listens_for(engine, "connect")
+    def keep_statements(connection: Any, _: Any) -> None:
+        connection.prepared_max = 1000
+
+    return engine
 
 
 @dataclass

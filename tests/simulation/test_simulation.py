@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from sqlalchemy import Engine
 
 from dlm_core.catalogue import deletions
 from dlm_core.lifecycle import trash
@@ -15,17 +14,9 @@ from tests.simulation.run import replay, simulate
 Patch = pytest.MonkeyPatch
 
 
-@pytest.fixture(autouse=True)
-def _machine_forgets(engine: Engine):
-    """No test inherits another's engine or findings."""
-    Lifecycle.engine = engine
-    yield
-    Lifecycle.broken = None
-
-
 @pytest.mark.timeout(600)
-def test_nothing_is_lost_in_some_hundred_steps(engine):
-    """Every promise holds after every step, and the steps go all the way to the purge and back."""
+def test_the_steps_go_all_the_way(engine):
+    """To the purge and back; test_steps_*.py take many more of them."""
     result = simulate(engine, 700, 1)
     assert result.violation is None, "\n".join([result.violation or "", *result.story])
     assert result.steps >= 700
@@ -94,14 +85,12 @@ def removal_is_believed(patch: Patch) -> None:
 def restored_unread(patch: Patch) -> None:
     """A restore that takes its bytes for good without reading them."""
 
-    def believe(storage, row):
+    def believe(storage, row, moved):
         from dlm_core.types import Observation
 
-        from_trash(storage, row)
         return Observation(row["item_size"], row["item_digest"])
 
-    from_trash = trash._from_trash
-    patch.setattr(trash, "_from_trash", believe)
+    patch.setattr(trash, "_brought_back", believe)
 
 
 QUICK = [

@@ -13,7 +13,7 @@ import os
 import random
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from dlm_core import types
 from dlm_core.catalogue import places
 from dlm_core.catalogue.capacity import storages_to_relieve
 from dlm_core.catalogue.deletions import count_expiry_due
-from dlm_core.catalogue.engine import begin, rows, run
+from dlm_core.catalogue.engine import rows, run
 from dlm_core.catalogue.operations import count_due
 from dlm_core.catalogue.replicas import count_evaluations_due
 from dlm_core.errors import (
@@ -80,10 +80,14 @@ class Process:
         self.countdown: int | None = None
         self.event: Callable[[], None] = lambda: None
         self.dead = False
+        #: in a transaction, whose locks others would wait for: here they would wait for ever
+        self.locking = False
+        self.patient = False
 
-    def arm(self, point: int, event: Callable[[], None]) -> None:
-        """Let ``event`` happen at the point with this number, counted from now."""
-        self.countdown, self.event = point, event
+    def arm(self, point: int, event: Callable[[], None], *, patient: bool = False) -> None:
+        """Let ``event`` happen at the point with this number, counted from now; if it is
+        ``patient``, not before the transaction in hand is over."""
+        self.countdown, self.event, self.patient = point, event, patient
 
     def point(self) -> None:
         if self.dead:
@@ -91,7 +95,7 @@ class Process:
         if self.countdown is None:
             return
         self.countdown -= 1
-        if self.countdown < 0:
+        if self.countdown < 0 and not (self.locking and self.patient):
             self.countdown = None
             self.event()
 
@@ -112,11 +116,15 @@ class Worker(Context):
         seen: list[Commit] = []
 
         def watched(connection: Connection) -> Any:
+            self.process.locking = True
             result = work(connection)
             seen[:] = [self.world.look(connection)]
             return result
 
-        result = super().transact(watched)
+        try:
+            result = super().transact(watched)
+        finally:
+            self.process.locking = False
         self.world.tell(seen[-1])
         self.process.point()
         return result
@@ -228,11 +236,45 @@ def scan(root: str) -> Tree:
     return found
 
 
+class Eyes:
+    """One connection that only looks, a round trip a question.
+
+    An answer is kept as long as nothing was written since: the same snapshot says the same.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        self._snapshot = ""
+        self._answers: dict[Any, Any] = {}
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def ask(self, key: Any, question: Callable[[Connection], Any], now: datetime) -> Any:
+        """The answer to ``question(connection)``; ``key`` tells it from other questions, and the
+        time too where it matters."""
+        snapshot = self._connection.execute(_SNAPSHOT, {"now": now.isoformat()}).scalar_one()
+        if snapshot != self._snapshot:
+            self._snapshot, self._answers = snapshot, {}
+        if key not in self._answers:
+            self._answers[key] = question(self._connection)
+        return self._answers[key]
+
+
 class World:
     """A site: its catalogue, its folders, and the model of both."""
 
     def __init__(self, engine: Engine, folder: Path, salt: int = 0) -> None:
         self.engine, self.folder = engine, folder
+        self.settings = Settings(
+            home=folder,
+            trash_grace_seconds=GRACE.total_seconds(),
+            retry_base_seconds=1,
+            # every survivor is read again before a purge
+            proof_max_age_seconds=0.001,
+            lease_seconds=300,
+        )
+        self.eyes = Eyes(engine)
         self.faults: dict[str, str] = {}
         #: files that were at a place once: what a lying storage still tells
         self.sizes: dict[tuple[str, str], int] = {}
@@ -262,15 +304,7 @@ class World:
 
     def worker(self, name: str) -> Worker:
         """A process of its own: nothing of it outlives a crash."""
-        settings = Settings(
-            home=self.folder,
-            trash_grace_seconds=GRACE.total_seconds(),
-            retry_base_seconds=1,
-            # every survivor is read again before a purge
-            proof_max_age_seconds=0.001,
-            lease_seconds=300,
-        )
-        worker = Worker(self.engine, settings, name, lambda: self.model.now)
+        worker = Worker(self.engine, self.settings, name, lambda: self.model.now)
         worker.worker = name
         worker.bind(self)
         return worker
@@ -315,14 +349,17 @@ class World:
 
     def is_due(self, job: str) -> bool:
         """What the sensor of a job asks."""
-        now = self.model.now
-        with begin(self.engine, "sensor", now) as connection:
+        now, kinds = self.model.now, list(_JOBS[job][1])
+
+        def look(connection: Connection) -> bool:
             return (
-                count_due(connection, list(_JOBS[job][1]), now) > 0
+                bool(kinds and count_due(connection, kinds, now))
                 or (job == "replication" and count_evaluations_due(connection, now) > 0)
                 or (job == "expiry" and count_expiry_due(connection, now).replicas > 0)
                 or (job == "rebalance" and bool(storages_to_relieve(connection, now)))
             )
+
+        return bool(self.eyes.ask((job, now), look, now))
 
     # --- places ----------------------------------------------------------------------------------
 
@@ -403,26 +440,18 @@ class World:
                 return f"{store.name}: {sorted(found)} instead of {sorted(store.disk)}"
         return None
 
-    def check_sums(self) -> str | None:
-        """Where the running tally and a recount of the rows differ."""
-        with self.engine.connect() as connection:
-            differing = rows(connection, _RECOUNT)
-        return str(differing) if differing else None
-
-    def check_forgotten(self) -> str | None:
-        """Replicas that wait for work which nobody has queued."""
-        with self.engine.connect() as connection:
-            found = rows(connection, _FORGOTTEN)
-        return str(found) if found else None
-
-    def check_states(self) -> str | None:
-        """Where the model and the catalogue differ."""
-        with self.engine.connect() as connection:
-            found = {row["key"]: row["state"] for row in rows(connection, _STATES)}
-        told = {item.oid: item.state for item in self.model.items.values()}
-        told |= {replica.uid: replica.state for replica in self.model.replicas.values()}
-        wrong = {key: state for key, state in found.items() if told.get(key) != state}
-        return str(wrong) if wrong else None
+    def check_catalogue(self) -> Iterator[tuple[str, str]]:
+        """What is wrong in the catalogue: the promise, and how it is broken."""
+        found = self.eyes.ask("check", lambda c: rows(c, _CHECK)[0], self.model.now)
+        if found["differing"]:
+            yield "bytes-add-up", str(found["differing"])
+        if found["forgotten"]:
+            yield "nothing-forgotten", str(found["forgotten"])
+        told = {str(item.oid): item.state for item in self.model.items.values()}
+        told |= {str(replica.uid): replica.state for replica in self.model.replicas.values()}
+        if told != found["states"]:
+            differing = told.items() ^ found["states"].items()
+            yield "states-as-told", str(sorted(differing))
 
     def hold(self, prefix: str, until: datetime | None) -> None:
         hold_id = uuid.UUID(int=next(self.numbers))
@@ -482,7 +511,13 @@ _ITEMS = "SELECT oid, uri FROM data_item WHERE oid = ANY(:oids)"
 _REPLICAS = """
   SELECT r.uid, r.oid, s.name AS storage, r.path FROM replica r JOIN storage s USING (storage_id)
    WHERE r.uid = ANY(:uids)"""
-_RECOUNT = """
+_SNAPSHOT = text("SELECT pg_current_snapshot()::text FROM set_config('dlm.now', :now, false)")
+_BUSY = """
+  SELECT FROM operation WHERE oid = :oid AND kind IN ('trash', 'purge', 'restore')
+     AND (state = 'RUNNING' OR (kind = 'restore' AND state = 'QUEUED'))"""
+# one look, one round trip: where the running tally and a recount of the rows differ, replicas that
+# wait for work which nobody has queued, and all states
+_CHECK = """
   WITH told AS (
     SELECT noun, storage_id, state, sum(n) AS n, sum(bytes) AS bytes FROM tally
      GROUP BY 1, 2, 3 HAVING sum(n) <> 0 OR sum(bytes) <> 0),
@@ -490,19 +525,19 @@ _RECOUNT = """
     SELECT 'replica' AS noun, storage_id, state, count(*) AS n, sum(size) AS bytes FROM replica
      GROUP BY storage_id, state
     UNION ALL
-    SELECT 'item', NULL, state, count(*), coalesce(sum(size), 0) FROM data_item GROUP BY state)
-  SELECT 'tally' AS by, * FROM (SELECT * FROM told EXCEPT SELECT * FROM counted) a
-  UNION ALL
-  SELECT 'recount', * FROM (SELECT * FROM counted EXCEPT SELECT * FROM told) b"""
-_BUSY = """
-  SELECT FROM operation WHERE oid = :oid AND kind IN ('trash', 'purge', 'restore')
-     AND (state = 'RUNNING' OR (kind = 'restore' AND state = 'QUEUED'))"""
-_FORGOTTEN = """
-  SELECT r.uid, r.path, r.state FROM replica r
-   WHERE r.state IN ('PENDING', 'SUSPECT', 'TRASHED') AND NOT EXISTS (
-     SELECT FROM operation o WHERE o.uid = r.uid AND o.state IN ('QUEUED', 'RUNNING', 'FAILED')
-        AND o.kind = ANY(CASE r.state WHEN 'PENDING' THEN ARRAY['admit', 'copy']
-                                      WHEN 'SUSPECT' THEN ARRAY['verify']
-                                      ELSE ARRAY['trash', 'purge', 'restore'] END))"""
-_STATES = """
-  SELECT oid AS key, state FROM data_item UNION ALL SELECT uid, state FROM replica"""
+    SELECT 'item', NULL, state, count(*), coalesce(sum(size), 0) FROM data_item GROUP BY state),
+  differing AS (
+    SELECT 'tally' AS by, * FROM (SELECT * FROM told EXCEPT SELECT * FROM counted) a
+    UNION ALL
+    SELECT 'recount', * FROM (SELECT * FROM counted EXCEPT SELECT * FROM told) b),
+  forgotten AS (
+    SELECT r.uid, r.path, r.state FROM replica r
+     WHERE r.state IN ('PENDING', 'SUSPECT', 'TRASHED') AND NOT EXISTS (
+       SELECT FROM operation o WHERE o.uid = r.uid AND o.state IN ('QUEUED', 'RUNNING', 'FAILED')
+          AND o.kind = ANY(CASE r.state WHEN 'PENDING' THEN ARRAY['admit', 'copy']
+                                        WHEN 'SUSPECT' THEN ARRAY['verify']
+                                        ELSE ARRAY['trash', 'purge', 'restore'] END))),
+  states AS (SELECT oid AS key, state FROM data_item UNION ALL SELECT uid, state FROM replica)
+  SELECT (SELECT json_agg(d) FROM differing d) AS differing,
+         (SELECT json_agg(f) FROM forgotten f) AS forgotten,
+         (SELECT coalesce(json_object_agg(key, state), '{}') FROM states) AS states"""

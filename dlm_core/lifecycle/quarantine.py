@@ -1,0 +1,131 @@
+"""What was set aside as damaged: put there, and looked at again before anything is called lost.
+
+A storage that reads good bytes wrongly twice has its replica condemned. The bytes are whole in
+quarantine; here they are found and brought back.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection
+
+from dlm_core.catalogue import operations as queue
+from dlm_core.catalogue import replicas as catalogue
+from dlm_core.errors import (
+    IntegrityError,
+    PathRefusedError,
+    PayloadExistsError,
+    PayloadNotFoundError,
+    StorageError,
+)
+from dlm_core.lifecycle.work import Claim
+from dlm_core.storages.port import QUARANTINE, Storage, quarantine_path
+from dlm_core.transfers.checksums import observe
+from dlm_core.types import PayloadKind, decode_path
+
+Row = Mapping[str, Any]
+#: (operation, replica) of what is to be moved
+Pair = tuple[uuid.UUID, uuid.UUID]
+
+
+def set_aside(
+    connection: Connection,
+    claim: Claim,
+    details: Mapping[uuid.UUID, Row],
+    damaged: Sequence[Pair],
+    storage: Storage,
+) -> dict[uuid.UUID, StorageError | None]:
+    """Quarantine what is still this worker's to judge; by uid the error if that failed."""
+    uids = _still_ours(connection, claim, details, damaged)
+    return {uid: _quarantine(storage, details[uid], claim.token) for uid in uids}
+
+
+def _still_ours(
+    connection: Connection, claim: Claim, details: Mapping[uuid.UUID, Row], pairs: Sequence[Pair]
+) -> list[uuid.UUID]:
+    """Locked: a copy may have been trashed, or made again in its place, since it was looked at."""
+    held = queue.lock_claimed(connection, claim.token, [operation_id for operation_id, _ in pairs])
+    uids = [uid for operation_id, uid in pairs if operation_id in held]
+    now = catalogue.replica_details(connection, uids, lock=True)
+    return [uid for uid in uids if now[uid]["state"] == details[uid]["state"]]
+
+
+def _quarantine(storage: Storage, row: Row, token: uuid.UUID) -> StorageError | None:
+    """Move damaged bytes to a visible place, never over anything; the error if that failed."""
+    try:
+        storage.rename(decode_path(row["path"]), quarantine_path(str(row["uid"]), token.hex))
+    except (PayloadExistsError, PayloadNotFoundError):
+        return None  # done by an earlier try of this operation
+    except StorageError as error:
+        return error
+    return None
+
+
+def find_good(storage: Storage, rows: Sequence[Row]) -> dict[uuid.UUID, str]:
+    """Where in quarantine the good bytes of replicas lie, by uid; those without any are left out.
+
+    Raises
+    ------
+    StorageError
+        if the storage cannot tell.
+    """
+    found: dict[uuid.UUID, str] = {}
+    aside = _list_aside(storage, {str(row["uid"]) for row in rows})
+    for row in rows:
+        for path in sorted(aside.get(str(row["uid"]), ())):
+            if is_payload(storage, path, row):
+                found[row["uid"]] = path
+                break
+    return found
+
+
+def _list_aside(storage: Storage, wanted: Collection[str]) -> dict[str, set[str]]:
+    aside: dict[str, set[str]] = defaultdict(set)
+    if storage.stat(QUARANTINE) is None:
+        return aside
+    try:
+        for entry in storage.walk(QUARANTINE):
+            # <uid>.<token>, which is a file or a directory payload
+            name = entry.path.removeprefix(f"{QUARANTINE}/").split("/", 1)[0]
+            uid = name.partition(".")[0]
+            if uid in wanted:
+                aside[uid].add(f"{QUARANTINE}/{name}")
+    except PayloadNotFoundError:
+        pass  # cleared away at this moment
+    return aside
+
+
+def is_payload(storage: Storage, path: str, row: Row) -> bool:
+    """True if what lies at ``path`` is read as the bytes of the replica's item."""
+    try:
+        seen = observe(storage, path, PayloadKind(row["kind"]))
+    except (PayloadNotFoundError, PathRefusedError, IntegrityError):
+        return False  # nothing, or of another kind
+    return (seen.digest, seen.size) == (row["item_digest"], row["item_size"])
+
+
+def bring_back(
+    connection: Connection,
+    claim: Claim,
+    details: Mapping[uuid.UUID, Row],
+    found: Mapping[Pair, str],
+    storage: Storage,
+) -> dict[uuid.UUID, StorageError | None]:
+    """Move good bytes from quarantine to their place, which must be free; by uid the error if that
+    failed. They count only when they have been read there."""
+    paths = {uid: path for (_, uid), path in found.items()}
+    moved: dict[uuid.UUID, StorageError | None] = {}
+    for uid in _still_ours(connection, claim, details, list(found)):
+        try:
+            storage.rename(paths[uid], decode_path(details[uid]["path"]))
+            moved[uid] = None
+        except StorageError as error:
+            moved[uid] = error
+    back = {uid: paths[uid] for uid, error in moved.items() if error is None}
+    if back:
+        catalogue.note_brought_back(connection, back)
+    return moved

@@ -1,0 +1,139 @@
+"""Files of others where a replica was: the DLM moves and removes only what is its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dlm_core.catalogue import replicas
+from dlm_core.lifecycle.expire import plan_batch
+from dlm_core.lifecycle.replicate import plan_replication
+from dlm_core.lifecycle.trash import request_restore
+from dlm_core.lifecycle.verify import request_verification
+from dlm_core.types import OperationKind
+from tests.site import Site, make_site
+
+STRANGER = b"somebody else's"
+
+
+@pytest.fixture
+def site(engine, tmp_path) -> Site:
+    site = make_site(engine, tmp_path)
+    for name in "ab":
+        site.add_storage(name, name.upper())
+    return site
+
+
+def two_copies(site: Site) -> Any:
+    oid = site.add_item("x", b"good bytes", "a")
+    plan_replication(site.context)
+    site.work(OperationKind.COPY)
+    assert site.replicas(oid) == {"a": "READY", "b": "READY"}
+    return oid
+
+
+def let_go(site: Site, oid: Any, where: str = "") -> None:
+    """The item's time is over, or that of its copy on a storage."""
+    if not where:
+        site.execute("UPDATE data_item SET expires_at = :n WHERE oid = :o", n=site.now, o=oid)
+        return
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID' WHERE oid = :o", o=oid)
+    site.execute(
+        "UPDATE replica SET expires_at = :n WHERE oid = :o AND storage_id = :s",
+        n=site.now, o=oid, s=site.storages[where],
+    )  # fmt: skip
+
+
+def to_the_end(site: Site) -> None:
+    for _ in range(3):
+        site.settle()
+        site.advance(hours=2)
+
+
+def put_a_stranger(site: Site) -> None:
+    (site.folder / "a" / "x").write_bytes(STRANGER)
+
+
+def test_a_restore_that_finds_a_stranger_leaves_it_alone(site):
+    """The trash is empty against expectation and somebody's file lies in the place: the replica is
+    MISSING, and the file is neither set aside nor trashed when the item goes."""
+    oid = two_copies(site)
+    let_go(site, oid)
+    site.settle()
+    (site.folder / "a" / ".dlm" / "trash" / str(site.replica(oid, "a")["uid"])).unlink()
+    put_a_stranger(site)
+    site.context.transact(
+        lambda c: request_restore(
+            c, oid=oid, storage_id=site.storages["a"], actor="user:test", now=site.now
+        )
+    )
+    site.work(OperationKind.RESTORE)
+    assert site.replicas(oid)["a"] == "MISSING"
+    to_the_end(site)
+    assert site.visible("a") == {"x": STRANGER}
+    assert site.replicas(oid) == {"a": "DELETED", "b": "DELETED"}
+
+
+@pytest.mark.parametrize("state", ["MISSING", "CORRUPTED"])
+def test_a_lost_copy_that_goes_takes_no_strangers_file_with_it(site, state):
+    """What is MISSING, or lies in quarantine, has nothing in its place: a file there is not its."""
+    oid = two_copies(site)
+    let_go(site, oid, "a")
+    uid = site.replica(oid, "a")["uid"]
+    put_a_stranger(site)
+    for step in ("SUSPECT", state):
+        site.context.transact(
+            lambda c, step=step: replicas.mark_state(c, [uid], step, only_from=["READY", "SUSPECT"])
+        )
+    to_the_end(site)
+    assert site.visible("a") == {"x": STRANGER}
+    assert site.replicas(oid) == {"a": "DELETED", "b": "READY"}
+
+
+def test_a_trashing_that_is_done_again_leaves_a_stranger_alone(site):
+    """A crash came after the move; somebody's file in the place since is not trashed instead."""
+    oid = two_copies(site)
+    let_go(site, oid)
+    site.context.transact(lambda c: plan_batch(c, site.context, 10))
+    uid = str(site.replica(oid, "a")["uid"])
+    (site.folder / "a" / ".dlm" / "trash").mkdir(parents=True, exist_ok=True)
+    (site.folder / "a" / "x").rename(site.folder / "a" / ".dlm" / "trash" / uid)
+    put_a_stranger(site)
+    site.work(OperationKind.TRASH)
+    assert site.visible("a") == {"x": STRANGER} and site.private("a", "trash") == [uid]
+    assert (site.folder / "a" / ".dlm" / "trash" / uid).read_bytes() == b"good bytes"
+    to_the_end(site)
+    assert site.visible("a") == {"x": STRANGER} and site.private("a", "trash") == []
+
+
+def test_a_lost_copy_that_is_back_in_its_place_goes_with_it(site):
+    """The bytes tell: what is MISSING but lies there whole is trashed as its own."""
+    oid = two_copies(site)
+    let_go(site, oid, "a")
+    uid = site.replica(oid, "a")["uid"]
+    site.context.transact(lambda c: replicas.mark_state(c, [uid], "MISSING", only_from=["READY"]))
+    to_the_end(site)
+    assert site.visible("a") == {} and site.private("a", "trash") == []
+
+
+def test_a_look_for_a_lost_copy_does_not_set_a_stranger_aside(site):
+    """Other bytes where a MISSING copy was are somebody's file until they match."""
+    oid = two_copies(site)
+    (site.folder / "a" / "x").unlink()
+    site.set_storage("a", mode="read_only")  # it is not made again yet
+    for _ in range(2):
+        site.context.transact(
+            lambda c: request_verification(c, actor="user:test", now=site.now, oid=oid)
+        )
+        site.work(OperationKind.VERIFY)
+        assert site.replicas(oid)["a"] == "MISSING"
+        site.set_storage("a", mode="draining")
+        put_a_stranger(site)
+    assert site.visible("a") == {"x": STRANGER} and site.private("a", "quarantine") == []
+    (site.folder / "a" / "x").write_bytes(b"good bytes")
+    site.context.transact(
+        lambda c: request_verification(c, actor="user:test", now=site.now, oid=oid)
+    )
+    site.work(OperationKind.VERIFY)
+    assert site.replicas(oid)["a"] == "READY"

@@ -1,0 +1,152 @@
+"""Mutants of what guards files against late workers and strangers, and good bytes against us."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+GUARDS = (
+    Mutant(
+        "late-worker-moves",
+        "dlm_core/lifecycle/trash.py",
+        '[p for p in pairs if p[0]["operation_id"] in held]',
+        "list(pairs)",
+        "a worker whose lease ran out moves what lies there now",
+        ("lifecycle/test_late_workers.py::test_a_late_trashing_does_not_take_a_newer_copy",),
+    ),
+    Mutant(
+        "late-look-sets-aside",
+        "dlm_core/lifecycle/quarantine.py",
+        "uids = [uid for operation_id, uid in pairs if operation_id in held]",
+        "uids = [uid for _, uid in pairs]",
+        "a worker whose lease ran out sets a newer copy aside",
+        ("lifecycle/test_late_workers.py::test_a_late_look_does_not_set_a_newer_copy_aside",),
+    ),
+    Mutant(
+        "trashed-copy-set-aside",
+        "dlm_core/lifecycle/quarantine.py",
+        'if now[uid]["state"] == details[uid]["state"]',
+        "if True",
+        "what lies where a trashed copy was is set aside for it",
+        (
+            "lifecycle/test_late_workers.py"
+            "::test_a_look_does_not_set_aside_what_lies_where_a_trashed_copy_was",
+        ),
+    ),
+    Mutant(
+        "stranger-trashed",
+        "dlm_core/lifecycle/trash.py",
+        "_WITHOUT_BYTES = (ReplicaState.MISSING, ReplicaState.CORRUPTED)",
+        "_WITHOUT_BYTES: tuple[str, ...] = ()",
+        "a lost copy takes somebody's file to the trash",
+        (
+            "lifecycle/test_strangers.py"
+            "::test_a_lost_copy_that_goes_takes_no_strangers_file_with_it",
+        ),
+    ),
+    Mutant(
+        "stranger-restored",
+        "dlm_core/lifecycle/trash.py",
+        "return seen if moved or _are_payload(seen, row) else None",
+        "return seen",
+        "a restore takes somebody's file for its own",
+        ("lifecycle/test_strangers.py::test_a_restore_that_finds_a_stranger_leaves_it_alone",),
+    ),
+    Mutant(
+        "stranger-condemned",
+        "dlm_core/lifecycle/verify.py",
+        '    if row["state"] in _LOST:\n        # its own',
+        "    if False:\n        # its own",
+        "somebody's file where a lost copy was is taken for it",
+        ("lifecycle/test_strangers.py::test_a_look_for_a_lost_copy_does_not_set_a_stranger_aside",),
+    ),
+    Mutant(
+        "stranger-for-the-trash",
+        "dlm_core/lifecycle/trash.py",
+        "if _is_half_way(storage, path, trashed, row):",
+        "if storage.stat(path) is not None:",
+        "a trashing done again takes somebody's file and loses the trash",
+        (
+            "lifecycle/test_strangers.py"
+            "::test_a_trashing_that_is_done_again_leaves_a_stranger_alone",
+        ),
+    ),
+    Mutant(
+        "quarantine-forgotten",
+        "dlm_core/lifecycle/verify.py",
+        "good = find_good(storage, [details[uid] for uid in lost]) if lost else {}",
+        "good: dict[uuid.UUID, str] = {}",
+        "good bytes stay in quarantine",
+        ("lifecycle/test_quarantine.py::test_what_is_set_aside_is_read_once_more_there",),
+    ),
+    Mutant(
+        "quarantine-believed",
+        "dlm_core/lifecycle/quarantine.py",
+        "            if is_payload(storage, path, row):",
+        "            if True:",
+        "what lies in quarantine is brought back unread",
+        ("lifecycle/test_quarantine.py::test_bytes_that_are_really_damaged_stay_aside",),
+    ),
+    Mutant(
+        "lost-without-a-look",
+        "dlm_core/lifecycle/decide.py",
+        "if ReplicaState.CORRUPTED in states and item.state",
+        "if False and item.state",
+        "an item is called lost before quarantine is looked at",
+        (
+            "lifecycle/test_quarantine.py"
+            "::test_no_item_is_called_lost_before_quarantine_is_looked_at",
+        ),
+    ),
+    Mutant(
+        "lost-for-good",
+        "dlm_core/lifecycle/replicate.py",
+        "if decision.search]",
+        "if False]",
+        "nobody looks for what is lost",
+        ("lifecycle/test_quarantine.py::test_a_lost_item_is_looked_for_again_and_again",),
+    ),
+    Mutant(
+        "copy-on-a-retired-storage",
+        "schema/sql/0005_guards.sql",
+        "WHERE s.mode = 'retired' AND",
+        "WHERE false AND",
+        "a replica is made on a retired storage",
+        ("schema/test_guards.py::test_a_retired_storage_takes_no_replica",),
+    ),
+    Mutant(
+        "retires-beside-a-copy",
+        "schema/sql/0005_guards.sql",
+        "PERFORM FROM storage WHERE storage_id = NEW.storage_id FOR UPDATE;",
+        "NULL;",
+        "a storage retires while a replica is being made there",
+        ("schema/test_guards.py::test_of_a_copy_and_a_retirement_at_once_the_second_is_refused",),
+    ),
+    Mutant(
+        "only-direct-members",
+        "dlm_core/catalogue/plans.py",
+        "UNION SELECT t.top, c.collection_id FROM tree t JOIN collection c ON c.parent_id = "
+        "t.collection_id),",
+        "UNION SELECT t.top, t.collection_id FROM tree t),",
+        "the share of a collection is of its direct members",
+        ("lifecycle/test_limits.py::test_the_share_of_a_collection_is_of_all_that_lies_in_it",),
+    ),
+    Mutant(
+        "drained-for-good",
+        "dlm_core/catalogue/replicas.py",
+        "SET expires_at = own_expires_at, expiry_reason = own_expiry_reason,",
+        "SET expires_at = NULL, expiry_reason = NULL,",
+        "a drain that is called off takes a replica's own expiry away",
+        ("catalogue/test_places.py::test_a_drain_does_not_wait_for_a_replicas_own_later_expiry",),
+    ),
+    Mutant(
+        "doubt-for-ever",
+        "dlm_core/lifecycle/check.py",
+        "count = checks.look_again(connection, now)",
+        "count = 0",
+        "a doubted copy whose look failed waits for an operator",
+        (
+            "lifecycle/test_check.py"
+            "::test_a_doubted_copy_whose_look_failed_is_looked_at_again_by_itself",
+        ),
+    ),
+)

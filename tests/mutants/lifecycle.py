@@ -312,11 +312,13 @@ LIFECYCLE = (
         (
             "        _in_chunks(pool, self._verify, unproven, self.opened_ahead)\n"
             "        stopped = self.stop.is_set()\n"
-            "        results = _each(pool, self._settle, copies)\n"
+            "        renamed = self._rename_together(copies)\n"
+            "        results = _each(pool, lambda copy: self._settle(copy, renamed), copies)\n"
         ),
         (
             "        stopped = self.stop.is_set()\n"
-            "        results = _each(pool, self._settle, copies)\n"
+            "        renamed = self._rename_together(copies)\n"
+            "        results = _each(pool, lambda copy: self._settle(copy, renamed), copies)\n"
             "        _in_chunks(pool, self._verify, unproven, self.opened_ahead)\n"
         ),
         "a copy is visible before it was verified",

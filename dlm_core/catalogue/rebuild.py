@@ -57,6 +57,12 @@ def must_be_empty(connection: Connection) -> None:
             )  # fmt: skip
 
 
+def look_up_by_key(connection: Connection) -> None:
+    """Have this transaction look rows up by their keys: statistics tell of an empty catalogue until
+    it is over, and each chunk would go through all that the chunks before it have brought."""
+    run(connection, "SET LOCAL enable_seqscan = off")
+
+
 def insert_storage(
     connection: Connection,
     storage: Mapping[str, Any],

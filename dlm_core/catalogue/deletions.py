@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import copy_rows, rows, run
@@ -161,10 +160,8 @@ class Proof:
     state: str
     size: int
     basis: str
-    survivors: list[dict[str, Any]]
+    survivors: list[uuid.UUID]
     survivor_weight: int
-    target_phase: str
-    holds: int
     reason: str
     trashed_at: datetime | None
     managed: bool
@@ -197,9 +194,12 @@ def prove(connection: Connection, uids: Sequence[uuid.UUID]) -> list[Proof]:
         """SELECT FROM replica WHERE oid IN (SELECT r.oid FROM replica r JOIN going USING (uid))
             ORDER BY uid FOR NO KEY UPDATE""",
     )
-    return [_proof(row) for row in rows(connection, _PROVE)]
+    run(connection, "DROP TABLE IF EXISTS pg_temp.proof")
+    run(connection, f"CREATE TEMPORARY TABLE proof ON COMMIT DROP AS {_PROVE}")
+    return [_proof(row) for row in rows(connection, _PROVEN)]
 
 
+# its rows stay in the database: certificates are made of them
 _PROVE = """
 WITH known AS MATERIALIZED (
   SELECT coalesce(proof_floor(), '-infinity') AS floor, recovery_unconfirmed() AS unconfirmed),
@@ -226,22 +226,26 @@ weighed AS (
     SELECT oid, location_id, max(weight) FILTER (WHERE seen) AS best, max(weight) AS said
       FROM good GROUP BY oid, location_id) b GROUP BY oid),
 named AS (
-  SELECT oid, jsonb_agg(jsonb_build_object('uid', uid, 'storage', storage, 'location', location,
-           'weight', weight, 'checked_at', checked_at) ORDER BY uid) AS survivors FROM good WHERE seen GROUP BY oid)
-SELECT t.*, coalesce(n.survivors, '[]') AS survivors, coalesce(w.weight, 0) AS survivor_weight,
-       coalesce(w.said, 0) AS said_weight,
+  SELECT oid, array_agg(uid ORDER BY uid) AS uids,
+         jsonb_agg(jsonb_build_object('uid', uid, 'storage', storage, 'location', location,
+           'weight', weight, 'checked_at', checked_at) ORDER BY uid) AS survivors
+    FROM good WHERE seen GROUP BY oid)
+SELECT t.*, CASE t.item_state WHEN 'EXPIRED' THEN 'item_expired' ELSE 'replica_expired' END AS basis,
+       n.uids, coalesce(n.survivors, '[]') AS survivors, coalesce(w.weight, 0)::smallint AS survivor_weight,
+       coalesce(w.said, 0)::smallint AS said_weight,
        phase_weight(t.target_phase) AS needed,
        (SELECT count(*) FROM hold) AS holds_examined,
        CASE WHEN EXISTS (SELECT FROM hold)
             THEN (SELECT string_agg(h.reason, '; ') FROM holds_on(t.oid, t.uri, t.collection_id) h) END AS held
   FROM target t LEFT JOIN named n USING (oid) LEFT JOIN weighed w USING (oid)
- ORDER BY t.uid
 """
+_PROVEN = """
+SELECT uid, oid, uri, storage_id, path, state, size, basis, uids, survivor_weight, said_weight,
+       needed, target_phase, unseen, unconfirmed, reason, trashed_at, managed, trash_grace, held FROM proof ORDER BY uid"""
 
 
 def _proof(row: dict[str, Any]) -> Proof:
-    basis = "item_expired" if row["item_state"] == "EXPIRED" else "replica_expired"
-    refusal = None
+    basis, survivors, refusal = row["basis"], row["uids"] or [], None
     if row["held"]:
         refusal = f"{_HELD}: {row['held']}"
     elif basis == "item_expired" and row["unconfirmed"]:
@@ -257,21 +261,13 @@ def _proof(row: dict[str, Any]) -> Proof:
             f"the copies that would be left give {row['survivor_weight']} of the {row['needed']} "
             f"that {row['target_phase']} needs"
         )
-    elif basis == "replica_expired" and not row["survivors"]:
+    elif basis == "replica_expired" and not survivors:
         refusal = "no verified copy would be left"
     return Proof(
         row["uid"], row["oid"], row["uri"], row["storage_id"], row["path"], row["state"],
-        row["size"], basis, row["survivors"], int(row["survivor_weight"]), row["target_phase"],
-        int(row["holds_examined"]), row["reason"], row["trashed_at"], row["managed"],
-        row["trash_grace"], refusal,
+        row["size"], basis, survivors, row["survivor_weight"], row["reason"], row["trashed_at"],
+        row["managed"], row["trash_grace"], refusal,
     )  # fmt: skip
-
-
-_CERTIFICATE = {
-    "deletion_id": "uuid", "step": "text", "basis": "text", "uid": "uuid", "oid": "uuid",
-    "storage_id": "uuid", "from_state": "text", "survivors": "jsonb", "survivor_weight": "int2",
-    "target_phase": "text", "holds_examined": "int4", "reason": "text", "size": "int8",
-}  # fmt: skip
 
 
 def certify(
@@ -285,24 +281,23 @@ def certify(
 ) -> None:
     """Write a certificate for each (proof, step) and name it in the replica's row.
 
-    Step 'trash' moves the replica to TRASHED in the same statement; 'purge' and 'release' only
-    certify, the replica is DELETED once the bytes are confirmed absent.
+    The proofs are those that :func:`prove` made in this transaction. Step 'trash' moves the replica
+    to TRASHED in the same statement; 'purge' and 'release' only certify, the replica is DELETED
+    once the bytes are confirmed absent.
     """
-    copy_rows(
-        connection,
-        "certificate",
-        _CERTIFICATE,
-        (
-            (new_id(), step, p.basis, p.uid, p.oid, p.storage_id, p.state, Jsonb(p.survivors),
-             p.survivor_weight, p.target_phase, p.holds, p.reason, p.size)
-            for p, step in proofs
-        ),
-    )  # fmt: skip
+    columns = {"deletion_id": "uuid", "step": "text", "uid": "uuid"}
+    certificates = ((new_id(), step, proof.uid) for proof, step in proofs)
+    copy_rows(connection, "certificate", columns, certificates)
     run(
         connection,
-        f"""INSERT INTO deletion ({", ".join(_CERTIFICATE)}, plan_id, actor, proved_at, valid_until)
-            SELECT {", ".join(_CERTIFICATE)}, CAST(:plan AS uuid), :actor, :now,
-                   CAST(:now AS timestamptz) + CAST(:valid AS interval) FROM certificate""",
+        """INSERT INTO deletion (deletion_id, step, basis, uid, oid, storage_id, from_state, survivors,
+                                 survivor_weight, target_phase, holds_examined, reason, size,
+                                 plan_id, actor, proved_at, valid_until)
+           SELECT c.deletion_id, c.step, p.basis, p.uid, p.oid, p.storage_id, p.state, p.survivors,
+                  p.survivor_weight, p.target_phase, p.holds_examined, p.reason, p.size,
+                  CAST(:plan AS uuid), :actor, :now,
+                  CAST(:now AS timestamptz) + CAST(:valid AS interval)
+             FROM certificate c JOIN proof p USING (uid)""",
         plan=plan_id,
         actor=actor,
         now=now,

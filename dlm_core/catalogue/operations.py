@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from dlm_core.catalogue.engine import rows, run
+from dlm_core.catalogue.engine import copy_into, rows, run
 from dlm_core.types import OperationKind, OperationState, new_id
 
 
@@ -59,30 +59,24 @@ class Backoff:
         return now + timedelta(seconds=random.uniform(longest / 2, longest))
 
 
+_NEW = {
+    "operation_id": "uuid", "kind": "text", "oid": "uuid", "uid": "uuid", "reason": "text",
+    "due_at": "timestamptz", "plan_id": "uuid", "priority": "int2", "actor": "text",
+    "created_at": "timestamptz",
+}  # fmt: skip
+
+
 def insert_operations(
     connection: Connection, operations: Iterable[NewOperation], actor: str, now: datetime
 ) -> int:
     """Queue operations; the number queued."""
-    batch = list(operations)
-    return run(
-        connection,
-        """INSERT INTO operation (operation_id, kind, oid, uid, reason, due_at, plan_id, priority,
-                                  actor, created_at)
-           SELECT *, :actor, :now FROM unnest(
-             CAST(:ids AS uuid[]), CAST(:kinds AS text[]), CAST(:oids AS uuid[]),
-             CAST(:uids AS uuid[]), CAST(:reasons AS text[]), CAST(:dues AS timestamptz[]),
-             CAST(:plans AS uuid[]), CAST(:priorities AS smallint[]))""",
-        actor=actor,
-        now=now,
-        ids=[new_id() for _ in batch],
-        kinds=[op.kind.value for op in batch],
-        oids=[op.oid for op in batch],
-        uids=[op.uid for op in batch],
-        reasons=[op.reason for op in batch],
-        dues=[op.due_at for op in batch],
-        plans=[op.plan_id for op in batch],
-        priorities=[op.priority for op in batch],
-    )
+    records = [
+        (new_id(), op.kind.value, op.oid, op.uid, op.reason, op.due_at, op.plan_id, op.priority,
+         actor, now)
+        for op in operations
+    ]  # fmt: skip
+    copy_into(connection, "operation", _NEW, records)
+    return len(records)
 
 
 def count_due(

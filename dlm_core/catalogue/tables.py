@@ -478,7 +478,7 @@ grant = Table(
 evaluation = Table(
     "evaluation",
     metadata,
-    _to("oid", "data_item", primary_key=True),
+    _key("oid"),
     _required("due_at", Moment),
     _required("attempts", Integer, "0"),
     Index("evaluation_due", "due_at"),

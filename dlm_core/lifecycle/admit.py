@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,8 @@ from dlm_core.storages.port import Storage
 from dlm_core.types import OperationState, ReplicaState, decode_path
 
 Row = Mapping[str, Any]
-#: payloads let in by one transaction
-_FEWEST, _MOST = 64, 512
+#: payloads let in by one transaction, and the seconds after which fewer will do
+_FEWEST, _MOST, _SOON = 256, 512, 1.0
 
 
 def execute_admit(context: Context, claim: Claim) -> Report:
@@ -81,13 +82,15 @@ def _admit_storage(
         _note(writing, operations, report)
         return writer.submit(_write, context, claim, operations, prepared)
 
+    begun = time.monotonic()
     for look in look_at(storage, targets, context):
         gathered.append(look)
-        # as soon as the writer is free, but not for a few: so that little is left to write at the
-        # end where reading takes long, and statements are large where it does not
+        # a transaction costs as much as some fifty rows of it, and the processor is what hashing
+        # small payloads waits for; large ones are written soon, so that little is left for the end
         free = writing is None or writing.done()
-        if len(gathered) >= (_FEWEST if free else _MOST):
-            writing = write()
+        enough = _FEWEST if time.monotonic() - begun < _SOON else 1
+        if len(gathered) >= (enough if free else _MOST):
+            writing, begun = write(), time.monotonic()
     if gathered:
         writing = write()
     _note(writing, operations, report)

@@ -6,8 +6,10 @@ import re
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection
@@ -46,6 +48,7 @@ from dlm_core.types import (
 )
 
 _PLAN_BATCH = 2000
+_RECORDED_AT_ONCE = 512
 _IMPOSSIBLE_BASE = timedelta(seconds=30)
 _IMPOSSIBLE_CEILING = timedelta(hours=6)
 #: a storage that failed to take a copy of an item is not asked again for this long
@@ -376,14 +379,21 @@ def _copy_group(
 ) -> None:
     by_id = {row["operation_id"]: row for row in rows}
     tasks = [_task(row, manifests, claim.token) for row in rows]
-    waiting: list[CopyResult] = []
-    for result in copy_batch(source, destination, tasks, stop=context.stop):
-        waiting.append(result)
-        if len(waiting) >= 512:
-            _write_copies(context, claim, operations, by_id, waiting, report)
-            waiting = []
-    if waiting:
-        _write_copies(context, claim, operations, by_id, waiting, report)
+    record = partial(_write_copies, context, claim, operations, by_id, report=report)
+    with ThreadPoolExecutor(1, "dlm-record") as recorder:
+        # what is copied is written down while the next files are copied
+        writing: Future[None] | None = None
+        waiting: list[CopyResult] = []
+        for result in copy_batch(source, destination, tasks, stop=context.stop):
+            waiting.append(result)
+            if len(waiting) >= _RECORDED_AT_ONCE:
+                if writing is not None:
+                    writing.result()
+                writing, waiting = recorder.submit(record, waiting), []
+        if writing is not None:
+            writing.result()
+        if waiting:
+            record(waiting)
 
 
 def _task(

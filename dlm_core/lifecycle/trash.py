@@ -252,7 +252,7 @@ def look_at_survivors(context: Context, proofs: Sequence[catalogue.Proof]) -> se
     that is not becomes SUSPECT, with a second look queued. Returns the uids that could not be seen,
     an outage included: they prove nothing now.
     """
-    wanted = {uuid.UUID(s["uid"]) for p in proofs for s in p.survivors}
+    wanted = {uid for p in proofs for uid in p.survivors}
     if not wanted:
         return set()
     storages = context.transact(context.storages.load)
@@ -361,7 +361,7 @@ def _certify_purge(
     proofs = [
         p for p in catalogue.prove(connection, list(operations)) if p.state == ReplicaState.TRASHED
     ]
-    blind = {p.uid for p in proofs if any(uuid.UUID(s["uid"]) in unseen for s in p.survivors)}
+    blind = {p.uid for p in proofs if not unseen.isdisjoint(p.survivors)}
     good = [p for p in proofs if p.refusal is None and p.uid not in blind]
     catalogue.certify(
         connection,

@@ -212,9 +212,12 @@ class PosixStorage:
         return PosixStream(self, path, descriptor, status)
 
     def read_back(self, path: str) -> PosixStream:
-        """As :meth:`open_read`, but from the medium where the kernel lets go of its cache."""
+        """As :meth:`open_read`, but from the medium where the kernel lets go of its cache; the
+        reading begins at once, in the background."""
         stream = self.open_read(path)
         _let_go(stream.fileno(), 0, 0)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, _BLOCK, os.POSIX_FADV_WILLNEED)
         return stream
 
     # --- changing --------------------------------------------------------------------------------

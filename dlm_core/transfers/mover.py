@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from hashlib import md5, sha256
 from typing import TypeVar
@@ -26,7 +27,7 @@ from dlm_core.errors import (
     SourceDamagedError,
     StorageUnavailableError,
 )
-from dlm_core.storages.port import Storage, temp_path
+from dlm_core.storages.port import ReadStream, Storage, temp_path
 from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.reading import BLOCK, HashingReader, Interrupted, Progress, read_up_to
 from dlm_core.types import ManifestEntry, PayloadKind
@@ -164,6 +165,7 @@ class _Mover:
         self.atomic = bool(getattr(destination, "atomic_write", False))
         self.part_size: Callable[[int], int] | None = getattr(destination, "part_size", None)
         self.read_back = getattr(destination, "read_back", destination.open_read)
+        self.opened_ahead = _MAX_CHUNK if hasattr(destination, "read_back") else 1
         self.outage: DlmError | None = None
 
     def concurrency(self) -> int:
@@ -185,7 +187,8 @@ class _Mover:
             self._compare_etags(files)
         else:
             self._flush(files)
-        _each(pool, self._verify, [f for f in files if not f.error and not f.proven])
+        unproven = [file for file in files if not file.error and not file.proven]
+        _in_chunks(pool, self._verify, unproven, self.opened_ahead)
         stopped = self.stop.is_set()
         results = _each(pool, self._settle, copies)
         if not self.atomic:
@@ -310,10 +313,33 @@ class _Mover:
             entry = entries.get(path)
             file.proven = entry is not None and (entry.size, entry.etag) == (file.size, file.etag)
 
-    def _verify(self, file: _File) -> None:
+    def _verify(self, files: Sequence[_File]) -> list[None]:
+        """Read files back; all are opened first, so that the medium is at work on the next ones."""
+        with ExitStack() as opened:
+            for file, stream in self._opened(files, opened):
+                self._verify_one(file, stream)
+        return []
+
+    def _opened(self, files: Sequence[_File], opened: ExitStack) -> list[tuple[_File, ReadStream]]:
+        return [
+            (file, opened.enter_context(stream))
+            for file in files
+            if (stream := self._open_back(file)) is not None
+        ]
+
+    def _open_back(self, file: _File) -> ReadStream | None:
+        try:
+            return self.read_back(file.written)
+        except PayloadNotFoundError:
+            file.error = self._damaged(file, "nothing")
+        except DlmError as error:
+            file.error = error
+        return None
+
+    def _verify_one(self, file: _File, stream: ReadStream) -> None:
         begun = time.monotonic()
         try:
-            size, found = self._digest_there(file)
+            size, found = self._digest_of(stream, file)
             if (found, size) != (file.digest, file.size):
                 file.error = self._damaged(file, f"{found} ({size} bytes)")
         except PayloadNotFoundError:
@@ -326,16 +352,15 @@ class _Mover:
             file.error = error
         file.seconds += time.monotonic() - begun
 
-    def _digest_there(self, file: _File) -> tuple[int, str]:
+    def _digest_of(self, stream: ReadStream, file: _File) -> tuple[int, str]:
         hasher, size = sha256(), 0
-        with self.read_back(file.written) as stream:
-            while block := stream.read(min(BLOCK, file.size - size + 1)):
-                hasher.update(block)
-                size += len(block)
-                if size > file.size:
-                    break
-                if size < file.size and self.stop.is_set():
-                    raise Interrupted
+        while block := stream.read(min(BLOCK, file.size - size + 1)):
+            hasher.update(block)
+            size += len(block)
+            if size > file.size:
+                break
+            if size < file.size and self.stop.is_set():
+                raise Interrupted
         return size, f"sha256:{hasher.hexdigest()}"
 
     def _damaged(self, file: _File, found: str) -> DestinationDamagedError:
@@ -426,8 +451,15 @@ def _of_destination(error: DlmError, file: _File) -> DlmError:
 
 def _each(pool: ThreadPoolExecutor, function: Callable[[_T], _R], things: Sequence[_T]) -> list[_R]:
     """``pool.map`` in chunks: handing over a small file costs as much as copying it."""
-    length = max(1, min(_MAX_CHUNK, len(things) // (4 * pool._max_workers)))
+    return _in_chunks(pool, lambda chunk: list(map(function, chunk)), things)
+
+
+def _in_chunks(
+    pool: ThreadPoolExecutor,
+    function: Callable[[Sequence[_T]], list[_R]],
+    things: Sequence[_T],
+    longest: int = _MAX_CHUNK,
+) -> list[_R]:
+    length = max(1, min(longest, len(things) // (4 * pool._max_workers)))
     chunks = [things[n : n + length] for n in range(0, len(things), length)]
-    return [
-        one for done in pool.map(lambda chunk: list(map(function, chunk)), chunks) for one in done
-    ]
+    return [one for done in pool.map(function, chunks) for one in done]

@@ -40,9 +40,9 @@ def proof_of(site, oid, storage: str) -> deletions.Proof:
 
 
 def trash_copy(site, oid, storage: str) -> None:
-    proof = proof_of(site, oid, storage)
+    uid = site.replica(oid, storage)["uid"]
     terms = {"actor": "user:test", "now": site.now, "valid_for": timedelta(hours=1)}
-    site.context.transact(lambda c: trash(c, [proof], **terms))
+    site.context.transact(lambda c: trash(c, deletions.prove(c, [uid]), **terms))
 
 
 def turn(*states: str):

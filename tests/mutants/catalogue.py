@@ -8,8 +8,8 @@ CATALOGUE = (
     Mutant(
         "proof-without-replica-locks",
         "dlm_core/catalogue/deletions.py",
-        ('            ORDER BY uid FOR NO KEY UPDATE""",\n    )\n    return [_proof'),
-        ('            ORDER BY uid""",\n    )\n    return [_proof'),
+        ('            ORDER BY uid FOR NO KEY UPDATE""",\n    )\n    run(connection, "DROP'),
+        ('            ORDER BY uid""",\n    )\n    run(connection, "DROP'),
         "survivors are not locked while a deletion is proven",
         (
             "lifecycle/test_interleavings.py::test_a_deletion_waits_for_what_is_found_of_its_survivor",
@@ -140,7 +140,7 @@ CATALOGUE = (
     Mutant(
         "last-copy-goes",
         "dlm_core/catalogue/deletions.py",
-        '    elif basis == "replica_expired" and not row["survivors"]:',
+        '    elif basis == "replica_expired" and not survivors:',
         "    elif False:",
         "the last copy goes because its replica's time is over",
         ("lifecycle/test_lifecycle.py::test_the_last_copy_never_goes_with_its_replica",),

@@ -280,8 +280,8 @@ LIFECYCLE = (
     Mutant(
         "no-read-back",
         "dlm_core/transfers/mover.py",
-        "_each(pool, self._verify, [f for f in files if not f.error and not f.proven])",
-        "_each(pool, self._verify, [])",
+        "_in_chunks(pool, self._verify, unproven, self.opened_ahead)",
+        "_in_chunks(pool, self._verify, [], self.opened_ahead)",
         "the digest of the source is believed of the destination",
         (
             (
@@ -310,16 +310,14 @@ LIFECYCLE = (
         "renamed-before-verified",
         "dlm_core/transfers/mover.py",
         (
-            "        _each(pool, self._verify, [f for f in files if not f.error and not "
-            "f.proven])\n"
+            "        _in_chunks(pool, self._verify, unproven, self.opened_ahead)\n"
             "        stopped = self.stop.is_set()\n"
             "        results = _each(pool, self._settle, copies)\n"
         ),
         (
             "        stopped = self.stop.is_set()\n"
             "        results = _each(pool, self._settle, copies)\n"
-            "        _each(pool, self._verify, [f for f in files if not f.error and not "
-            "f.proven])\n"
+            "        _in_chunks(pool, self._verify, unproven, self.opened_ahead)\n"
         ),
         "a copy is visible before it was verified",
         (

@@ -150,6 +150,10 @@ def test_no_certificate_is_written_for_what_is_held(db: Connection) -> None:
                 storage_id, from_state, survivors, survivor_weight, target_phase, holds_examined,
                 reason, plan_id, actor, proved_at, valid_until FROM deletion"""
     assert "under a hold" in refusal(db, run, direct)
+    months = """SELECT count(*) AS n FROM pg_inherits WHERE inhparent = 'deletion'::regclass
+                   AND NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = inhrelid
+                                      AND tgfoid = 'deletion_of_unheld'::regproc)"""
+    assert rows(db, months) == [{"n": 0}]
 
 
 def test_many_holds_on_other_items_cost_nothing(db: Connection) -> None:

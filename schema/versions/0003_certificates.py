@@ -1,4 +1,4 @@
-"""Recoveries, after which nothing is deleted on an old catalogue's word; storages' descriptions."""
+"""The rules of certificates by statement instead of by row."""
 
 from pathlib import Path
 
@@ -13,9 +13,8 @@ SQL = Path(__file__).resolve().parent.parent / "sql"
 def upgrade() -> None:
     # the driver's own cursor: the files are plain SQL, their % signs are no placeholders
     cursor = op.get_bind().connection.cursor()
-    for name in ("0003_recovery_table.sql", "0003_recovery.sql"):
-        cursor.execute((SQL / name).read_text(encoding="utf-8"))
+    cursor.execute((SQL / "0003_certificates.sql").read_text(encoding="utf-8"))
 
 
 def downgrade() -> None:
-    raise RuntimeError("recoveries are kept: go back with a backup of the catalogue")
+    raise RuntimeError("go back with a backup of the catalogue")

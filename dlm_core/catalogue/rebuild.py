@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.engine import copy_rows, rows, run
 from dlm_core.errors import RestoreRefusedError
-from dlm_core.types import OperationKind
+from dlm_core.types import OperationKind, new_id
 
 REASON = "the catalogue was rebuilt"
 
@@ -150,6 +150,7 @@ def merge_lines(
               SELECT t.* FROM line, jsonb_to_record(line::jsonb) AS t({_TOLD})""",
     )
     run(connection, "ANALYZE told")
+    _insert_named_collections(connection, now)
     merged = Merged(items=_insert_items(connection))
     merged.differing = _count_differing(connection)
     merged.refused = _refuse_conflicts(connection)
@@ -157,6 +158,23 @@ def merge_lines(
     merged.refused += _refuse_taken(connection)
     merged.replicas = _suspect_and_look(connection, actor, now)
     return merged
+
+
+def _insert_named_collections(connection: Connection, now: datetime) -> None:
+    """Collections that only items tell of: their own file was damaged."""
+    found = rows(
+        connection,
+        """SELECT DISTINCT collection FROM told t WHERE collection IS NOT NULL
+              AND NOT EXISTS (SELECT FROM collection c WHERE c.name = t.collection)""",
+    )
+    for row in found:
+        run(
+            connection,
+            "INSERT INTO collection (collection_id, name, created_at) VALUES (:id, :name, :now)",
+            id=new_id(),
+            name=row["collection"],
+            now=now,
+        )
 
 
 def _insert_items(connection: Connection) -> int:

@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.engine import copy_rows, rows, run
 from dlm_core.errors import RestoreRefusedError
-from dlm_core.types import OperationKind
+from dlm_core.types import OperationKind, new_id
 
 REASON = "the catalogue was rebuilt"
 
@@ -55,6 +55,12 @@ def must_be_empty(connection: Connection) -> None:
                 database=database, found=f"is not empty (table {table})",
                 hint="make a new one, and 'dlm db upgrade' there",
             )  # fmt: skip
+
+
+def look_up_by_key(connection: Connection) -> None:
+    """Have this transaction look rows up by their keys: statistics tell of an empty catalogue until
+    it is over, and each chunk would go through all that the chunks before it have brought."""
+    run(connection, "SET LOCAL enable_seqscan = off")
 
 
 def insert_storage(
@@ -144,6 +150,7 @@ def merge_lines(
               SELECT t.* FROM line, jsonb_to_record(line::jsonb) AS t({_TOLD})""",
     )
     run(connection, "ANALYZE told")
+    _insert_named_collections(connection, now)
     merged = Merged(items=_insert_items(connection))
     merged.differing = _count_differing(connection)
     merged.refused = _refuse_conflicts(connection)
@@ -151,6 +158,23 @@ def merge_lines(
     merged.refused += _refuse_taken(connection)
     merged.replicas = _suspect_and_look(connection, actor, now)
     return merged
+
+
+def _insert_named_collections(connection: Connection, now: datetime) -> None:
+    """Collections that only items tell of: their own file was damaged."""
+    found = rows(
+        connection,
+        """SELECT DISTINCT collection FROM told t WHERE collection IS NOT NULL
+              AND NOT EXISTS (SELECT FROM collection c WHERE c.name = t.collection)""",
+    )
+    for row in found:
+        run(
+            connection,
+            "INSERT INTO collection (collection_id, name, created_at) VALUES (:id, :name, :now)",
+            id=new_id(),
+            name=row["collection"],
+            now=now,
+        )
 
 
 def _insert_items(connection: Connection) -> int:

@@ -37,7 +37,7 @@ END $$;
 
 def mark_sql(source: str, actor: str, now: datetime) -> str:
     """Statements that mark a catalogue of any schema as recovered from ``source`` at ``now``."""
-    table = (schema.schema_folder() / "sql" / "0003_recovery_table.sql").read_text("utf-8")
+    table = (schema.schema_folder() / "sql" / "0004_recovery_table.sql").read_text("utf-8")
     mark = sql.SQL(_MARK).format(
         key=sql.Literal(str(new_id())),
         now=sql.Literal(now.isoformat()),

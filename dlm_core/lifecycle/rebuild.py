@@ -119,6 +119,7 @@ def _must_differ(sources: Sequence[_Source]) -> None:
 def _fill(connection: Connection, context: Context, sources: Sequence[_Source]) -> RebuildReport:
     report = RebuildReport()
     catalogue.must_be_empty(connection)
+    catalogue.look_up_by_key(connection)
     for source in sources:
         place = source.place
         catalogue.insert_storage(

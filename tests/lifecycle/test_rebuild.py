@@ -387,3 +387,21 @@ def test_a_storage_that_moved_is_found_at_its_new_place(disks: Site, back: str) 
     again.settle()
     assert again.query("SELECT count(*) AS n FROM replica WHERE state = 'READY'") == [{"n": 10}]
     assert export_storage(again.context, "a").generation == 2
+
+
+def test_collections_are_known_by_their_items_too(disks: Site, back: str) -> None:
+    """Where the file of collections and holds is damaged, collections come back by name, and what
+    was lost is told."""
+    eb = collection_id(disks.context, "eb-1")
+    disks.execute("UPDATE data_item SET collection_id = :c WHERE uri < 'test:f3'", c=eb)
+    export_storage(disks.context, "a")
+    index = index_of(disks, "a")
+    (disks.folder / "a" / index.files["site"].path("site")).write_bytes(b"x")
+    again = lost(disks, back)
+    report = rebuild(again.context, places(disks)[:1])
+    assert len(report.problems) == 1 and "was left out" in report.problems[0]
+    found = again.query(
+        "SELECT c.name, count(*) AS n FROM data_item JOIN collection c USING (collection_id) "
+        "GROUP BY c.name"
+    )
+    assert found == [{"name": "eb-1", "n": 3}]

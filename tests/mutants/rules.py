@@ -194,7 +194,7 @@ RULES = (
     ),
     Mutant(
         "certificate-under-hold",
-        "schema/sql/0004_certificates.sql",
+        "schema/sql/0003_certificates.sql",
         "  IF EXISTS (SELECT FROM hold) THEN",
         "  IF false THEN",
         "a certificate is written for what is held",
@@ -218,7 +218,7 @@ RULES = (
     ),
     Mutant(
         "old-word-certified",
-        "schema/sql/0003_recovery.sql",
+        "schema/sql/0004_recovery.sql",
         "  IF v_floor IS NULL THEN",
         "  IF true THEN",
         "the database takes certificates that rest on what an old catalogue said",

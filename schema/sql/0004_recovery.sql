@@ -31,29 +31,46 @@ CREATE FUNCTION recovery_unconfirmed() RETURNS boolean LANGUAGE sql STABLE AS $$
   SELECT EXISTS (SELECT FROM recovery WHERE confirmed_at IS NULL)
 $$;
 
--- By row, since a statement that names a partition passes the parent's statement triggers by.
 CREATE FUNCTION deletion_after_recovery() RETURNS trigger LANGUAGE plpgsql AS $$
-DECLARE v_floor timestamptz := proof_floor();
+DECLARE
+  v_floor timestamptz := proof_floor();
+  v_uid uuid;
 BEGIN
   IF v_floor IS NULL THEN
-    RETURN NEW;
+    RETURN NULL;
   END IF;
-  IF NEW.basis = 'item_expired' AND recovery_unconfirmed() THEN
-    PERFORM dlm_refuse(format('replica %s: the catalogue was recovered at %s, no item expires before a person has confirmed it', NEW.uid, v_floor));
+  SELECT n.uid INTO v_uid FROM new_rows n WHERE n.basis = 'item_expired' AND recovery_unconfirmed() LIMIT 1;
+  IF FOUND THEN
+    PERFORM dlm_refuse(format('replica %s: the catalogue was recovered at %s, no item expires before a person has confirmed it', v_uid, v_floor));
   END IF;
-  IF NEW.step = 'trash' AND EXISTS (SELECT FROM replica r WHERE r.uid = NEW.uid
-       AND r.state IN ('READY', 'SUSPECT') AND (r.checked_at IS NULL OR r.checked_at < v_floor)) THEN
-    PERFORM dlm_refuse(format('replica %s was not looked at since the catalogue was recovered at %s', NEW.uid, v_floor));
+  SELECT n.uid INTO v_uid FROM new_rows n WHERE n.step = 'trash' AND EXISTS (
+    SELECT FROM replica r WHERE r.uid = n.uid AND r.state IN ('READY', 'SUSPECT')
+       AND (r.checked_at IS NULL OR r.checked_at < v_floor) OFFSET 0) LIMIT 1;
+  IF FOUND THEN
+    PERFORM dlm_refuse(format('replica %s was not looked at since the catalogue was recovered at %s', v_uid, v_floor));
   END IF;
-  IF NEW.basis = 'replica_expired' AND EXISTS (
-       SELECT FROM jsonb_array_elements(NEW.survivors) s LEFT JOIN replica r ON r.uid = (s->>'uid')::uuid
-        WHERE r.uid IS NULL OR r.state <> 'READY' OR r.checked_at < v_floor) THEN
-    PERFORM dlm_refuse(format('replica %s: a survivor was not looked at since the catalogue was recovered at %s', NEW.uid, v_floor));
+  SELECT n.uid INTO v_uid FROM new_rows n WHERE n.basis = 'replica_expired' AND EXISTS (
+    SELECT FROM jsonb_array_elements(n.survivors) s
+     WHERE NOT EXISTS (SELECT FROM replica r WHERE r.uid = (s->>'uid')::uuid AND r.state = 'READY'
+                          AND r.checked_at >= v_floor OFFSET 0)) LIMIT 1;
+  IF FOUND THEN
+    PERFORM dlm_refuse(format('replica %s: a survivor was not looked at since the catalogue was recovered at %s', v_uid, v_floor));
   END IF;
-  RETURN NEW;
+  RETURN NULL;
 END $$;
-CREATE TRIGGER deletion_after_recovery BEFORE INSERT ON deletion
-  FOR EACH ROW EXECUTE FUNCTION deletion_after_recovery();
+
+CREATE OR REPLACE FUNCTION dlm_rule_certificates(p_name text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE v_rule text;
+BEGIN
+  FOREACH v_rule IN ARRAY ARRAY['deletion_of_unheld', 'deletion_after_recovery'] LOOP
+    IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = p_name::regclass AND tgname = v_rule) THEN
+      EXECUTE format('CREATE TRIGGER %I AFTER INSERT ON %I REFERENCING NEW TABLE AS new_rows
+                      FOR EACH STATEMENT EXECUTE FUNCTION %I()', v_rule, p_name, v_rule);
+    END IF;
+  END LOOP;
+END $$;
+SELECT dlm_rule_certificates('deletion');
+SELECT dlm_keep_partition(inhrelid::regclass::text) FROM pg_inherits WHERE inhparent = 'deletion'::regclass;
 
 -- Another server counts its transactions from the start: the feed goes on in order, and what came
 -- with a backup is visible at once.

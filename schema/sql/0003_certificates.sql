@@ -15,40 +15,11 @@ BEGIN
   RETURN NULL;
 END $$;
 
-DROP TRIGGER deletion_after_recovery ON deletion;
-CREATE OR REPLACE FUNCTION deletion_after_recovery() RETURNS trigger LANGUAGE plpgsql AS $$
-DECLARE
-  v_floor timestamptz := proof_floor();
-  v_uid uuid;
-BEGIN
-  IF v_floor IS NULL THEN
-    RETURN NULL;
-  END IF;
-  SELECT n.uid INTO v_uid FROM new_rows n WHERE n.basis = 'item_expired' AND recovery_unconfirmed() LIMIT 1;
-  IF FOUND THEN
-    PERFORM dlm_refuse(format('replica %s: the catalogue was recovered at %s, no item expires before a person has confirmed it', v_uid, v_floor));
-  END IF;
-  SELECT n.uid INTO v_uid FROM new_rows n WHERE n.step = 'trash' AND EXISTS (
-    SELECT FROM replica r WHERE r.uid = n.uid AND r.state IN ('READY', 'SUSPECT')
-       AND (r.checked_at IS NULL OR r.checked_at < v_floor) OFFSET 0) LIMIT 1;
-  IF FOUND THEN
-    PERFORM dlm_refuse(format('replica %s was not looked at since the catalogue was recovered at %s', v_uid, v_floor));
-  END IF;
-  SELECT n.uid INTO v_uid FROM new_rows n WHERE n.basis = 'replica_expired' AND EXISTS (
-    SELECT FROM jsonb_array_elements(n.survivors) s
-     WHERE NOT EXISTS (SELECT FROM replica r WHERE r.uid = (s->>'uid')::uuid AND r.state = 'READY'
-                          AND r.checked_at >= v_floor OFFSET 0)) LIMIT 1;
-  IF FOUND THEN
-    PERFORM dlm_refuse(format('replica %s: a survivor was not looked at since the catalogue was recovered at %s', v_uid, v_floor));
-  END IF;
-  RETURN NULL;
-END $$;
-
 -- A parent's statement triggers do not fire for a statement that names a partition.
 CREATE FUNCTION dlm_rule_certificates(p_name text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE v_rule text;
 BEGIN
-  FOREACH v_rule IN ARRAY ARRAY['deletion_of_unheld', 'deletion_after_recovery'] LOOP
+  FOREACH v_rule IN ARRAY ARRAY['deletion_of_unheld'] LOOP
     IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = p_name::regclass AND tgname = v_rule) THEN
       EXECUTE format('CREATE TRIGGER %I AFTER INSERT ON %I REFERENCING NEW TABLE AS new_rows
                       FOR EACH STATEMENT EXECUTE FUNCTION %I()', v_rule, p_name, v_rule);

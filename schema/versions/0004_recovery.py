@@ -1,4 +1,4 @@
-"""The rules of certificates by statement instead of by row."""
+"""Recoveries, after which nothing is deleted on an old catalogue's word; storages' descriptions."""
 
 from pathlib import Path
 
@@ -13,8 +13,9 @@ SQL = Path(__file__).resolve().parent.parent / "sql"
 def upgrade() -> None:
     # the driver's own cursor: the files are plain SQL, their % signs are no placeholders
     cursor = op.get_bind().connection.cursor()
-    cursor.execute((SQL / "0004_certificates.sql").read_text(encoding="utf-8"))
+    for name in ("0004_recovery_table.sql", "0004_recovery.sql"):
+        cursor.execute((SQL / name).read_text(encoding="utf-8"))
 
 
 def downgrade() -> None:
-    raise RuntimeError("go back with a backup of the catalogue")
+    raise RuntimeError("recoveries are kept: go back with a backup of the catalogue")

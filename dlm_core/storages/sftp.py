@@ -46,6 +46,7 @@ from dlm_core.storages.sftp_files import (
     digests_there,
     entry_of,
     every,
+    raise_first,
     synced,
     take,
     writes,
@@ -71,7 +72,6 @@ _FULL = (asyncssh.SFTPNoSpaceOnFilesystem, asyncssh.SFTPQuotaExceeded)
 _REFUSED = (asyncssh.SFTPBadMessage, asyncssh.SFTPInvalidFilename, asyncssh.SFTPLinkLoop)
 _LOST = (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection)
 _SYNC = "xargs -0 sync -f -- || sync"
-_HELLO = "echo dlm-shell"
 
 
 def open_sftp(name: str, root: str, config: Mapping[str, Any]) -> SftpStorage:
@@ -144,7 +144,10 @@ class SftpStorage:
 
         return ssh.run(in_loop())
 
-    async def told(self, session: Session, path: str, work: Awaitable[_T]) -> _T:
+    async def told(
+        self, session: Session, path: str, work: Awaitable[_T], making: bool = False
+    ) -> _T:
+        """``work``, or what went wrong in the port's words; ``making``: never "not found"."""
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
                 return await work
@@ -152,9 +155,11 @@ class SftpStorage:
             session.connection.abort()  # whatever it would answer, nobody waits for it any more
             raise self._unavailable(f"no answer for {SILENCE_SECONDS} s about {path!r}") from None
         except (asyncssh.Error, OSError) as error:
-            raise await self._translate(session, path, error) from error
+            raise await self._translate(session, path, error, making) from error
 
-    async def _translate(self, session: Session, path: str, error: Exception) -> StorageError:
+    async def _translate(
+        self, session: Session, path: str, error: Exception, making: bool = False
+    ) -> StorageError:
         if isinstance(error, _DENIED):
             return AccessDeniedError(storage=self.name, path=path, message=ssh.one_line(error))
         if isinstance(error, _FULL):
@@ -162,7 +167,10 @@ class SftpStorage:
         if isinstance(error, asyncssh.SFTPFileAlreadyExists):
             return PayloadExistsError(storage=self.name, path=path)
         if isinstance(error, _ABSENT) and session.alive():
-            return await self._absent(session, path)
+            absent = await self._absent(session, path)
+            if making and isinstance(absent, PayloadNotFoundError):
+                return self._unavailable(f"the folder of {path} went while it was used")
+            return absent
         if isinstance(error, _REFUSED) and session.alive():
             return self._refused(path, ssh.one_line(error))
         if isinstance(error, asyncssh.SFTPFailure):
@@ -314,7 +322,7 @@ class SftpStorage:
         self._octets(path)
         first = take(source)
         if len(first) < BLOCK:
-            self._run(path, lambda session: self._put(session, path, first, set()))
+            raise_first(self.write_many([(path, first)]))
         else:
             with self._large:
                 self._pour(path, first, source)
@@ -336,13 +344,13 @@ class SftpStorage:
             try:
                 self._octets(path)
                 async with free:
-                    await self.told(session, path, work(session, path, what, looked))
+                    await self.told(session, path, work(session, path, what, looked), making=True)
             except DlmError as error:
                 return error
             return None
 
         async def in_loop() -> list[DlmError | None]:
-            async with self.connections.session(LARGE_WEIGHT) as session:
+            async with self.connections.session(min(len(pairs), LARGE_WEIGHT)) as session:
                 return await every(*(one(session, *pair) for pair in pairs))
 
         return ssh.run(in_loop())
@@ -357,7 +365,7 @@ class SftpStorage:
                 file.close(),
             )
         except (asyncssh.Error, OSError) as error:
-            translated = await self._translate(session, path, error)
+            translated = await self._translate(session, path, error, making=True)
             await self.discard(session, path)
             raise translated from error
 
@@ -371,10 +379,6 @@ class SftpStorage:
             if await self._lstat(session, path) is not None:
                 raise PayloadExistsError(storage=self.name, path=path) from None
             raise
-        except _ABSENT:
-            raise await self._root_is_gone(session) or self._unavailable(
-                f"the folder of {path} went while it was used"
-            ) from None
 
     async def _create_in(self, session: Session, full: bytes) -> SFTPClientFile:
         attributes = SFTPAttrs(permissions=0o644)
@@ -476,9 +480,7 @@ class SftpStorage:
                 await every(synced(file), file.close())
 
     def rename(self, source: str, destination: str) -> None:
-        for path in (source, destination):
-            self._octets(path)
-        self._run(destination, lambda session: self._rename(session, source, destination, set()))
+        raise_first(self.rename_many([(source, destination)]))
 
     def rename_many(self, pairs: Sequence[tuple[str, str]]) -> list[DlmError | None]:
         return self._each_of(pairs, self._rename)
@@ -565,8 +567,7 @@ class SftpStorage:
             async for _ in session.sftp.scandir(session.root):
                 break
             if self.shell:
-                _, printed, _ = await session.command(_HELLO, b"")
-                if b"dlm-shell" not in printed:
+                if not await session.has_shell():
                     raise self._unavailable("no command can be run there: say shell=false")
 
         self._run("", work)

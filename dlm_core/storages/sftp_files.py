@@ -6,13 +6,14 @@ import asyncio
 import posixpath
 import stat as stat_module
 from collections import deque
-from collections.abc import Awaitable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import asyncssh
 from asyncssh import SFTPAttrs, SFTPClientFile
 
+from dlm_core.errors import DlmError
 from dlm_core.storages import ssh
 from dlm_core.storages.port import Entry, Readable
 from dlm_core.storages.ssh import Session
@@ -49,7 +50,9 @@ class Upload:
     async def begun(cls, storage: SftpStorage, path: str) -> Upload:
         session = await storage.connections.borrow(LARGE_WEIGHT)
         try:
-            file = await storage.told(session, path, storage.create(session, path, set()))
+            file = await storage.told(
+                session, path, storage.create(session, path, set()), making=True
+            )
         except BaseException:
             session.busy -= LARGE_WEIGHT
             raise
@@ -58,11 +61,13 @@ class Upload:
     async def write(self, block: bytes) -> None:
         requests = writes(self._session, self._file, block, self._offset)
         self._offset += len(block)
-        await self._storage.told(self._session, self._path, every(*requests))
+        await self._storage.told(self._session, self._path, every(*requests), making=True)
 
     async def finish(self) -> None:
         last = [] if self._storage.shell else [synced(self._file)]
-        await self._storage.told(self._session, self._path, every(*last, self._file.close()))
+        await self._storage.told(
+            self._session, self._path, every(*last, self._file.close()), making=True
+        )
         self._session.busy -= LARGE_WEIGHT
 
     async def abandon(self) -> None:
@@ -247,3 +252,10 @@ def entry_of(path: str, attributes: SFTPAttrs) -> Entry:
         return Entry(path, 0, mtime, "directory")
     kind = "symlink" if stat_module.S_ISLNK(mode) else "other"
     return Entry(path, attributes.size or 0, mtime, kind)
+
+
+def raise_first(errors: Iterable[DlmError | None]) -> None:
+    """Raise what a call about many things says of the first that failed."""
+    for error in errors:
+        if error is not None:
+            raise error

@@ -163,6 +163,10 @@ class Session:
             return None, b"", b"its input is not taken"  # something else answers than a shell
         return done.exit_status, bytes(done.stdout or b""), bytes(done.stderr or b"")  # type: ignore[arg-type]
 
+    async def has_shell(self) -> bool:
+        """Whether commands are run there; a login script may print more than the command."""
+        return b"dlm-shell" in (await self.command("echo dlm-shell", b""))[1]
+
 
 class Connections:
     """The connections of one storage; used in the loop only.

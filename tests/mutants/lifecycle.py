@@ -331,6 +331,23 @@ LIFECYCLE = (
         "JADE: checksum at the destination comes first",
     ),
     Mutant(
+        "far-digest-not-compared",
+        "dlm_core/transfers/mover.py",
+        "told.items():\n            waiting[path].proven = digest == waiting[path].digest",
+        "told.items():\n            waiting[path].proven = bool(digest)",
+        "any digest that the far side tells is taken for the right one",
+        ("lifecycle/test_far.py::test_a_bit_that_flips_on_its_way_is_never_shown",),
+        "SKA DLM 12: no checksum is compared",
+    ),
+    Mutant(
+        "far-link-followed",
+        "dlm_core/storages/sftp.py",
+        "            return await session.sftp.realpath(full) != full",
+        "            return await session.sftp.realpath(full) is None",
+        "a link on the far side leads out of the root",
+        ("storages/test_sftp.py::test_symbolic_links_lead_nowhere",),
+    ),
+    Mutant(
         "stranger-adopted",
         "dlm_core/transfers/mover.py",
         "        if (seen.size, seen.digest) == (file.size, file.digest):",

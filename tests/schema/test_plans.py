@@ -224,7 +224,8 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
     ),
     "the copies of lost items are found": (
         lambda c: checks.select_unasked(
-            c, None, [row["oid"] for row in rows(c, "SELECT oid FROM data_item ORDER BY oid LIMIT 100")]
+            c, None,
+            [one["oid"] for one in rows(c, "SELECT oid FROM data_item ORDER BY oid LIMIT 100")],
         ),
         {"replica_oid", "operation_uid"},
     ),

@@ -32,6 +32,27 @@ _DUE = """
    ORDER BY GREATEST(r.checked_at, r.told_at) LIMIT :window"""
 
 
+def select_unasked(
+    connection: Connection, storage_id: uuid.UUID | None, oids: Sequence[uuid.UUID] | None
+) -> list[dict[str, Any]]:
+    """Replicas (uid, oid) on a storage and of items, None for all, whose bytes may be looked for and
+    for which no look is queued."""
+    # each wish by its own index: one statement for all would read the catalogue through
+    on_storage = " AND r.storage_id = :storage" if storage_id is not None else ""
+    of_items = " AND r.oid = ANY(:oids)" if oids is not None else ""
+    values: dict[str, Any] = {"storage": storage_id} if storage_id is not None else {}
+    if oids is not None:
+        values["oids"] = list(oids)
+    return rows(
+        connection,
+        f"""SELECT r.uid, r.oid FROM replica r
+             WHERE r.state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING'){on_storage}{of_items}
+               AND NOT EXISTS (SELECT FROM operation o WHERE o.uid = r.uid AND o.kind = 'verify'
+                                  AND o.state IN ('QUEUED', 'RUNNING'))""",
+        **values,
+    )
+
+
 # a doubted copy whose look FAILED: again after an hour, then two, four … a day at most. Found through
 # the index of FAILED operations.
 _FAILED_LOOKS = f"""

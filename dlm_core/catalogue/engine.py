@@ -74,7 +74,8 @@ def transact(
 ) -> T:
     """Run ``work`` in a transaction, again if the database chose it as a deadlock's victim.
 
-    ``work`` must have no effect outside the database. Raises as :func:`begin`.
+    ``work`` must have no effect outside the database but such as may be tried again. Raises as
+    :func:`begin`.
     """
     for attempt in range(_TRIES):
         try:

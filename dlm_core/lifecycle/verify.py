@@ -16,7 +16,6 @@ from sqlalchemy import Connection
 from dlm_core.catalogue import checks, recovery
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas as catalogue
-from dlm_core.catalogue.engine import rows
 from dlm_core.errors import (
     AccessDeniedError,
     DlmError,
@@ -64,17 +63,8 @@ def request_verification(
     ``oids`` names several items. Those that are CORRUPTED are looked for in quarantine. Replicas
     that wait for a look already are not queued twice. With nothing given, all replicas.
     """
-    found = rows(
-        connection,
-        """SELECT r.uid, r.oid FROM replica r
-            WHERE r.state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')
-              AND (CAST(:storage AS uuid) IS NULL OR r.storage_id = :storage)
-              AND (CAST(:oids AS uuid[]) IS NULL OR r.oid = ANY(CAST(:oids AS uuid[])))
-              AND NOT EXISTS (SELECT FROM operation o WHERE o.uid = r.uid AND o.kind = 'verify'
-                                 AND o.state IN ('QUEUED', 'RUNNING'))""",
-        storage=storage_id,
-        oids=list(oids) if oids is not None else [oid] if oid else None,
-    )
+    items = oids if oids is not None else [oid] if oid else None
+    found = checks.select_unasked(connection, storage_id, items)
     return queue.insert_operations(
         connection,
         [

@@ -74,7 +74,7 @@ _FILL = (
     """UPDATE replica SET expires_at = created_at, expiry_reason = 'test'
         WHERE uid IN (SELECT uid FROM replica ORDER BY uid LIMIT 100)""",
     "UPDATE data_item SET shortfall = 'test' WHERE oid IN (SELECT oid FROM data_item LIMIT 50)",
-    "DELETE FROM evaluation WHERE oid NOT IN (SELECT oid FROM data_item LIMIT 100)",
+    "DELETE FROM evaluation WHERE oid NOT IN (SELECT oid FROM data_item ORDER BY oid LIMIT 100)",
     "SELECT dlm_fold_tally()",
 )
 
@@ -217,6 +217,17 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
     "storages with checks due are found": (
         lambda c: checks.storages_with_checks_due(c, LATER),
         {"replica_check"},
+    ),
+    "looks that failed are counted": (
+        lambda c: checks.count_failed_looks(c, LATER),
+        {"operation_failed"},
+    ),
+    "the copies of lost items are found": (
+        lambda c: checks.select_unasked(
+            c, None,
+            [one["oid"] for one in rows(c, "SELECT oid FROM data_item ORDER BY oid LIMIT 100")],
+        ),
+        {"replica_oid", "operation_uid"},
     ),
     "checks are selected": (
         lambda c: checks.select_checks(c, checks.lock_budgets(c, LATER)[0], LATER, 1000),

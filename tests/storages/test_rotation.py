@@ -48,7 +48,7 @@ def test_a_secret_that_is_gone_for_a_moment_is_an_outage(s3, folder):
     storage = open_storage("bucket", "s3", f"{s3.bucket}/{uuid.uuid4().hex}", config)
     (folder / "secret_key").unlink()
     for call in (lambda: storage.stat("x"), storage.check, lambda: list(storage.walk())):
-        with pytest.raises(StorageUnavailableError, match="file:.*secret_key") as caught:
+        with pytest.raises(StorageUnavailableError, match="secret_key ") as caught:
             call()
         assert "\n" not in str(caught.value) and s3.access_key not in str(caught.value)
     (folder / "secret_key").write_text(s3.secret_key)
@@ -120,12 +120,13 @@ def ask(storage, seen):
 def test_a_session_token_goes_with_the_keys(folder, recorder):
     """Short-lived credentials that somebody else renews: each request has the newest."""
     endpoint, seen = recorder
-    config = {"endpoint": endpoint, **references(folder, "access_key", "secret_key", "session_token")}
-    for name in ("access_key", "secret_key", "session_token"):
+    names = ("access_key", "secret_key", "session_token")
+    config = {"endpoint": endpoint, **references(folder, *names)}
+    for name in names:
         (folder / name).write_text(f"first-{name}")
     storage = open_storage("x", "s3", "bucket", config)
     assert ask(storage, seen) == ("first-access_key", "first-session_token")
-    for name in ("access_key", "secret_key", "session_token"):
+    for name in names:
         (folder / name).write_text(f"second-{name}")
     assert ask(storage, seen) == ("second-access_key", "second-session_token")
 

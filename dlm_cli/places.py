@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dlm_cli.rules import read_rules
 from dlm_cli.session import (
     catalogue,
     parse_choice,
@@ -18,6 +19,7 @@ from dlm_cli.session import (
     show_json,
     show_table,
 )
+from dlm_core.errors import InvalidValueError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="Name of the storage.")]
@@ -218,7 +220,6 @@ def storage_test(name: Name, as_json: Json = False) -> None:
 def _writable(name: str) -> Any:
     """The adapter of a storage that the DLM may write to now."""
     from dlm_core.catalogue.places import get_storage
-    from dlm_core.errors import InvalidValueError
     from dlm_core.storages.open import open_storage
 
     with catalogue() as context:
@@ -266,14 +267,61 @@ def storage_set(
     verify_every: Every = None,
     verify_per_second: PerSecond = None,
     verify_per_day: PerDay = None,
+    path_rules: Annotated[
+        str | None,
+        typer.Option("--path-rules", help="TOML or YAML file of rules for paths; or none."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --path-rules alone: try them, change nothing.")
+    ] = False,
 ) -> None:
     """Change a storage; what is not named stays."""
     options = _options(capacity, high_watermark, low_watermark, trash_grace, concurrency)
     options["mode"] = parse_choice("mode", mode, ("read_write", "read_only", "offline"))
     options["phase"] = parse_choice("phase", phase, _PHASES)
     changes = {key: value for key, value in options.items() if value is not None}
-    _change(name, changes | _verify_options(verify_every, verify_per_second, verify_per_day))
-    print(f"storage {name} changed")
+    changes |= _verify_options(verify_every, verify_per_second, verify_per_day)
+    if dry_run and (changes or path_rules is None):
+        raise InvalidValueError(what="--dry-run", value="", expected="--path-rules, and only that")
+    if path_rules is not None:
+        _set_paths(name, path_rules, dry_run=dry_run)
+    _change(name, changes)
+    print(f"storage {name}: nothing was changed" if dry_run else f"storage {name} changed")
+
+
+def _set_paths(name: str, file: str, *, dry_run: bool) -> None:
+    from dlm_core.lifecycle.rules import set_rules
+
+    rules = None if file == "none" else read_rules(file)
+    with catalogue() as context:
+        trial = set_rules(context, name, rules, dry_run=dry_run)
+    columns = {"rule": "RULE", "uri": "URI", "version": "VERSION", "path": "PATH"}
+    if trial.examples:
+        show_table(sorted(trial.examples, key=lambda one: one["rule"]), columns)
+    counts = ", ".join(
+        f"{n} by rule {rule}" if rule else f"{n} by none"
+        for rule, n in sorted(trial.by_rule.items())
+    )
+    print(
+        f"tried on {trial.items} items: {counts or 'none is new'}; "
+        f"{trial.kept} have a copy there and keep its place"
+    )
+
+
+@storage_app.command("path")
+@plain_errors
+def storage_path(
+    name: Name,
+    uri: Annotated[str, typer.Argument(help="e.g. ska:eb-1/scan-3.ms")],
+    version: Annotated[int | None, typer.Option(help="Unset: the newest.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Show where the copy of an item lies on a storage, or would lie."""
+    from dlm_core.lifecycle.rules import find_place
+
+    with catalogue() as context:
+        found = context.transact(lambda c: find_place(c, name, uri, version))
+    show_json(found) if as_json else print(found["path"])
 
 
 @storage_app.command("drain")

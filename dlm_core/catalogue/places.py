@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -196,7 +196,8 @@ def list_storages(connection: Connection) -> list[dict[str, Any]]:
         """SELECT s.storage_id, s.name, l.name AS location, s.interface, s.class, s.root, s.config,
                   s.phase, s.mode, s.managed, s.high_watermark, s.low_watermark, s.concurrency,
                   s.trash_grace, s.verify_every_days, s.verify_bytes_per_second,
-                  s.verify_bytes_per_day, s.created_at, s.retired_at, u.replicas, u.trashed_bytes,
+                  s.verify_bytes_per_day, s.created_at, s.retired_at, s.path_rules, s.mode_reason,
+                  s.drain_since, s.drain_bytes, u.replicas, u.trashed_bytes,
                   u.used_bytes AS replica_bytes,
                   CASE WHEN s.capacity_bytes IS NULL AND s.observed_total_bytes IS NOT NULL
                        THEN s.observed_used_bytes ELSE u.used_bytes END AS used_bytes,
@@ -269,6 +270,19 @@ def set_storage(connection: Connection, name: str, changes: Mapping[str, Any]) -
         )
     if wanted.get("phase", storage["phase"]) != storage["phase"]:
         _weigh_again(connection, storage["storage_id"])
+    _ask_planner_again(connection)
+
+
+def set_path_rules(
+    connection: Connection, storage_id: uuid.UUID, rules: Sequence[dict[str, Any]] | None
+) -> None:
+    """Keep a storage's rules (None: it has none); copies that are there stay where they are."""
+    run(
+        connection,
+        "UPDATE storage SET path_rules = CAST(:rules AS jsonb) WHERE storage_id = :id",
+        rules=Jsonb(list(rules)) if rules is not None else None,
+        id=storage_id,
+    )
     _ask_planner_again(connection)
 
 

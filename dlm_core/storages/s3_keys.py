@@ -35,7 +35,7 @@ class KeyProvider:
         self._keys: Keys = {}
         self._until = 0.0
 
-    def __call__(self) -> Keys:
+    def __call__(self) -> Any:
         with self._lock:
             if time.monotonic() >= self._until:
                 self._keys = self._read()

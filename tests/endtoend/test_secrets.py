@@ -154,8 +154,8 @@ def _use(installation: Installation, server: S3Server, wrong: str) -> None:
     for command in (
         ["storage", "set", "good", "--mode", "offline"], ["run", "replication", "--wait"],
         ["storage", "list", "--json"], ["storage", "show", "good", "--json"],
-        ["storage", "show", "bad"], ["storage", "test", "bad"], ["doctor"], ["audit", "--since", "1d"],
- ["status"],
+        ["storage", "show", "bad"], ["storage", "test", "bad"], ["doctor"],
+        ["audit", "--since", "1d"], ["status"],
     ):  # fmt: skip
         dlm(*command)
 

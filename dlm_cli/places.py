@@ -11,6 +11,7 @@ import typer
 from dlm_cli.rules import read_rules
 from dlm_cli.session import (
     catalogue,
+    human_size,
     parse_choice,
     parse_duration,
     parse_pairs,
@@ -184,16 +185,22 @@ def storage_list(as_json: Json = False) -> None:
 @plain_errors
 def storage_show(name: Name, as_json: Json = False) -> None:
     """Show all of one storage."""
-    from dlm_core.catalogue.places import get_storage
+    from dlm_core.catalogue.places import count_stuck, drain_progress, get_storage
 
     with catalogue() as context:
         found = context.transact(lambda c: get_storage(c, name))
+        drain = drain_progress(found, context.clock())
+        if drain is not None:
+            stuck = context.transact(lambda c: count_stuck(c, found["storage_id"]))
+            found["drain"] = drain | {"stuck_items": stuck}
     if as_json:
         show_json(found)
     else:
         from dlm_cli.session import human
 
-        rows = [{"key": key, "value": human(value, key)} for key, value in found.items()]
+        progress = found.pop("drain", {})
+        told = found | {f"drain_{key}": value for key, value in progress.items()}
+        rows = [{"key": key, "value": human(value, key)} for key, value in told.items()]
         show_table(rows, {"key": "", "value": ""})
 
 
@@ -341,10 +348,67 @@ def _change(name: str, changes: dict[str, Any]) -> None:
 
 @storage_app.command("retire")
 @plain_errors
-def storage_retire(name: Name) -> None:
+def storage_retire(
+    name: Name,
+    give_up: Annotated[
+        bool,
+        typer.Option("--give-up", help="A lost one: it never comes back, what it held is gone."),
+    ] = False,
+) -> None:
     """Take an empty storage out of use for good."""
     from dlm_core.catalogue.places import retire_storage
 
     with catalogue() as context:
-        context.transact(lambda c: retire_storage(c, name, context.clock()))
+        context.transact(lambda c: retire_storage(c, name, context.clock(), give_up=give_up))
     print(f"storage {name} is retired")
+
+
+@storage_app.command("lost")
+@plain_errors
+def storage_lost(
+    name: Name,
+    reason: Annotated[str, typer.Option(help="What happened.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what it holds alone.")
+    ] = False,
+    limit: Annotated[int, typer.Option(help="Items to list.", min=0)] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Declare a broken storage lost: nothing on it counts any more, what is missing is made again."""
+    from dlm_core.lifecycle.lost import lose_storage, propose_loss
+
+    with catalogue() as context:
+        if dry_run:
+            found = propose_loss(context, name, limit)
+        else:
+            found = lose_storage(context, name, reason, limit)
+    if as_json:
+        show_json(found)
+        return
+    alone = found["alone"]
+    if alone["listed"]:
+        columns = {
+            "uri": "URI",
+            "version": "VERSION",
+            "state": "STATE",
+            "size": "SIZE",
+            "path": "PATH",
+        }
+        show_table(alone["listed"], columns)
+    print(
+        f"storage {name} {'would lose' if dry_run else 'is lost with'} {found['replicas']} replicas; "
+        f"of {alone['items']} items ({human_size(alone['bytes'])}) no other storage has a good copy"
+    )
+
+
+@storage_app.command("back")
+@plain_errors
+def storage_back(name: Name) -> None:
+    """Take back a lost or offline storage: all on it is read again before it counts."""
+    from dlm_core.lifecycle.lost import take_back
+
+    with catalogue() as context:
+        take_back(context, name)
+    print(
+        f"storage {name} is audited by the verification job; watch it with: dlm storage show {name}"
+    )

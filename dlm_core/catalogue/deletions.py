@@ -34,7 +34,7 @@ class Due:
 _DUE_REPLICAS = f"""
   SELECT r.uid, r.size, r.delete_after FROM replica r JOIN storage s USING (storage_id)
    WHERE r.delete_after <= :now AND r.delete_after IS NOT NULL AND r.state IN {_DELETABLE}
-     AND (NOT s.managed OR s.mode IN ('read_write', 'draining'))"""
+     AND (NOT s.managed OR s.mode IN ('read_write', 'draining', 'lost', 'retired'))"""
 _DUE_ITEMS = """
   SELECT i.oid, i.expires_at, i.expiry_reason FROM data_item i
    WHERE i.expires_at <= :now AND i.expires_at IS NOT NULL AND i.state IN ('READY', 'CORRUPTED')"""
@@ -191,7 +191,9 @@ def prove(connection: Connection, uids: Sequence[uuid.UUID]) -> list[Proof]:
 
 _PROVE = """
 WITH target AS (
-  SELECT r.uid, r.oid, r.storage_id, r.path, r.state, r.size, r.trashed_at, s.managed, s.trash_grace,
+  SELECT r.uid, r.oid, r.storage_id, r.path, r.state, r.size, r.trashed_at, s.trash_grace,
+         -- on what is lost there is nothing to remove: the record alone ends
+         s.managed AND s.mode NOT IN ('lost', 'retired') AS managed,
          i.uri, i.collection_id, i.state AS item_state, i.target_phase,
          coalesce(r.expiry_reason, i.expiry_reason, 'its time is over') AS reason
     FROM going g JOIN replica r USING (uid) JOIN data_item i USING (oid) JOIN storage s USING (storage_id)),

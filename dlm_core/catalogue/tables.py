@@ -132,6 +132,7 @@ storage = Table(
     _required("verify_day_bytes", BigInteger, "0"),
     Column("path_rules", JSONB),
     Column("mode_reason", Text),
+    Column("audit_after", Text),
     Column("drain_since", Moment),
     Column("drain_bytes", BigInteger),
     UniqueConstraint("interface", "root", "config"),

@@ -37,6 +37,7 @@ from dlm_core.types import (
     OperationState,
     PayloadKind,
     ReplicaState,
+    StorageMode,
     decode_path,
 )
 
@@ -448,7 +449,8 @@ def _run(
     idle: list[tuple[Row, queue.Outcome]] = []
     for operation in claim.operations:
         storage = storages[details[operation["uid"]]["storage_id"]]
-        row = {**details[operation["uid"]], "managed": storage["managed"],
+        in_use = storage["mode"] not in (StorageMode.LOST, StorageMode.RETIRED)
+        row = {**details[operation["uid"]], "managed": storage["managed"] and in_use,
                "trash_grace": storage["trash_grace"]}  # fmt: skip
         outcome = _idle_outcome(context, operation, row, storage)
         if outcome is None:

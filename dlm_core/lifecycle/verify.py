@@ -25,7 +25,7 @@ from dlm_core.errors import (
     PayloadNotFoundError,
     StorageError,
 )
-from dlm_core.lifecycle.check import SCHEDULED
+from dlm_core.lifecycle.check import AUDIT, SCHEDULED
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage, quarantine_path
 from dlm_core.transfers.checksums import observe
@@ -39,7 +39,7 @@ from dlm_core.types import (
     decode_path,
 )
 
-_READABLE = ("read_write", "read_only", "draining")
+_READABLE = ("read_write", "read_only", "draining", "auditing")
 #: a verdict beside the states: the storage said what it said before
 _TOLD = "TOLD"
 #: after so many intervals a replica is read whatever its storage says
@@ -187,6 +187,8 @@ def execute_verify(context: Context, claim: Claim) -> Report:
     for operation in claim.operations:
         row = dict(details[operation["uid"]], operation_id=operation["operation_id"])
         row["tellable"] = operation["uid"] in tellable
+        # suspect by what befell its storage, not by a look: one that differs is its first
+        details[operation["uid"]]["unread"] = operation["reason"] == AUDIT
         if row["state"] in _CHECKABLE and storages[row["storage_id"]]["mode"] in _READABLE:
             groups[row["storage_id"]].append(row)
     for storage_id, targets in groups.items():
@@ -274,7 +276,7 @@ def _verdict(look: Look, row: Mapping[str, Any]) -> tuple[str, DlmError | None]:
         expected=f"{row['item_digest']} ({row['item_size']} bytes)",
         found=f"{look.observation.digest} ({look.observation.size} bytes)",
     )
-    second = row["state"] in (ReplicaState.SUSPECT, ReplicaState.MISSING)
+    second = row["state"] in (ReplicaState.SUSPECT, ReplicaState.MISSING) and not row["unread"]
     return (ReplicaState.CORRUPTED if second else ReplicaState.SUSPECT), error
 
 
@@ -383,7 +385,8 @@ def _queue_second_looks(
             priority=-1,
         )
         for look, verdict, error in verdicts
-        if verdict == ReplicaState.SUSPECT and details[look.uid]["state"] == ReplicaState.READY
+        if verdict == ReplicaState.SUSPECT
+        and (details[look.uid]["state"] == ReplicaState.READY or details[look.uid]["unread"])
     ]
     if again:
         queue.insert_operations(connection, again, context.actor, now)

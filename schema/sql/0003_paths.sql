@@ -2,10 +2,12 @@
 
 ALTER TABLE storage ADD COLUMN path_rules jsonb CHECK (jsonb_typeof(path_rules) = 'array');
 ALTER TABLE storage ADD COLUMN mode_reason text;
+ALTER TABLE storage ADD COLUMN audit_after text;
 ALTER TABLE storage ADD COLUMN drain_since moment;
 ALTER TABLE storage ADD COLUMN drain_bytes bigint CHECK (drain_bytes >= 0);
 COMMENT ON COLUMN storage.path_rules IS 'Where copies lie: rules in their order, each a list of steps {match, template}; NULL: scheme/path.';
 COMMENT ON COLUMN storage.mode_reason IS 'Why it has its mode, where somebody had to say so.';
+COMMENT ON COLUMN storage.audit_after IS 'While it is auditing: copies up to this path wait to be read; NULL: all do, or it is not.';
 COMMENT ON COLUMN storage.drain_since IS 'Since when it is being drained; NULL: it is not.';
 COMMENT ON COLUMN storage.drain_bytes IS 'Bytes that were on it then, without its trash.';
 COMMENT ON COLUMN storage.mode IS 'read_write, read_only, draining (being emptied), offline, lost (declared broken), auditing (back, being read again) or retired (for good).';
@@ -30,6 +32,7 @@ BEGIN
   IF NEW.mode_reason IS NOT DISTINCT FROM OLD.mode_reason THEN
     NEW.mode_reason := NULL;
   END IF;
+  NEW.audit_after := CASE WHEN NEW.mode = 'auditing' THEN '' END;
   NEW.drain_since := CASE WHEN NEW.mode = 'draining' THEN dlm_now() END;
   NEW.drain_bytes := CASE WHEN NEW.mode = 'draining' THEN (
     SELECT used_bytes - trashed_bytes FROM storage_usage WHERE storage_id = NEW.storage_id) END;
@@ -62,6 +65,17 @@ BEGIN
     INSERT INTO event (noun, action, storage_id, actor, detail)
       VALUES ('storage', 'paths', NEW.storage_id, dlm_actor(),
               jsonb_build_object('old', OLD.path_rules, 'new', NEW.path_rules));
+  END IF;
+  RETURN NULL;
+END $$;
+
+-- What goes with its storage was not found by reading: it is no finding of verification.
+CREATE OR REPLACE FUNCTION replica_doubted() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF (SELECT mode FROM storage WHERE storage_id = NEW.storage_id) NOT IN ('lost', 'auditing') THEN
+    INSERT INTO event (noun, action, oid, uid, storage_id, actor, detail)
+      VALUES ('replica', 'doubted', NEW.oid, NEW.uid, NEW.storage_id, dlm_actor(),
+              jsonb_build_object('found', NEW.state, 'checked_at', OLD.checked_at, 'found_at', dlm_now()));
   END IF;
   RETURN NULL;
 END $$;

@@ -374,7 +374,7 @@ def storage_lost(
     limit: Annotated[int, typer.Option(help="Items to list.", min=0)] = 1000,
     as_json: Json = False,
 ) -> None:
-    """Declare a broken storage lost: nothing on it counts any more, what is missing is made again."""
+    """Declare a broken storage lost: nothing on it counts, what is missing is made again."""
     from dlm_core.lifecycle.lost import lose_storage, propose_loss
 
     with catalogue() as context:
@@ -396,7 +396,7 @@ def storage_lost(
         }
         show_table(alone["listed"], columns)
     print(
-        f"storage {name} {'would lose' if dry_run else 'is lost with'} {found['replicas']} replicas; "
+        f"storage {name} {'would lose' if dry_run else 'has lost'} {found['replicas']} replicas; "
         f"of {alone['items']} items ({human_size(alone['bytes'])}) no other storage has a good copy"
     )
 

@@ -16,9 +16,11 @@ from dlm_core.errors import (
     StorageUnavailableError,
 )
 from dlm_core.lifecycle import lost
+from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.expire import ExpiryPlanner
 from dlm_core.lifecycle.lost import lose_storage, plan_audits, propose_loss, take_back
 from dlm_core.lifecycle.rebalance import plan_rebalance
+from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.work import StoragePool, _open_row, drain
 from dlm_core.types import OperationKind
@@ -443,3 +445,19 @@ def test_a_drain_tells_what_is_stuck(site):
     assert told["stuck_items"] == N and told["ends_at"] is None
     by_hand(site, lambda c: set_storage(c, "b", {"mode": "read_write"}))
     assert by_hand(site, lambda c: get_storage(c, "b"))["drain_since"] is None
+
+
+def test_what_was_only_announced_on_a_lost_storage_waits_and_says_why(site):
+    """It was never seen: it is not admitted from there, and is once the storage is back."""
+    (site.folder / "b" / "new").write_bytes(b"announced")
+    register_tree(site.context, Source("b", "test"), "new")
+    assert lose_storage(site.context, "b", "unplugged")["alone"]["items"] == 1
+    drain(site.context, {OperationKind.ADMIT: execute_admit})
+    (ended,) = site.query("SELECT state, error FROM operation WHERE kind = 'admit'")
+    assert (ended["state"], ended["error"]) == ("FAILED", "storage b is lost")
+    assert states(site, "b")["PENDING"] == 1
+    take_back(site.context, "b")
+    audit(site)
+    site.execute("UPDATE operation SET state = 'QUEUED', finished_at = NULL WHERE kind = 'admit'")
+    drain(site.context, {OperationKind.ADMIT: execute_admit})
+    assert states(site, "b") == {"READY": N + 1}

@@ -21,6 +21,8 @@ from dlm_core.errors import (
 )
 from dlm_core.types import StorageMode, new_id
 
+#: what takes longer, in seconds, has no end that a calendar could tell
+_NEVER = 3e9
 #: what 'dlm storage set' may change
 CHANGEABLE = (
     "mode",
@@ -325,13 +327,14 @@ def drain_progress(storage: Mapping[str, Any], now: datetime) -> dict[str, Any] 
     begun = storage["drain_bytes"] or 0
     gone, seconds = max(begun - left, 0), (now - storage["drain_since"]).total_seconds()
     rate = gone / seconds if seconds > 0 else 0.0
+    wait = 0.0 if not left else left / rate if rate else None
     return {
         "since": storage["drain_since"],
         "begun_bytes": begun,
         "left_bytes": left,
         "done_fraction": gone / begun if begun else 1.0,
         "bytes_per_second": rate,
-        "ends_at": now + timedelta(seconds=left / rate) if rate or not left else None,
+        "ends_at": None if wait is None or wait > _NEVER else now + timedelta(seconds=wait),
     }
 
 

@@ -436,6 +436,13 @@ def test_a_drain_tells_how_far_it_is_and_goes_on_after_an_interruption(site):
     assert all(site.replicas(oid)["c"] == "READY" for oid in site.oids)
 
 
+def test_a_drain_of_an_empty_storage_is_at_its_end(site):
+    """Nothing was there, nothing is left."""
+    by_hand(site, lambda c: set_storage(c, "c", {"mode": "draining"}))
+    (told,) = by_hand(site, lambda c: drains(c, site.now))
+    assert (told["left_bytes"], told["done_fraction"], told["ends_at"]) == (0, 1.0, site.now)
+
+
 def test_a_drain_tells_what_is_stuck(site):
     """Items that no other storage can take; a drain that is given up tells nothing any more."""
     site.set_storage("c", mode="read_only")

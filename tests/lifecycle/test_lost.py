@@ -143,6 +143,7 @@ def test_a_certificate_that_names_it_is_good_no_more(site):
 
 def test_no_deletion_rests_on_a_lost_storage(site):
     """Also before the first batch: the mode alone tells."""
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID'")
     site.set_storage("b", mode="lost")
     for oid in site.oids:
         site.execute(
@@ -317,6 +318,7 @@ def test_nothing_is_deleted_on_the_strength_of_what_was_not_read(site):
         site.work(OperationKind.TRASH, plan=ExpiryPlanner(100, 2**30))
         assert states(site, "a") == {"READY": N}
         plan_audits(site.context)  # now they are SUSPECT
+        assert mode(site, "b") == "auditing"
         site.advance(hours=1)
     audit(site)
     site.advance(hours=1)

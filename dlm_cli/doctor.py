@@ -38,7 +38,7 @@ def examine() -> Iterator[tuple[str, str | None]]:
         return
     with catalogue() as context:
         for row in context.transact(context.storages.load).values():
-            if row["mode"] not in ("retired", "offline"):
+            if row["mode"] not in ("retired", "offline", "lost"):
                 check = context.storages.open(row).check
                 yield f"storage {row['name']}", _problem(check)
 

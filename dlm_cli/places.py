@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from dlm_cli.rules import read_rules
 from dlm_cli.session import (
     catalogue,
+    human_size,
     parse_choice,
     parse_duration,
     parse_pairs,
@@ -18,6 +20,7 @@ from dlm_cli.session import (
     show_json,
     show_table,
 )
+from dlm_core.errors import InvalidValueError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="Name of the storage.")]
@@ -185,16 +188,22 @@ def storage_list(as_json: Json = False) -> None:
 @plain_errors
 def storage_show(name: Name, as_json: Json = False) -> None:
     """Show all of one storage."""
-    from dlm_core.catalogue.places import get_storage
+    from dlm_core.catalogue.places import count_stuck, drain_progress, get_storage
 
     with catalogue() as context:
         found = context.transact(lambda c: get_storage(c, name))
+        drain = drain_progress(found, context.clock())
+        if drain is not None:
+            stuck = context.transact(lambda c: count_stuck(c, found["storage_id"]))
+            found["drain"] = drain | {"stuck_items": stuck}
     if as_json:
         show_json(found)
     else:
         from dlm_cli.session import human
 
-        rows = [{"key": key, "value": human(value, key)} for key, value in found.items()]
+        progress = found.pop("drain", {})
+        told = found | {f"drain_{key}": value for key, value in progress.items()}
+        rows = [{"key": key, "value": human(value, key)} for key, value in told.items()]
         show_table(rows, {"key": "", "value": ""})
 
 
@@ -221,7 +230,6 @@ def storage_test(name: Name, as_json: Json = False) -> None:
 def _writable(name: str) -> Any:
     """The adapter of a storage that the DLM may write to now."""
     from dlm_core.catalogue.places import get_storage
-    from dlm_core.errors import InvalidValueError
     from dlm_core.storages.open import open_storage
 
     with catalogue() as context:
@@ -269,14 +277,61 @@ def storage_set(
     verify_every: Every = None,
     verify_per_second: PerSecond = None,
     verify_per_day: PerDay = None,
+    path_rules: Annotated[
+        str | None,
+        typer.Option("--path-rules", help="TOML or YAML file of rules for paths; or none."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --path-rules alone: try them, change nothing.")
+    ] = False,
 ) -> None:
     """Change a storage; what is not named stays."""
     options = _options(capacity, high_watermark, low_watermark, trash_grace, concurrency)
     options["mode"] = parse_choice("mode", mode, ("read_write", "read_only", "offline"))
     options["phase"] = parse_choice("phase", phase, _PHASES)
     changes = {key: value for key, value in options.items() if value is not None}
-    _change(name, changes | _verify_options(verify_every, verify_per_second, verify_per_day))
-    print(f"storage {name} changed")
+    changes |= _verify_options(verify_every, verify_per_second, verify_per_day)
+    if dry_run and (changes or path_rules is None):
+        raise InvalidValueError(what="--dry-run", value="", expected="--path-rules, and only that")
+    if path_rules is not None:
+        _set_paths(name, path_rules, dry_run=dry_run)
+    _change(name, changes)
+    print(f"storage {name}: nothing was changed" if dry_run else f"storage {name} changed")
+
+
+def _set_paths(name: str, file: str, *, dry_run: bool) -> None:
+    from dlm_core.lifecycle.rules import set_rules
+
+    rules = None if file == "none" else read_rules(file)
+    with catalogue() as context:
+        trial = set_rules(context, name, rules, dry_run=dry_run)
+    columns = {"rule": "RULE", "uri": "URI", "version": "VERSION", "path": "PATH"}
+    if trial.examples:
+        show_table(sorted(trial.examples, key=lambda one: one["rule"]), columns)
+    counts = ", ".join(
+        f"{n} by rule {rule}" if rule else f"{n} by none"
+        for rule, n in sorted(trial.by_rule.items())
+    )
+    print(
+        f"tried on {trial.items} items: {counts or 'none is new'}; "
+        f"{trial.kept} have a copy there and keep its place"
+    )
+
+
+@storage_app.command("path")
+@plain_errors
+def storage_path(
+    name: Name,
+    uri: Annotated[str, typer.Argument(help="e.g. ska:eb-1/scan-3.ms")],
+    version: Annotated[int | None, typer.Option(help="Unset: the newest.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Show where the copy of an item lies on a storage, or would lie."""
+    from dlm_core.lifecycle.rules import find_place
+
+    with catalogue() as context:
+        found = context.transact(lambda c: find_place(c, name, uri, version))
+    show_json(found) if as_json else print(found["path"])
 
 
 @storage_app.command("drain")
@@ -296,10 +351,67 @@ def _change(name: str, changes: dict[str, Any]) -> None:
 
 @storage_app.command("retire")
 @plain_errors
-def storage_retire(name: Name) -> None:
+def storage_retire(
+    name: Name,
+    give_up: Annotated[
+        bool,
+        typer.Option("--give-up", help="A lost one: it never comes back, what it held is gone."),
+    ] = False,
+) -> None:
     """Take an empty storage out of use for good."""
     from dlm_core.catalogue.places import retire_storage
 
     with catalogue() as context:
-        context.transact(lambda c: retire_storage(c, name, context.clock()))
+        context.transact(lambda c: retire_storage(c, name, context.clock(), give_up=give_up))
     print(f"storage {name} is retired")
+
+
+@storage_app.command("lost")
+@plain_errors
+def storage_lost(
+    name: Name,
+    reason: Annotated[str, typer.Option(help="What happened.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what it holds alone.")
+    ] = False,
+    limit: Annotated[int, typer.Option(help="Items to list.", min=0)] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Declare a broken storage lost: nothing on it counts, what is missing is made again."""
+    from dlm_core.lifecycle.lost import lose_storage, propose_loss
+
+    with catalogue() as context:
+        if dry_run:
+            found = propose_loss(context, name, limit)
+        else:
+            found = lose_storage(context, name, reason, limit)
+    if as_json:
+        show_json(found)
+        return
+    alone = found["alone"]
+    if alone["listed"]:
+        columns = {
+            "uri": "URI",
+            "version": "VERSION",
+            "state": "STATE",
+            "size": "SIZE",
+            "path": "PATH",
+        }
+        show_table(alone["listed"], columns)
+    print(
+        f"storage {name} {'would lose' if dry_run else 'has lost'} {found['replicas']} replicas; "
+        f"of {alone['items']} items ({human_size(alone['bytes'])}) no other storage has a good copy"
+    )
+
+
+@storage_app.command("back")
+@plain_errors
+def storage_back(name: Name) -> None:
+    """Take back a lost or offline storage: all on it is read again before it counts."""
+    from dlm_core.lifecycle.lost import take_back
+
+    with catalogue() as context:
+        take_back(context, name)
+    print(
+        f"storage {name} is audited by the verification job; watch it with: dlm storage show {name}"
+    )

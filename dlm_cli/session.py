@@ -143,7 +143,8 @@ def parse_pairs(pairs: Sequence[str], what: str) -> dict[str, str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise InvalidValueError(what=what, value=pair, expected="key=value")
+            # not shown: of a storage's config it may be a secret
+            raise InvalidValueError(what=what, value="(not shown)", expected="key=value")
         found[key] = value
     return found
 

@@ -72,6 +72,13 @@ class EmptySelectorError(InputError):
     code = "DLM-106"
 
 
+class PathMeetingError(InputError):
+    """these path rules are refused: on storage {storage} the copies of {uri} at {path!r} and of
+    {other_uri} at {other_path!r} would meet; nothing was changed"""
+
+    code = "DLM-107"
+
+
 # --- the catalogue and the services: exit code 3 ----------------------------------------------
 
 

@@ -69,6 +69,8 @@ class StorageMode(StrEnum):
     READ_ONLY = "read_only"
     DRAINING = "draining"
     OFFLINE = "offline"
+    LOST = "lost"
+    AUDITING = "auditing"
     RETIRED = "retired"
 
 

@@ -15,6 +15,7 @@ from dlm_core.errors import DlmError
 from dlm_core.lifecycle import expire, rebalance, replicate
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.check import plan_verification, propose_verification
+from dlm_core.lifecycle.lost import plan_audits
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.trash import execute_purge, execute_restore, execute_trash
 from dlm_core.lifecycle.verify import execute_verify
@@ -22,7 +23,12 @@ from dlm_core.lifecycle.watch import plan_registration
 from dlm_core.lifecycle.work import Context, Executor, Guard, Planner, Report, drain
 from dlm_core.settings import Settings
 from dlm_core.types import OperationKind
-from dlm_pipelines.metadata import overview_metadata, proposals_metadata, report_metadata
+from dlm_pipelines.metadata import (
+    drain_metadata,
+    overview_metadata,
+    proposals_metadata,
+    report_metadata,
+)
 from dlm_pipelines.resources import Catalogue
 
 
@@ -106,6 +112,11 @@ def _propose_checks(context: Context) -> list[Mapping[str, Any]]:
     ]
 
 
+def _plan_looks(context: Context) -> int:
+    """What storages that came back hold, and what is due."""
+    return plan_audits(context) + plan_verification(context)
+
+
 WORK: dict[str, Work] = {
     "registration": Work(
         {OperationKind.ADMIT: execute_admit}, lambda _: plan_registration, _nothing
@@ -114,7 +125,7 @@ WORK: dict[str, Work] = {
         {OperationKind.COPY: execute_copy}, lambda _: plan_replication, _propose_copies
     ),
     "verification": Work(
-        {OperationKind.VERIFY: execute_verify}, lambda _: plan_verification, _propose_checks
+        {OperationKind.VERIFY: execute_verify}, lambda _: _plan_looks, _propose_checks
     ),
     "expiry": Work(
         {
@@ -150,6 +161,8 @@ def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: C
         told = report_metadata(core, report)
         if name == "verification":
             told |= overview_metadata(core)
+        if name in ("rebalance", "expiry"):
+            told |= drain_metadata(core)
         return dg.Output(report.total, metadata=told)
     except DlmError as error:
         raise dg.Failure(f"{error.code}: {error}", allow_retries=error.retryable) from None

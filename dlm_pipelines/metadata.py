@@ -10,6 +10,7 @@ import dagster as dg
 
 from dlm_core.catalogue.browse import uris_of
 from dlm_core.catalogue.checks import check_overview
+from dlm_core.catalogue.places import drains
 from dlm_core.lifecycle.work import Context, Report
 
 _SHOWN = 50
@@ -66,6 +67,13 @@ def overview_metadata(context: Context) -> dict[str, Any]:
     """The oldest look on each storage and what was planned of the day's budget: cheap to ask."""
     found = context.transact(lambda c: check_overview(c, context.clock()))
     return {"verification": _table(found, list(found[0]))} if found else {}
+
+
+def drain_metadata(context: Context) -> dict[str, Any]:
+    """How far the drains of storages are: bytes left plot across runs."""
+    found = context.transact(lambda c: drains(c, context.clock()))
+    told: dict[str, Any] = {f"left_bytes_{row['storage']}": row["left_bytes"] for row in found}
+    return told | ({"drains": _table(found, list(found[0]))} if found else {})
 
 
 def verification_metadata(report: Mapping[str, Any]) -> dict[str, Any]:

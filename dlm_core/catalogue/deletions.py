@@ -36,7 +36,7 @@ class Due:
 _DUE_REPLICAS = f"""
   SELECT r.uid, r.size, r.delete_after FROM replica r JOIN storage s USING (storage_id)
    WHERE r.delete_after <= :now AND r.delete_after IS NOT NULL AND r.state IN {_DELETABLE}
-     AND (NOT s.managed OR s.mode IN ('read_write', 'draining'))"""
+     AND (NOT s.managed OR s.mode IN ('read_write', 'draining', 'lost', 'retired'))"""
 # after a recovery a person has to confirm holds and times first
 _DUE_ITEMS = """
   SELECT i.oid, i.expires_at, i.expiry_reason FROM data_item i
@@ -204,7 +204,9 @@ _PROVE = """
 WITH known AS MATERIALIZED (
   SELECT coalesce(proof_floor(), '-infinity') AS floor, recovery_unconfirmed() AS unconfirmed),
 target AS (
-  SELECT r.uid, r.oid, r.storage_id, r.path, r.state, r.size, r.trashed_at, s.managed, s.trash_grace,
+  SELECT r.uid, r.oid, r.storage_id, r.path, r.state, r.size, r.trashed_at, s.trash_grace,
+         -- on what is lost there is nothing to remove: the record alone ends
+         s.managed AND s.mode NOT IN ('lost', 'retired') AS managed,
          r.state IN ('READY', 'SUSPECT') AND (r.checked_at IS NULL OR r.checked_at < known.floor) AS unseen,
          known.unconfirmed,
          i.uri, i.collection_id, i.state AS item_state, i.target_phase,

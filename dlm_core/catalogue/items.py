@@ -124,16 +124,18 @@ def announce(
 
 
 def _must_be_in_use(connection: Connection, storage_id: uuid.UUID) -> None:
-    """Refuse a retired storage; one that is to be retired now waits for us, or we for it."""
+    """Refuse a retired or lost storage; one that is to be retired now waits for us, or we for it."""
     found = rows(
         connection,
-        """SELECT name FROM storage WHERE storage_id = :id AND mode <> 'retired' FOR KEY SHARE""",
+        """SELECT name FROM storage WHERE storage_id = :id AND mode NOT IN ('retired', 'lost') FOR KEY SHARE""",
         id=storage_id,
     )
     if not found:
-        known = rows(connection, "SELECT name FROM storage WHERE storage_id = :id", id=storage_id)
-        name = known[0]["name"] if known else storage_id
-        raise IllegalTransitionError(noun="storage", key=name, old="retired", new="use")
+        known = rows(
+            connection, "SELECT name, mode FROM storage WHERE storage_id = :id", id=storage_id
+        )
+        name, mode = known[0].values() if known else (storage_id, "retired")
+        raise IllegalTransitionError(noun="storage", key=name, old=mode, new="use")
 
 
 def jsonb(value: Mapping[str, Any] | None) -> Jsonb:

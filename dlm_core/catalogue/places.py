@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from psycopg.types.json import Jsonb
@@ -22,6 +22,8 @@ from dlm_core.errors import (
 )
 from dlm_core.types import StorageMode, new_id
 
+#: what takes longer, in seconds, has no end that a calendar could tell
+_NEVER = 3e9
 #: what 'dlm storage set' may change
 CHANGEABLE = (
     "mode",
@@ -197,7 +199,8 @@ def list_storages(connection: Connection) -> list[dict[str, Any]]:
         """SELECT s.storage_id, s.name, l.name AS location, s.interface, s.class, s.root, s.config,
                   s.phase, s.mode, s.managed, s.high_watermark, s.low_watermark, s.concurrency,
                   s.trash_grace, s.verify_every_days, s.verify_bytes_per_second,
-                  s.verify_bytes_per_day, s.created_at, s.retired_at, u.replicas, u.trashed_bytes,
+                  s.verify_bytes_per_day, s.created_at, s.retired_at, s.path_rules, s.mode_reason,
+                  s.drain_since, s.drain_bytes, u.replicas, u.trashed_bytes,
                   u.used_bytes AS replica_bytes,
                   CASE WHEN s.capacity_bytes IS NULL AND s.observed_total_bytes IS NOT NULL
                        THEN s.observed_used_bytes ELSE u.used_bytes END AS used_bytes,
@@ -251,6 +254,9 @@ def set_storage(connection: Connection, name: str, changes: Mapping[str, Any]) -
         return
     if storage["mode"] == StorageMode.RETIRED:
         raise IllegalTransitionError(noun="storage", key=name, old="retired", new="anything else")
+    if storage["mode"] == StorageMode.LOST and "mode" in wanted:
+        # on its way back it is audited: see lifecycle.lost
+        raise IllegalTransitionError(noun="storage", key=name, old="lost", new=wanted["mode"])
     _check({**storage, **wanted})
     assignments = ", ".join(f"{key} = :{key}" for key in wanted)
     run(
@@ -264,6 +270,19 @@ def set_storage(connection: Connection, name: str, changes: Mapping[str, Any]) -
         keep_drained(connection, storage["storage_id"])
     if wanted.get("phase", storage["phase"]) != storage["phase"]:
         _weigh_again(connection, storage["storage_id"])
+    _ask_planner_again(connection)
+
+
+def set_path_rules(
+    connection: Connection, storage_id: uuid.UUID, rules: Sequence[dict[str, Any]] | None
+) -> None:
+    """Keep a storage's rules (None: it has none); copies that are there stay where they are."""
+    run(
+        connection,
+        "UPDATE storage SET path_rules = CAST(:rules AS jsonb) WHERE storage_id = :id",
+        rules=Jsonb(list(rules)) if rules is not None else None,
+        id=storage_id,
+    )
     _ask_planner_again(connection)
 
 
@@ -291,14 +310,65 @@ def _ask_planner_again(connection: Connection) -> None:
     )
 
 
-def retire_storage(connection: Connection, name: str, now: datetime) -> None:
-    """Take an empty storage out of use for good.
+def drain_progress(storage: Mapping[str, Any], now: datetime) -> dict[str, Any] | None:
+    """How far the drain of a storage (a row of :func:`list_storages`) is, None if there is none.
+
+    Bytes without the trash; the rate is the mean since it began; ``ends_at`` is None while nothing
+    has left. What was purged or is in the trash has left.
+    """
+    if storage["drain_since"] is None:
+        return None
+    left = max(storage["replica_bytes"] - storage["trashed_bytes"], 0)
+    begun = storage["drain_bytes"] or 0
+    gone, seconds = max(begun - left, 0), (now - storage["drain_since"]).total_seconds()
+    rate = gone / seconds if seconds > 0 else 0.0
+    wait = 0.0 if not left else left / rate if rate else None
+    return {
+        "since": storage["drain_since"],
+        "begun_bytes": begun,
+        "left_bytes": left,
+        "done_fraction": gone / begun if begun else 1.0,
+        "bytes_per_second": rate,
+        "ends_at": None if wait is None or wait > _NEVER else now + timedelta(seconds=wait),
+    }
+
+
+def count_stuck(connection: Connection, storage_id: uuid.UUID) -> int:
+    """Items with a copy on a storage of which no other storage can take one now."""
+    found = rows(
+        connection,
+        """SELECT count(*) AS n FROM data_item i
+            WHERE i.shortfall IS NOT NULL AND i.shortfall LIKE '%impossible now%'
+              AND EXISTS (SELECT FROM (SELECT * FROM replica WHERE oid = i.oid OFFSET 0) r
+                           WHERE r.storage_id = :storage AND r.state NOT IN ('TRASHED', 'DELETED'))""",
+        storage=storage_id,
+    )
+    return int(found[0]["n"])
+
+
+def drains(connection: Connection, now: datetime) -> list[dict[str, Any]]:
+    """The progress of every drain, with the storage's name and how many items are stuck."""
+    return [
+        {
+            "storage": row["name"],
+            **(drain_progress(row, now) or {}),
+            "stuck_items": count_stuck(connection, row["storage_id"]),
+        }
+        for row in list_storages(connection)
+        if row["drain_since"] is not None
+    ]
+
+
+def retire_storage(
+    connection: Connection, name: str, now: datetime, *, give_up: bool = False
+) -> None:
+    """Take an empty storage out of use for good; a lost one, with the word ``give_up``, as it is.
 
     Raises
     ------
     NotFoundError
     DeletionRefusedError
-        while replicas remain on it, with their number.
+        while replicas remain on it, with their number, or for a lost one without the word.
     """
     # against replicas that are planned here at this moment: their foreign key waits for us
     run(connection, "SELECT FROM storage WHERE name = :name FOR UPDATE", name=name)
@@ -306,11 +376,13 @@ def retire_storage(connection: Connection, name: str, now: datetime) -> None:
     if storage["mode"] == StorageMode.RETIRED:
         return
     left = {s: n for s, n in storage["replicas_by_state"].items() if s != "DELETED"}
-    if left:
+    lost = storage["mode"] == StorageMode.LOST
+    if left and not (lost and give_up):
         told = ", ".join(f"{n} {state}" for state, n in left.items())
+        way = f"dlm storage retire {name} --give-up" if lost else f"dlm storage drain {name}"
+        first = "it never comes back then" if lost else "drain it first"
         raise DeletionRefusedError(
-            key=f"storage {name}",
-            reason=f"it still has replicas ({told}); drain it first: dlm storage drain {name}",
+            key=f"storage {name}", reason=f"it still has replicas ({told}); {first}: {way}"
         )
     run(
         connection,

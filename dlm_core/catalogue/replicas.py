@@ -111,7 +111,7 @@ def insert_pending(
                          CAST(:paths AS text[]), CAST(:sizes AS bigint[]))
                   AS u(uid, oid, storage_id, path, size)
              JOIN (SELECT storage_id FROM storage WHERE storage_id = ANY(:storages)
-                      AND mode <> 'retired' FOR KEY SHARE) s USING (storage_id)
+                      AND mode NOT IN ('retired', 'lost') FOR KEY SHARE) s USING (storage_id)
            ON CONFLICT DO NOTHING RETURNING uid""",
         now=now,
         uids=[record["uid"] for record in records],
@@ -121,6 +121,26 @@ def insert_pending(
         sizes=[record["size"] for record in records],
     )
     return {row["uid"] for row in found}
+
+
+def owners_of_places(
+    connection: Connection, records: Sequence[dict[str, Any]]
+) -> list[tuple[dict[str, Any], str]]:
+    """Those of ``records`` (as for :func:`insert_pending`) whose path on their storage is that of
+    another item's replica, with that item's uri and version."""
+    found = rows(
+        connection,
+        """SELECT u.n, i.uri || CASE WHEN i.version > 1 THEN '#' || i.version ELSE '' END AS owner
+             FROM unnest(CAST(:oids AS uuid[]), CAST(:storages AS uuid[]), CAST(:paths AS text[]))
+                  WITH ORDINALITY AS u(oid, storage_id, path, n)
+             JOIN replica r ON r.storage_id = u.storage_id AND r.path = u.path AND r.oid <> u.oid
+              AND r.state <> 'DELETED' AND r.trashed_at IS NULL
+             JOIN data_item i ON i.oid = r.oid""",
+        oids=[record["oid"] for record in records],
+        storages=[record["storage_id"] for record in records],
+        paths=[record["path"] for record in records],
+    )
+    return [(records[row["n"] - 1], row["owner"]) for row in found]
 
 
 def remake_replicas(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uuid.UUID]:

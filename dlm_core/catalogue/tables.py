@@ -130,6 +130,11 @@ storage = Table(
     Column("verify_bytes_per_day", BigInteger),
     Column("verify_day", Date),
     _required("verify_day_bytes", BigInteger, "0"),
+    Column("path_rules", JSONB),
+    Column("mode_reason", Text),
+    Column("audit_after", Text),
+    Column("drain_since", Moment),
+    Column("drain_bytes", BigInteger),
     UniqueConstraint("interface", "root", "config"),
 )
 

@@ -20,7 +20,7 @@ from dlm_core.lifecycle.verify import Look, look_at
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.metadata import extract_all
 from dlm_core.storages.port import Storage
-from dlm_core.types import OperationState, ReplicaState, decode_path
+from dlm_core.types import OperationState, ReplicaState, StorageMode, decode_path
 
 Row = Mapping[str, Any]
 #: payloads let in by one transaction, and the seconds after which fewer will do
@@ -44,7 +44,16 @@ def execute_admit(context: Context, claim: Claim) -> Report:
     over: list[queue.Outcome] = []
     for operation in claim.operations:
         row = details[operation["uid"]]
-        if row["state"] == ReplicaState.PENDING:
+        storage_row = storages[row["storage_id"]]
+        if storage_row["mode"] == StorageMode.LOST:
+            # visible, and retried by 'dlm retry' should the storage come back
+            text = f"storage {storage_row['name']} is lost"
+            over.append(
+                queue.Outcome(
+                    operation["operation_id"], OperationState.FAILED, "DLM-301", text
+                )
+            )  # fmt: skip
+        elif row["state"] == ReplicaState.PENDING:
             target = dict(row, operation_id=operation["operation_id"])
             waiting[row["storage_id"]].append(target)
         else:

@@ -15,6 +15,8 @@ from dlm_core.types import OperationKind
 
 #: why a scheduled check was queued; what was asked for in words is always read
 SCHEDULED = "its check is due"
+#: why all of a storage that came back is read
+AUDIT = "its storage is back and is audited"
 #: a helping is about as much as is read in this time, so that a crash loses little
 _HELPING_SECONDS = 600
 _CLASSES = ("disk", "object", "tape")

@@ -13,8 +13,19 @@ from dlm_core.types import ItemState, Phase, ReplicaState, StorageMode
 
 _LIVE = (ReplicaState.PENDING, ReplicaState.READY, ReplicaState.SUSPECT)
 _REMAKABLE = (ReplicaState.CORRUPTED, ReplicaState.MISSING)
-_COUNTING_MODES = (StorageMode.READ_WRITE, StorageMode.READ_ONLY, StorageMode.OFFLINE)
-_UNREADABLE = (StorageMode.OFFLINE, StorageMode.RETIRED)
+# what is READY on a storage that is being audited was read by the audit
+_COUNTING_MODES = (
+    StorageMode.READ_WRITE,
+    StorageMode.READ_ONLY,
+    StorageMode.OFFLINE,
+    StorageMode.AUDITING,
+)
+_UNREADABLE = (
+    StorageMode.OFFLINE,
+    StorageMode.LOST,
+    StorageMode.AUDITING,
+    StorageMode.RETIRED,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +144,7 @@ def decide_copies(
         return _without_source(item, replicas)
     if all(storages[r.storage_id].mode in _UNREADABLE for r in ready):
         return Decision(reached, (), "its good copies cannot be read now", recovered, True)
-    if not item.waited and _second_look_may_do(item, replicas, staying, storages, now):
+    if _second_look_may_do(item, replicas, staying, storages, now):
         text = "a suspect copy waits for its second look"
         return Decision(reached, (), text, recovered, True)
     pending = [r for r in replicas if r.state == ReplicaState.PENDING]
@@ -159,11 +170,14 @@ def _second_look_may_do(
     now: datetime,
 ) -> bool:
     """True if the target is reached once suspect replicas turn out good; asked until a look was
-    tried, so that one that cannot be taken does not keep a copy from being made."""
+    tried, so that one that cannot be taken does not keep a copy from being made. An audit is waited
+    for: it has an end, and would else set off as many copies as the storage holds."""
     suspect = [
         r
         for r in replicas
-        if r.state == ReplicaState.SUSPECT and not is_leaving(r, storages[r.storage_id], now)
+        if r.state == ReplicaState.SUSPECT
+        and not is_leaving(r, storages[r.storage_id], now)
+        and not (item.waited and storages[r.storage_id].mode != StorageMode.AUDITING)
     ]
     with_suspects = weight_of([*staying, *suspect], storages)
     return bool(suspect) and sum(with_suspects.values()) >= Phase(item.target_phase).weight
@@ -265,7 +279,7 @@ def _why_not(
 ) -> str:
     reasons = []
     for storage in sorted(storages.values(), key=lambda s: s.name):
-        if storage.mode == StorageMode.RETIRED:
+        if storage.mode in (StorageMode.RETIRED, StorageMode.LOST):
             continue
         refusal = _refusal(item, storage, replicas, space, now)
         if refusal is None and storage.weight <= best.get(storage.location_id, 0):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas as catalogue
 from dlm_core.errors import (
     DlmError,
+    InvalidValueError,
     PayloadNotFoundError,
     SourceDamagedError,
     StorageFullError,
@@ -31,6 +31,7 @@ from dlm_core.lifecycle.decide import (
     StorageView,
     decide_copies,
 )
+from dlm_core.lifecycle.paths import place_of
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage
@@ -44,7 +45,6 @@ from dlm_core.types import (
     ReplicaState,
     StorageMode,
     decode_path,
-    encode_path,
     new_id,
 )
 
@@ -54,8 +54,6 @@ _IMPOSSIBLE_BASE = timedelta(seconds=30)
 _IMPOSSIBLE_CEILING = timedelta(hours=6)
 #: a storage that failed to take a copy of an item is not asked again for this long
 _EXCLUSION = timedelta(hours=1)
-# control characters, backslashes and octets that are no UTF-8 (see S3Storage)
-_NO_OBJECT_KEY = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 
 
 def storage_views(storage_rows: Iterable[Mapping[str, Any]]) -> dict[uuid.UUID, StorageView]:
@@ -89,21 +87,6 @@ def capacity_and_use(row: Mapping[str, Any]) -> tuple[int | None, int]:
     return row["observed_total_bytes"], row["observed_used_bytes"] or row["used_bytes"]
 
 
-def copy_path(uri: str, version: int, interface: str = "posix") -> str:
-    """Where a copy lies below a storage's root: ``scheme/path``, encoded as the catalogue has it.
-
-    Versions after the first have a top folder of their own: a longer file name could pass the 255
-    octets that file systems allow. Names that S3 does not keep as they are lie there in their
-    percent-encoded form, in a top folder of their own (no scheme has a ``!``) so that they meet no
-    file which is really called so.
-    """
-    scheme, _, path = uri.partition(":")
-    top = scheme if version == 1 else f"{scheme}@{version}"
-    if interface == "s3" and _NO_OBJECT_KEY.search(decode_path(path)):
-        return encode_path(f"{top}!/{path}")
-    return f"{top}/{path}"
-
-
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """One copy to be made, as a dry run prints it."""
@@ -134,10 +117,11 @@ def propose_replication(context: Context, limit: int = 1000) -> list[Proposal]:
     def look(connection: Connection) -> list[Proposal]:
         taken = catalogue.take_evaluations(connection, context.clock(), limit)
         storages = context.storages.load(connection)
+        planning = _begin(connection, taken, storages, context.clock())
         return [
             Proposal(item["uri"], copy, storages[copy.storage_id]["name"])
-            for item, decision in _decide(connection, taken, storages, context.clock())
-            for copy in decision.copies
+            for item in planning.items
+            for copy in planning.decide(item).copies
         ]
 
     return context.rehearse(look)
@@ -148,18 +132,61 @@ def _plan_batch(connection: Connection, context: Context) -> int:
     taken = catalogue.take_evaluations(connection, now, _PLAN_BATCH)
     if not taken:
         return 0
-    storages = context.storages.load(connection)
-    decided = _decide(connection, taken, storages, now)
-    _apply(connection, context, decided, storages, taken, now)
+    planning = _begin(connection, taken, context.storages.load(connection), now)
+    _apply(connection, context, planning)
     return len(taken)
 
 
-def _decide(
+@dataclass(slots=True)
+class _Planning:
+    """A batch of items that is planned: what is known of them, and what was decided."""
+
+    items: Sequence[Mapping[str, Any]]
+    replicas: Mapping[uuid.UUID, list[ReplicaView]]
+    rows: Mapping[uuid.UUID, Mapping[str, Any]]
+    views: Mapping[uuid.UUID, StorageView]
+    space: Space
+    tries: Mapping[uuid.UUID, int]
+    now: datetime
+    #: oids of items whose suspect copies wait for a first look
+    waiting: Collection[uuid.UUID]
+    #: why a storage has no place for an item, by oid and storage
+    refused: dict[uuid.UUID, dict[uuid.UUID, str]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
+
+    def decide(self, item: Mapping[str, Any]) -> Decision:
+        oid = item["oid"]
+        refused = self.refused.get(oid, {})
+        looked = self.tries[oid] > 0 and oid not in self.waiting
+        decision = decide_copies(
+            ItemView(oid, item["state"], item["size"], item["target_phase"], looked),
+            self.replicas[oid],
+            {key: view for key, view in self.views.items() if key not in refused},
+            self.space,
+            self.now,
+        )
+        if decision.shortfall is None or not refused:
+            return decision
+        why = [f"{self.rows[key]['name']}: {reason}" for key, reason in refused.items()]
+        return replace(decision, shortfall="; ".join([decision.shortfall, *why]))
+
+    def place(self, item: Mapping[str, Any], storage_id: uuid.UUID) -> str | None:
+        """Where a copy goes, or None: the storage's rules have no place for it."""
+        row = self.rows[storage_id]
+        try:
+            return place_of(item["uri"], item["version"], row["interface"], row["path_rules"]).path
+        except InvalidValueError as error:
+            self.refused[item["oid"]][storage_id] = str(error)
+            return None
+
+
+def _begin(
     connection: Connection,
     taken: Mapping[uuid.UUID, int],
     storage_rows: Mapping[uuid.UUID, Mapping[str, Any]],
     now: datetime,
-) -> list[tuple[Mapping[str, Any], Decision]]:
+) -> _Planning:
     items = [
         item
         for item in catalogue.lock_items(connection, list(taken))
@@ -176,96 +203,95 @@ def _decide(
                 row["excluded_until"],
             )
         )
-    storages = storage_views(storage_rows.values())
-    space = Space(storages.values())
     suspect = [
         oid for oid, views in by_item.items() if any(v.state == ReplicaState.SUSPECT for v in views)
     ]
     # after a rebuild of the catalogue a first look may take days to come
     waiting = catalogue.awaiting_first_look(connection, suspect) if suspect else set()
-    return [
-        (
-            item,
-            decide_copies(
-                ItemView(
-                    item["oid"],
-                    item["state"],
-                    item["size"],
-                    item["target_phase"],
-                    taken[item["oid"]] > 0 and item["oid"] not in waiting,
-                ),
-                by_item[item["oid"]],
-                storages,
-                space,
-                now,
-            ),
+    views = storage_views(storage_rows.values())
+    return _Planning(
+        items, by_item, storage_rows, views, Space(views.values()), taken, now, waiting
+    )
+
+
+def _apply(connection: Connection, context: Context, planning: _Planning) -> None:
+    decided: dict[uuid.UUID, tuple[Mapping[str, Any], Decision]] = {}
+    pairs: list[tuple[Copy, uuid.UUID]] = []
+    todo: Sequence[Mapping[str, Any]] = planning.items
+    while todo:
+        decisions = [(item, planning.decide(item)) for item in todo]
+        decided |= {item["oid"]: (item, decision) for item, decision in decisions}
+        made, without_place = _announce(connection, planning, decisions)
+        pairs += made
+        # again without the storages that have no place for them: so it ends
+        todo = [item for item in todo if item["oid"] in without_place]
+    if pairs:
+        queue.insert_operations(
+            connection,
+            [
+                queue.NewOperation(OperationKind.COPY, copy.oid, uid, copy.reason, planning.now)
+                for copy, uid in pairs
+            ],
+            context.actor,
+            planning.now,
         )
-        for item in items
-    ]
+    _write_phases(connection, [*decided.values()])
+    lost = [oid for oid, (_, decision) in decided.items() if decision.search]
+    if lost:
+        reason = "no good copy of its item is known"
+        request_verification(
+            connection, actor=context.actor, now=planning.now, oids=lost, reason=reason
+        )
+    planned = {copy.oid for copy, _ in pairs}
+    _look_again(connection, [*decided.values()], planned, planning.tries, planning.now)
 
 
-def _apply(
+def _announce(
     connection: Connection,
-    context: Context,
-    decided: Sequence[tuple[Mapping[str, Any], Decision]],
-    storages: Mapping[uuid.UUID, Mapping[str, Any]],
-    tries: Mapping[uuid.UUID, int],
-    now: datetime,
-) -> None:
+    planning: _Planning,
+    decisions: Sequence[tuple[Mapping[str, Any], Decision]],
+) -> tuple[list[tuple[Copy, uuid.UUID]], set[uuid.UUID]]:
+    """Insert or renew the replicas that are to be made: those that were, and the items for some of
+    which a storage has no place."""
     fresh: list[tuple[Copy, dict[str, Any]]] = []
     again: list[tuple[Copy, uuid.UUID]] = []
-    for item, decision in decided:
+    homeless: set[uuid.UUID] = set()
+    for item, decision in decisions:
         for copy in decision.copies:
-            if copy.uid is None:
-                interface = storages[copy.storage_id]["interface"]
-                path = copy_path(item["uri"], item["version"], interface)
-                fresh.append(
-                    (
-                        copy,
-                        {
-                            "uid": new_id(),
-                            "oid": copy.oid,
-                            "storage_id": copy.storage_id,
-                            "path": path,
-                            "size": copy.size,
-                        },
-                    )
-                )
-            else:
+            if copy.uid is not None:
                 again.append((copy, copy.uid))
-    made = (
-        catalogue.insert_pending(connection, [record for _, record in fresh], now)
-        if fresh
-        else set()
-    )
+            elif (path := planning.place(item, copy.storage_id)) is None:
+                homeless.add(copy.oid)
+            else:
+                fresh.append((copy, _record(copy, path)))
+    records = [record for _, record in fresh]
+    made = catalogue.insert_pending(connection, records, planning.now) if records else set()
     remade = catalogue.remake_replicas(connection, [uid for _, uid in again]) if again else set()
     pairs: list[tuple[Copy, uuid.UUID]] = [
         (copy, record["uid"]) for copy, record in fresh if record["uid"] in made
     ]
     pairs += [(copy, uid) for copy, uid in again if uid in remade]
-    if pairs:
-        queue.insert_operations(
-            connection,
-            [
-                queue.NewOperation(OperationKind.COPY, copy.oid, uid, copy.reason, now)
-                for copy, uid in pairs
-            ],
-            context.actor,
-            now,
+    for copy, uid in pairs:
+        planning.replicas[copy.oid].append(ReplicaView(uid, copy.storage_id, ReplicaState.PENDING))
+    rest = [record for record in records if record["uid"] not in made]
+    for record, owner in catalogue.owners_of_places(connection, rest) if rest else ():
+        planning.refused[record["oid"]][record["storage_id"]] = (
+            f"its place {record['path']} is that of {owner}"
         )
-    _write_phases(connection, decided, now)
-    lost = [item["oid"] for item, decision in decided if decision.search]
-    if lost:
-        reason = "no good copy of its item is known"
-        request_verification(connection, actor=context.actor, now=now, oids=lost, reason=reason)
-    planned = {copy.oid for copy, _ in pairs}
-    _look_again(connection, decided, planned, tries, now)
+        homeless.add(record["oid"])
+    return pairs, homeless
+
+
+def _record(copy: Copy, path: str) -> dict[str, Any]:
+    return {
+        "uid": new_id(), "oid": copy.oid, "storage_id": copy.storage_id, "path": path,
+        "size": copy.size,
+    }  # fmt: skip
 
 
 def _write_phases(
     connection: Connection,
     decided: Sequence[tuple[Mapping[str, Any], Decision]],
-    now: datetime,
 ) -> None:
     changes = [
         (item["oid"], decision.weight, decision.shortfall, decision.item_state or item["state"])

@@ -38,6 +38,7 @@ from dlm_core.types import (
     OperationState,
     PayloadKind,
     ReplicaState,
+    StorageMode,
     decode_path,
 )
 
@@ -479,7 +480,8 @@ def _run(
     idle: list[tuple[Row, queue.Outcome]] = []
     for operation in claim.operations:
         storage = storages[details[operation["uid"]]["storage_id"]]
-        row = {**details[operation["uid"]], "managed": storage["managed"],
+        in_use = storage["mode"] not in (StorageMode.LOST, StorageMode.RETIRED)
+        row = {**details[operation["uid"]], "managed": storage["managed"] and in_use,
                "trash_grace": storage["trash_grace"],
                "unproven": recovery.is_unproven(details[operation["uid"]], floor),
                "from_state": before.get(operation["uid"])}  # fmt: skip

@@ -23,7 +23,7 @@ from dlm_core.errors import (
     PayloadNotFoundError,
     StorageError,
 )
-from dlm_core.lifecycle.check import SCHEDULED
+from dlm_core.lifecycle.check import AUDIT, SCHEDULED
 from dlm_core.lifecycle.quarantine import bring_back, find_good, set_aside
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage
@@ -38,7 +38,7 @@ from dlm_core.types import (
     decode_path,
 )
 
-_READABLE = ("read_write", "read_only", "draining")
+_READABLE = ("read_write", "read_only", "draining", "auditing")
 #: a verdict beside the states: the storage said what it said before
 _TOLD = "TOLD"
 #: after so many intervals a replica is read whatever its storage says
@@ -187,6 +187,8 @@ def execute_verify(context: Context, claim: Claim) -> Report:
     for operation in claim.operations:
         row = dict(details[operation["uid"]], operation_id=operation["operation_id"])
         row["tellable"] = operation["uid"] in tellable
+        # suspect by what befell its storage, not by a look: one that differs is its first
+        details[operation["uid"]]["unread"] = operation["reason"] == AUDIT
         if row["state"] in _CHECKABLE and storages[row["storage_id"]]["mode"] in _READABLE:
             groups[row["storage_id"]].append(row)
     for storage_id, targets in groups.items():
@@ -296,7 +298,7 @@ def _verdict(look: Look, row: Mapping[str, Any]) -> tuple[str, DlmError | None]:
     if row["state"] in _LOST:
         # its own bytes are not known to be there: what is in its place may be anybody's
         return row["state"], error
-    second = row["state"] == ReplicaState.SUSPECT
+    second = row["state"] == ReplicaState.SUSPECT and not row["unread"]
     return (ReplicaState.CORRUPTED if second else ReplicaState.SUSPECT), error
 
 
@@ -443,7 +445,10 @@ def _queue_second_looks(
         )
         for look, verdict, error in verdicts
         if verdict == ReplicaState.SUSPECT
-        and details[look.uid]["state"] in (ReplicaState.READY, *_LOST)
+        and (
+            details[look.uid]["state"] in (ReplicaState.READY, *_LOST)
+            or details[look.uid]["unread"]
+        )
     ]
     if again:
         queue.insert_operations(connection, again, context.actor, now)

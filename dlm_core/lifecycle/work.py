@@ -69,18 +69,16 @@ class StoragePool:
         stamp = repr((row["interface"], row["root"], row["config"], row["concurrency"]))
         with self._lock:
             kept = self._open.get(row["storage_id"])
-            if kept is None or kept[0] != stamp:
-                kept = (stamp, self._try_open(row))
-                self._open[row["storage_id"]] = kept
-            return kept[1]
-
-    def _try_open(self, row: Mapping[str, Any]) -> Storage:
-        """A storage that cannot be opened (a secret is not set, say) fails its operations one by
-        one like one that is down; it must not stop the work on the others."""
-        try:
-            return self._opener(row)
-        except DlmError as error:
-            return cast(Storage, _Unavailable(row["name"], error))
+            if kept is not None and kept[0] == stamp:
+                return kept[1]
+            try:
+                opened = self._opener(row)
+            except DlmError as error:
+                # it fails its operations one by one like one that is down, and must not stop the
+                # work on the others; not kept: the secret that it wants may come
+                return cast(Storage, _Unavailable(row["name"], error))
+            self._open[row["storage_id"]] = (stamp, opened)
+            return opened
 
 
 class _Unavailable:

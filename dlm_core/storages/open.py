@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from dlm_core.errors import InvalidValueError
 from dlm_core.storages.config import read_config
 from dlm_core.storages.port import Storage
+
+_CREDENTIALS = re.compile("://[^/]*@")
 
 Opener = Callable[[str, str, Mapping[str, Any]], Storage]
 
@@ -74,8 +77,14 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
     Raises
     ------
     InvalidValueError
-        if the interface is unknown or the config does not fit it.
+        if the interface is unknown, the config does not fit it, or a URL has a password in it.
     """
+    if _CREDENTIALS.search(root):
+        raise InvalidValueError(
+            what=f"root of storage {name}",
+            value="(not shown)",
+            expected="a place without user:password@; secrets are named in config",
+        )
     known = interfaces()
     if interface not in known:
         raise InvalidValueError(

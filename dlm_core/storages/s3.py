@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import posixpath
+import re
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import obstore
 from obstore import exceptions
 from obstore.store import S3Store
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dlm_core.errors import (
     AccessDeniedError,
+    InvalidValueError,
     PathRefusedError,
     PayloadExistsError,
     PayloadNotFoundError,
@@ -24,7 +26,8 @@ from dlm_core.errors import (
 )
 from dlm_core.storages.config import read_config
 from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage
-from dlm_core.storages.secrets import SecretReference, read_secret
+from dlm_core.storages.s3_keys import from_aws_chain, from_references
+from dlm_core.storages.secrets import SecretReference
 
 #: objects up to this size are one PUT with If-None-Match; larger ones are uploaded in such parts
 PART_SIZE = 8 << 20
@@ -35,6 +38,10 @@ _MULTIPARTS_AT_ONCE = 4
 _BLOCK = 1 << 20
 _HEADS_INSTEAD_OF_LIST = 16
 _LISTED_FOR_ONE = 20
+# general purpose bucket naming rules (S3 user guide); servers of others are laxer
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
+# how obstore begins to tell what a key provider raised
+_NO_KEYS = "External AWS credential provider: "
 # CopyObject's limit (S3 API reference)
 _COPY_LIMIT = 5 << 30
 
@@ -44,35 +51,55 @@ class S3Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    endpoint: str | None = Field(None, description="URL of the service; unset: AWS.")
-    region: str = Field("us-east-1", description="Region that requests are signed for.")
+    endpoint: str | None = Field(
+        None,
+        # nothing else may stand there: neither user:password@ nor a query has a place in it
+        pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]+)?/?$|^https?://\[[0-9A-Fa-f:]+\](:[0-9]+)?/?$",
+        description="URL of the service; unset: AWS.",
+    )
+    region: str = Field(
+        "us-east-1", pattern="^[a-z0-9-]{1,40}$", description="Region that requests are signed for."
+    )
     access_key: SecretReference | None = None
     secret_key: SecretReference | None = None
+    session_token: SecretReference | None = None
     path_style: bool = Field(True, description="Bucket in the path rather than the host name.")
+
+    @model_validator(mode="after")
+    def _both_keys(self) -> Self:
+        if (self.access_key is None) != (self.secret_key is None):
+            raise ValueError("access_key and secret_key go together")
+        if self.session_token is not None and self.access_key is None:
+            raise ValueError("session_token goes with access_key and secret_key")
+        return self
 
 
 def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
     """An S3 storage; ``root`` is ``bucket`` or ``bucket/prefix``.
 
-    Without ``access_key`` and ``secret_key`` the credentials come from AWS's own variables
-    or the instance's role.
+    Without ``access_key`` and ``secret_key`` the credentials come from where AWS's own tools look.
+    All are read again while the storage is used, so that they may be rotated.
 
     Raises
     ------
     InvalidValueError
-        if the config has unknown keys (a secret among them), or a reference leads to nothing.
+        if the config has unknown keys (a secret among them), the root is no bucket, or a reference
+        leads to nothing.
     """
     parsed = read_config(S3Config, name, config)
     bucket, _, prefix = root.strip("/").partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        # not shown: it may be a URL with a key in it
+        raise InvalidValueError(
+            what=f"root of storage {name}", value="(not shown)", expected="bucket or bucket/prefix"
+        )
     options: dict[str, Any] = {"region": parsed.region}
     if parsed.endpoint:
         options["endpoint"] = parsed.endpoint
-    for option, reference in (
-        ("access_key_id", parsed.access_key),
-        ("secret_access_key", parsed.secret_key),
-    ):
-        if reference:
-            options[option] = read_secret(name, reference)
+    if parsed.access_key and parsed.secret_key:
+        keys = from_references(name, parsed.access_key, parsed.secret_key, parsed.session_token)
+    else:
+        keys = from_aws_chain(name)
     store = S3Store(
         bucket,
         prefix=prefix or None,
@@ -86,6 +113,7 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
             "timeout": "86400s",
         },
         retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=20)},
+        credential_provider=keys,
         **options,
     )
     return S3Storage(name, store)
@@ -140,6 +168,9 @@ class S3Storage:
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
             raise PayloadExistsError(storage=self.name, path=path) from None
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+            _, lacking, why = _first_line(error).partition(_NO_KEYS)
+            if lacking:  # the server was not asked: keys may be on their way
+                raise self._unavailable(why.partition(": ")[2] or why) from None
             raise self._denied(path, error) from None
         except exceptions.BaseError as error:
             # object_store tells apart what a listing fails of only in its text

@@ -1,5 +1,6 @@
 """The lifecycle with an object store among the storages."""
 
+import io
 import json
 import os
 import uuid
@@ -9,10 +10,12 @@ import pytest
 
 from dlm_core.catalogue.items import Terms
 from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.lost import lose_storage, plan_audits, take_back
 from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.lifecycle.rules import set_rules
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.work import drain
-from dlm_core.types import OperationKind, decode_path
+from dlm_core.types import OperationKind, decode_path, uri_bucket
 from tests.backends import s3_config
 from tests.site import make_site
 
@@ -108,3 +111,30 @@ def test_a_server_that_does_not_answer_changes_nothing(site, bucket, s3):
     site.now += timedelta(hours=1)
     site.settle()
     assert contents(bucket) == {"test/x": b"payload"}
+
+
+def test_a_bucket_with_path_rules_is_lost_and_comes_back(site, bucket):
+    """Objects lie by the rules, odd names too; after the audit what was gone or damaged is made
+    again at its place."""
+    rules = [{"match": "test:(.*)", "template": "{hash:2}/{1}"}]
+    set_rules(site.context, "bucket", rules)
+    oids = [site.add_item(name, name.encode(), on="in") for name in ("one", "two", "back\\slash")]
+    site.settle()
+    kept = contents(bucket)
+    heads = [uri_bucket(f"test:{name}")[:2] for name in ("one", "two")]
+    assert kept[f"{heads[0]}/one"] == b"one" and kept[f"{heads[1]}/two"] == b"two"
+    assert [path for path in kept if path.endswith("!/back%5Cslash")]
+    lose_storage(site.context, "bucket", "the service is gone")
+    assert {site.replicas(oid)["bucket"] for oid in oids} == {"MISSING"}
+    bucket.remove(f"{heads[0]}/one")
+    bucket.remove(f"{heads[1]}/two")
+    bucket.write(f"{heads[1]}/two", io.BytesIO(b"TWO"), 3)
+    take_back(site.context, "bucket")
+    site.work(plan=plan_audits)
+    assert site.replicas(oids[0])["bucket"] == "MISSING"
+    assert site.replicas(oids[1])["bucket"] == "CORRUPTED"
+    assert site.replicas(oids[2])["bucket"] == "READY"
+    site.advance(days=1)
+    site.settle()
+    assert {site.replicas(oid)["bucket"] for oid in oids} == {"READY"}
+    assert contents(bucket) == kept

@@ -111,12 +111,9 @@ RULES = (
     ),
     Mutant(
         "retired-with-trash",
-        "schema/sql/0001_functions.sql",
-        (
-            "EXISTS (SELECT FROM replica WHERE storage_id = NEW.storage_id AND state <> "
-            "'DELETED') THEN"
-        ),
-        ("EXISTS (SELECT FROM replica WHERE storage_id = NEW.storage_id AND state = 'READY') THEN"),
+        "schema/sql/0006_storages.sql",
+        "EXISTS (SELECT FROM replica WHERE storage_id = NEW.storage_id AND state <> 'DELETED'",
+        "EXISTS (SELECT FROM replica WHERE storage_id = NEW.storage_id AND state = 'READY'",
         "a storage retires with replicas on it",
         ("schema/test_rules.py::test_a_storage_retires_only_when_empty_and_for_good",),
     ),

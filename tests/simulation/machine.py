@@ -305,6 +305,21 @@ class Lifecycle(RuleBasedStateMachine):
         except DlmError:
             pass  # retired
 
+    @rule(which=an_index)
+    @recorded
+    def lose(self, which: int) -> None:
+        """A storage is declared lost, or comes back; its files are there all the time."""
+        name = self._storage(which)
+        back = self.model.stores[name].mode in ("lost", "offline")
+        self._tell("take back" if back else "lose", name)
+        self._guard(lambda: self._lose(name, back=back))
+
+    def _lose(self, name: str, *, back: bool) -> None:
+        try:
+            self.world.take_back(name) if back else self.world.lose(name)
+        except DlmError:
+            pass  # retired, or down
+
     @precondition(lambda self: any(s.mode == "draining" for s in self.model.stores.values()))
     @rule(which=an_index)
     @recorded

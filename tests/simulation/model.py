@@ -199,7 +199,9 @@ class Model:
         self.check_nothing_lost()
 
     def _check_mode(self, store: Store, changed: Tree) -> None:
-        allowed = store.mode in ("read_write", "draining") or store.mode_step == self.step
+        # an audit sets damage aside
+        usable = ("read_write", "draining", "auditing")
+        allowed = store.mode in usable or store.mode_step == self.step
         if not allowed:
             raise Violation(
                 "mode-respected", f"{sorted(changed)} changed on {store.name}, it is {store.mode}"
@@ -282,12 +284,19 @@ class Model:
             self._check_certificate(certificate, certificates, before)
         by_uid = {certificate["uid"]: certificate for certificate in certificates}
         for event in commit.events:
-            if event["old_state"] is not None and event["old_state"] != event["new_state"]:
+            if event["noun"] == "storage":
+                self._mode(event)
+            elif event["old_state"] is not None and event["old_state"] != event["new_state"]:
                 self._transition(event, by_uid)
         for uid, certificate in by_uid.items():
-            if certificate["step"] == "purge":
+            if certificate["step"] in ("purge", "release"):
                 self.replicas[uid].purge = (self.commits, certificate["valid_until"])
         self.check_nothing_lost()
+
+    def _mode(self, event: Row) -> None:
+        store = self.stores[event["storage"]]
+        store.mode, store.mode_step = event["new_state"], self.step
+        self.seen[f"storage {event['old_state']} to {event['new_state']}"] += 1
 
     def _transition(self, event: Row, certificates: Mapping[uuid.UUID, Row]) -> None:
         noun, old, new = event["noun"], event["old_state"], event["new_state"]
@@ -330,7 +339,8 @@ class Model:
         elif new == "DELETED":
             if replica.purge is None or replica.purge[1] < self.now:
                 raise Violation("no-deletion-without-certificate", f"{where} was deleted")
-            if self.bytes_at(replica.storage, trash_of(replica.uid)) is not None:
+            touched = self.stores[replica.storage].mode != "lost"
+            if touched and self.bytes_at(replica.storage, trash_of(replica.uid)) is not None:
                 raise Violation("deleted-means-gone", f"{where} still lies in the trash")
         elif new == "READY":
             replica.purge = None

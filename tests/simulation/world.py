@@ -26,6 +26,7 @@ from dlm_core.catalogue import places
 from dlm_core.catalogue.capacity import storages_to_relieve
 from dlm_core.catalogue.deletions import count_expiry_due
 from dlm_core.catalogue.engine import rows, run
+from dlm_core.catalogue.lost import storages_in_audit
 from dlm_core.catalogue.operations import count_due
 from dlm_core.catalogue.replicas import count_evaluations_due
 from dlm_core.errors import (
@@ -36,6 +37,7 @@ from dlm_core.errors import (
 )
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.expire import ExpiryPlanner
+from dlm_core.lifecycle.lost import lose_storage, plan_audits, take_back
 from dlm_core.lifecycle.rebalance import plan_rebalance
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.trash import execute_purge, execute_restore, execute_trash
@@ -53,7 +55,7 @@ _BEGIN = datetime(2026, 6, 1, tzinfo=UTC)
 _JOBS: dict[str, tuple[Any, Mapping[OperationKind, Any]]] = {
     "registration": (None, {OperationKind.ADMIT: execute_admit}),
     "replication": (plan_replication, {OperationKind.COPY: execute_copy}),
-    "verification": (None, {OperationKind.VERIFY: execute_verify}),
+    "verification": (plan_audits, {OperationKind.VERIFY: execute_verify}),
     "expiry": (
         None,
         {
@@ -357,6 +359,7 @@ class World:
                 or (job == "replication" and count_evaluations_due(connection, now) > 0)
                 or (job == "expiry" and count_expiry_due(connection, now).replicas > 0)
                 or (job == "rebalance" and bool(storages_to_relieve(connection, now)))
+                or (job == "verification" and bool(storages_in_audit(connection)))
             )
 
         return bool(self.eyes.ask((job, now), look, now))
@@ -385,16 +388,15 @@ class World:
 
     def set_storage(self, name: str, **changes: Any) -> None:
         self.user.transact(lambda c: places.set_storage(c, name, changes))
-        if "mode" in changes:
-            self._mode(name, changes["mode"])
 
     def retire(self, name: str) -> None:
         self.user.transact(lambda c: places.retire_storage(c, name, self.model.now))
-        self._mode(name, "retired")
 
-    def _mode(self, name: str, mode: str) -> None:
-        store = self.model.stores[name]
-        store.mode, store.mode_step = mode, self.model.step
+    def lose(self, name: str) -> None:
+        lose_storage(self.user, name, "declared in a story")
+
+    def take_back(self, name: str) -> None:
+        take_back(self.user, name)
 
     def used(self, name: str) -> int:
         """Bytes that the catalogue counts on a storage."""
@@ -501,8 +503,10 @@ _OWN_TABLES = """
    WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
      AND relname NOT IN ('state_transition', 'alembic_version')"""
 _EVENTS = """
-  SELECT seq, noun, action, oid, uid, old_state, new_state FROM event
-   WHERE seq > :last AND xid = pg_current_xact_id_if_assigned() AND noun IN ('item', 'replica')
+  SELECT seq, noun, action, oid, uid, old_state, new_state, s.name AS storage
+    FROM event LEFT JOIN storage s USING (storage_id)
+   WHERE seq > :last AND xid = pg_current_xact_id_if_assigned()
+     AND (noun IN ('item', 'replica') OR (noun = 'storage' AND action = 'mode'))
    ORDER BY seq"""
 _CERTIFICATES = """
   SELECT uid, oid, step, basis, survivors, proved_at, valid_until FROM deletion

@@ -7,6 +7,10 @@ from dlm_core.storages.open import open_storage
 from dlm_core.storages.secrets import read_secret
 
 
+def _keys(reference):
+    return {"access_key": reference, "secret_key": reference}
+
+
 def test_an_unknown_interface_is_refused():
     """The message names the ones there are."""
     with pytest.raises(InvalidValueError, match="posix, s3"):
@@ -26,7 +30,7 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch):
     """Before anything is asked of the server."""
     monkeypatch.delenv("DLM_TEST_UNSET", raising=False)
     with pytest.raises(InvalidValueError, match="DLM_TEST_UNSET"):
-        open_storage("x", "s3", "bucket", {"access_key": "env:DLM_TEST_UNSET"})
+        open_storage("x", "s3", "bucket", _keys("env:DLM_TEST_UNSET"))
 
 
 def test_a_relative_root_is_refused():
@@ -66,3 +70,23 @@ def test_a_secret_given_where_a_reference_belongs_is_not_shown():
     with pytest.raises(InvalidValueError) as caught:
         open_storage("x", "s3", "bucket", {"secret_key": "hunter2hunter2"})
     assert "hunter2" not in str(caught.value) and "env:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("interface", "root", "config"),
+    [
+        ("s3", "https://user:hunter2@host/bucket", {}),
+        ("s3", "user:hunter2@bucket", {}),
+        ("posix", "sftp://user:hunter2@host/folder", {}),
+        ("s3", "bucket", {"endpoint": "https://user:hunter2@host"}),
+        ("s3", "bucket", {"endpoint": "https://host/?secret=hunter2"}),
+        ("s3", "bucket", {"region": "hunter2/secret"}),
+        ("s3", "bucket", {"session_token": "hunter2"}),
+        ("s3", "bucket", {"access_key": "env:hunter2"}),
+    ],
+)
+def test_a_secret_in_a_value_is_refused_and_not_shown(interface, root, config):
+    """A URL with a password in root or endpoint, or a value where none belongs."""
+    with pytest.raises(InvalidValueError) as caught:
+        open_storage("x", interface, root, config)
+    assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value)

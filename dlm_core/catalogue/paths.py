@@ -1,0 +1,100 @@
+"""Path rules of storages: keep them, and find what would meet on a storage before it does."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from sqlalchemy import Connection
+
+from dlm_core.catalogue.engine import copy_rows, rows, run
+
+_PAGE = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Two items whose copies would meet: at one path, or the one's file is the other's folder."""
+
+    uri: str
+    path: str
+    other_uri: str
+    other_path: str
+
+
+def items_with_places(connection: Connection, storage_id: uuid.UUID) -> Iterator[dict[str, Any]]:
+    """All items that are not DELETED, in key order, with where their copy on the storage lies if
+    they have one."""
+    after = uuid.UUID(int=0)
+    while True:
+        page = rows(
+            connection,
+            """SELECT i.oid, i.uri, i.version, (
+                 SELECT r.path FROM replica r WHERE r.oid = i.oid AND r.storage_id = :storage
+                    AND r.state <> 'DELETED' AND r.trashed_at IS NULL ORDER BY r.uid DESC LIMIT 1) AS path
+                 FROM data_item i WHERE i.oid > :after AND i.state <> 'DELETED'
+                ORDER BY i.oid LIMIT :page""",
+            storage=storage_id,
+            after=after,
+            page=_PAGE,
+        )
+        yield from page
+        if len(page) < _PAGE:
+            return
+        after = page[-1]["oid"]
+
+
+def find_meetings(
+    connection: Connection, places: Iterable[tuple[uuid.UUID, str]], limit: int = 10
+) -> list[Meeting]:
+    """Those of (oid, path) that would meet on one storage; ``limit`` pairs at most."""
+    copy_rows(connection, "place", {"oid": "uuid", "path": "text"}, ())
+    for page in _pages(places):  # no COPY: to find the places is to ask this connection
+        run(
+            connection,
+            "INSERT INTO place SELECT * FROM unnest(CAST(:oids AS uuid[]), CAST(:paths AS text[]))",
+            oids=[oid for oid, _ in page],
+            paths=[path for _, path in page],
+        )
+    # with a slash behind each, all that lies below a path follows it in bytewise order
+    return [
+        Meeting(row["uri"], row["path"], row["other_uri"], row["other_path"])
+        for row in rows(
+            connection,
+            """SELECT a.uri, n.path, b.uri AS other_uri, n.other_path FROM (
+                 SELECT oid, path, lead(oid) OVER w AS other_oid, lead(path) OVER w AS other_path
+                   FROM place WINDOW w AS (ORDER BY (path || '/') COLLATE "C", oid)) n
+                 JOIN data_item a ON a.oid = n.oid JOIN data_item b ON b.oid = n.other_oid
+                WHERE starts_with(n.other_path || '/', n.path || '/') LIMIT :limit""",
+            limit=limit,
+        )
+    ]
+
+
+def _pages(places: Iterable[tuple[uuid.UUID, str]]) -> Iterator[list[tuple[uuid.UUID, str]]]:
+    rest = iter(places)
+    while page := list(islice(rest, _PAGE)):
+        yield page
+
+
+def place_on(
+    connection: Connection, storage_id: uuid.UUID, uri: str, version: int | None
+) -> dict[str, Any] | None:
+    """The item of ``uri`` (its newest version if None) with the path and state of its copy on a
+    storage, or None if there is no such item."""
+    found = rows(
+        connection,
+        """SELECT i.oid, i.uri, i.version, r.path, r.state FROM data_item i
+             LEFT JOIN LATERAL (
+               SELECT path, state FROM replica WHERE oid = i.oid AND storage_id = :storage
+                  AND state NOT IN ('TRASHED', 'DELETED') LIMIT 1) r ON true
+            WHERE i.uri = :uri AND (CAST(:version AS integer) IS NULL OR i.version = :version)
+            ORDER BY i.version DESC LIMIT 1""",
+        storage=storage_id,
+        uri=uri,
+        version=version,
+    )
+    return found[0] if found else None

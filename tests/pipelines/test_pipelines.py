@@ -313,14 +313,14 @@ def test_a_storage_that_is_back_is_audited_by_the_verification_job(site, instanc
     register(site, {"x": b"one", "y": b"two"})
     execute(instance, "registration")
     execute(instance, "replication")
-    assert sensor(instance, "verification").skip_reason
+    assert sensor(instance, "verification").skip_message
     lose_storage(site.context, "b", "unplugged")
     take_back(site.context, "b")
     assert "checks due: b" in sensor(instance, "verification").run_requests[0].tags["dlm/due"]
     told = metadata(execute(instance, "verification"), "verification")
     assert told["done_verify"] == 2
     assert site.query("SELECT mode FROM storage WHERE name = 'b'") == [{"mode": "read_write"}]
-    assert sensor(instance, "verification").skip_reason
+    assert sensor(instance, "verification").skip_message
 
 
 def test_a_drain_tells_its_progress_in_the_runs_metadata(site, instance):

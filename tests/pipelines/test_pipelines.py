@@ -10,9 +10,11 @@ import pytest
 
 from dlm_core.catalogue.browse import set_item_expiry
 from dlm_core.catalogue.engine import make_engine
+from dlm_core.catalogue.places import set_storage
 from dlm_core.catalogue.plans import approve_plan
 from dlm_core.clock import utc_now
 from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.lost import lose_storage, take_back
 from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.work import drain
@@ -326,3 +328,30 @@ def test_storages_describe_themselves_where_the_site_says_so(site, instance, mon
     assert maintain() == names[1:]
     (site.folder / "gone").rename(site.folder / names[0])
     assert maintain() == names
+
+
+def test_a_storage_that_is_back_is_audited_by_the_verification_job(site, instance):
+    """Its sensor asks for a run as long as there is something to read or the audit to end."""
+    register(site, {"x": b"one", "y": b"two"})
+    execute(instance, "registration")
+    execute(instance, "replication")
+    assert sensor(instance, "verification").skip_message
+    lose_storage(site.context, "b", "unplugged")
+    take_back(site.context, "b")
+    assert "checks due: b" in sensor(instance, "verification").run_requests[0].tags["dlm/due"]
+    told = metadata(execute(instance, "verification"), "verification")
+    assert told["done_verify"] == 2
+    assert site.query("SELECT mode FROM storage WHERE name = 'b'") == [{"mode": "read_write"}]
+    assert sensor(instance, "verification").skip_message
+
+
+def test_a_drain_tells_its_progress_in_the_runs_metadata(site, instance):
+    """The bytes left, which plot across runs, and a table."""
+    register(site, {"x": b"one"})
+    execute(instance, "registration")
+    execute(instance, "replication")
+    site.context.transact(lambda c: set_storage(c, "b", {"mode": "draining"}))
+    told = metadata(execute(instance, "rebalance"), "rebalance")
+    assert told["left_bytes_b"] == 3 and "stuck_items" in told["drains"]
+    site.context.transact(lambda c: set_storage(c, "b", {"mode": "read_write"}))
+    assert "drains" not in metadata(execute(instance, "rebalance"), "rebalance")

@@ -15,6 +15,7 @@ from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
 from tests.fakes import QuotaStorage
 from tests.faulty import Faulty
+from tests.servers import DavServer, rclone_webdav_server, wsgidav_server
 
 KEYS = {"access_key": "env:DLM_TEST_S3_KEY", "secret_key": "env:DLM_TEST_S3_SECRET"}
 
@@ -38,9 +39,30 @@ def s3_config(server: S3Server) -> dict[str, str]:
     return {"endpoint": server.endpoint, **KEYS}
 
 
-@pytest.fixture(params=["posix", "s3", "quota", "faulty", "faulty_s3"])
+@pytest.fixture(scope="session")
+def wsgidav(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DavServer]:
+    """One WsgiDAV a test session."""
+    with wsgidav_server(tmp_path_factory.mktemp("wsgidav")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclonedav(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DavServer]:
+    """One 'rclone serve webdav' a test session."""
+    with rclone_webdav_server(tmp_path_factory.mktemp("rclonedav")) as server:
+        yield server
+
+
+def open_dav(server: DavServer, name: str = "dav") -> Storage:
+    """An empty storage of its own on a WebDAV server."""
+    return open_storage(name, "webdav", server.make_collection(), server.config)
+
+
+@pytest.fixture(params=["posix", "s3", "wsgidav", "rclonedav", "quota", "faulty", "faulty_s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty storage of each kind; all keep the one contract, wrappers with faults off too."""
+    if request.param.endswith("dav"):
+        return open_dav(request.getfixturevalue(request.param))
     if request.param.endswith("s3"):
         server = request.getfixturevalue("s3")
         root = f"{server.bucket}/{uuid.uuid4().hex}"

@@ -52,6 +52,9 @@ _IMPOSSIBLE_CEILING = timedelta(hours=6)
 _EXCLUSION = timedelta(hours=1)
 # control characters, backslashes and octets that are no UTF-8 (see S3Storage)
 _NO_OBJECT_KEY = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
+_NO_URL_NAME = re.compile(r"[\x00-\x1f\x7f\\?;\ud800-\udfff]")
+#: what an interface's servers do not all keep in a name
+_ODD_NAMES = {"s3": _NO_OBJECT_KEY, "webdav": _NO_URL_NAME, "rclone": _NO_URL_NAME}
 
 
 def storage_views(storage_rows: Iterable[Mapping[str, Any]]) -> dict[uuid.UUID, StorageView]:
@@ -89,13 +92,14 @@ def copy_path(uri: str, version: int, interface: str = "posix") -> str:
     """Where a copy lies below a storage's root: ``scheme/path``, encoded as the catalogue has it.
 
     Versions after the first have a top folder of their own: a longer file name could pass the 255
-    octets that file systems allow. Names that S3 does not keep as they are lie there in their
+    octets that file systems allow. Names that S3 or WebDAV may not keep lie there in their
     percent-encoded form, in a top folder of their own (no scheme has a ``!``) so that they meet no
     file which is really called so.
     """
     scheme, _, path = uri.partition(":")
     top = scheme if version == 1 else f"{scheme}@{version}"
-    if interface == "s3" and _NO_OBJECT_KEY.search(decode_path(path)):
+    odd = _ODD_NAMES.get(interface)
+    if odd is not None and odd.search(decode_path(path)):
         return encode_path(f"{top}!/{path}")
     return f"{top}/{path}"
 

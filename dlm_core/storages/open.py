@@ -45,7 +45,13 @@ def _s3(name: str, root: str, config: Mapping[str, Any]) -> Storage:
     return open_s3(name, root, config)
 
 
-_BUILT_IN: dict[str, Opener] = {"posix": _posix, "s3": _s3}
+def _webdav(name: str, root: str, config: Mapping[str, Any]) -> Storage:
+    from dlm_core.storages.webdav import open_webdav
+
+    return open_webdav(name, root, config)
+
+
+_BUILT_IN: dict[str, Opener] = {"posix": _posix, "s3": _s3, "webdav": _webdav}
 
 
 @lru_cache(maxsize=1)
@@ -62,7 +68,7 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
 
     Parameters
     ----------
-    root : absolute folder (posix) or ``bucket/prefix`` (s3)
+    root : absolute folder (posix), ``bucket/prefix`` (s3) or URL (webdav)
     config : what the interface needs; secrets only by reference, never themselves
 
     Raises

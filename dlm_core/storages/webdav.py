@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import http.client
 import posixpath
 import socket
@@ -10,32 +9,26 @@ import threading
 import time
 import uuid
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Mapping
 from email.utils import parsedate_to_datetime
-from itertools import groupby
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
-
-from pydantic import BaseModel, ConfigDict, Field
 
 from dlm_core.errors import (
     AccessDeniedError,
     InvalidValueError,
-    PathRefusedError,
     PayloadExistsError,
     PayloadNotFoundError,
     StorageError,
     StorageFullError,
-    StorageUnavailableError,
 )
 from dlm_core.storages.config import read_config
-from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage, temp_path
-from dlm_core.storages.secrets import SecretReference, read_secret
+from dlm_core.storages.listing import Listed
+from dlm_core.storages.port import Entry, Readable, Usage, temp_path
+from dlm_core.storages.web import WebConfig, check_url, read_authorization
 from dlm_core.storages.wire import BLOCK, Reply, Wire, WireError
 
 _SMALL = 1 << 20
-_LOOKS_INSTEAD_OF_LIST = 8
 _CONNECT_SECONDS = 10
 # a whole request may take long, its silence may not
 _SILENCE_SECONDS = 300
@@ -57,16 +50,6 @@ _QUOTA = (
 )
 
 
-class WebdavConfig(BaseModel):
-    """What ``config`` of a WebDAV storage may hold. Secrets are named by reference, never given."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    user: str | None = Field(None, pattern="^[^:]+$", description="For HTTP's basic scheme.")
-    password: SecretReference | None = None
-    token: SecretReference | None = Field(None, description="A bearer token.")
-
-
 def open_webdav(name: str, root: str, config: Mapping[str, Any]) -> WebdavStorage:
     """A WebDAV storage; ``root`` is the URL of a collection that is there.
 
@@ -75,37 +58,13 @@ def open_webdav(name: str, root: str, config: Mapping[str, Any]) -> WebdavStorag
     InvalidValueError
         if the config has unknown keys, ``root`` is no plain URL, or a reference leads to nothing.
     """
-    parsed = read_config(WebdavConfig, name, config)
+    parsed = read_config(WebConfig, name, config)
     check_url(name, root)
-    for reference in (parsed.password, parsed.token):
-        if reference:
-            read_secret(name, reference)
+    read_authorization(name, parsed)
     return WebdavStorage(name, root, parsed)
 
 
-def check_url(name: str, root: str) -> None:
-    """Refuse what is no plain URL; one with a password in it is not shown.
-
-    Raises
-    ------
-    InvalidValueError
-    """
-    try:
-        parts = urlsplit(root)
-        plain = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in root
-        plain = plain and parts.port != 0 and not (parts.query or parts.fragment)
-        plain = plain and root.isascii() and root.isprintable() and " " not in root
-    except ValueError:
-        plain = False
-    if not plain:
-        raise InvalidValueError(
-            what=f"root of storage {name}",
-            value="(not shown)",
-            expected="a URL, http(s)://host/folder, without user, password or query",
-        )
-
-
-class WebdavStorage:
+class WebdavStorage(Listed):
     """A collection of a WebDAV server; see :class:`dlm_core.storages.port.Storage`.
 
     What is written elsewhere than under a temporary name goes through one, so that only a MOVE,
@@ -116,7 +75,7 @@ class WebdavStorage:
     atomic_write = False
     distant = True
 
-    def __init__(self, name: str, root: str, config: WebdavConfig, concurrency: int = 16) -> None:
+    def __init__(self, name: str, root: str, config: WebConfig, concurrency: int = 16) -> None:
         self.name, self.concurrency = name, concurrency
         parts = urlsplit(root)
         self._parts, self._config = parts, config
@@ -151,36 +110,14 @@ class WebdavStorage:
         read, value = self._secret
         if time.monotonic() - read > _SECRET_SECONDS:
             try:
-                value = self._read_authorization()
+                value = read_authorization(self.name, self._config)
             except InvalidValueError as error:
                 raise self._unavailable(str(error)) from None
             self._secret = (time.monotonic(), value)
         return value
 
-    def _read_authorization(self) -> str:
-        config = self._config
-        if config.token:
-            return f"Bearer {read_secret(self.name, config.token)}"
-        if not config.user:
-            return ""
-        password = read_secret(self.name, config.password) if config.password else ""
-        return "Basic " + base64.b64encode(f"{config.user}:{password}".encode()).decode()
-
     def _target(self, path: str) -> str:
         return quote(f"{self._base}/{path}" if path else self._base, safe=_SAFE)
-
-    def _path(self, path: str) -> str:
-        """``path`` if it can be told in a URL and every server keeps it."""
-        framed = f"/{path}/"
-        if "//" in framed or "/./" in framed or "/../" in framed:
-            raise self._refused(path, "want relative, without '.', '..' or ''")
-        if any(ord(char) < 32 or ord(char) == 127 or char == "\\" for char in path):
-            raise self._refused(path, "not every server keeps control characters and backslashes")
-        try:
-            path.encode("utf-8")
-        except UnicodeEncodeError:
-            raise self._refused(path, "a URL's path is UTF-8") from None
-        return path
 
     def _new_path(self, path: str) -> str:
         """``path`` if it may stand in MOVE's Destination."""
@@ -225,12 +162,6 @@ class WebdavStorage:
 
     # --- errors ----------------------------------------------------------------------------------
 
-    def _refused(self, path: str, message: str) -> PathRefusedError:
-        return PathRefusedError(storage=self.name, path=path, message=message)
-
-    def _unavailable(self, message: str) -> StorageUnavailableError:
-        return StorageUnavailableError(storage=self.name, message=message)
-
     def _error(self, status: int, path: str) -> StorageError:
         """What a status means where it is not expected; its text is not repeated."""
         told = f"HTTP {status} {http.client.responses.get(status, '')}".rstrip()
@@ -245,7 +176,6 @@ class WebdavStorage:
         return self._unavailable(told)
 
     def _check_root(self) -> None:
-        """A root that is gone is an outage, not an empty storage."""
         with self._ask("PROPFIND", "", {"Depth": "0"}, _PROPERTIES, folder=True) as reply:
             body = self._all_of(reply)
         if reply.status in _ABSENT:
@@ -256,12 +186,6 @@ class WebdavStorage:
             raise self._unavailable("its root is no collection")
 
     # --- looking ---------------------------------------------------------------------------------
-
-    def stat(self, path: str) -> Entry | None:
-        found = self._look(self._path(path))
-        if found is None:
-            self._check_root()
-        return found
 
     def _look(self, path: str) -> Entry | None:
         with self._ask("PROPFIND", path, {"Depth": "0"}, _PROPERTIES) as reply:
@@ -275,25 +199,7 @@ class WebdavStorage:
                 return entry
         raise self._unavailable(f"its answer about {path} is about something else")
 
-    def stat_many(self, paths: Iterable[str]) -> dict[str, Entry | None]:
-        found: dict[str, Entry | None] = {}
-        rest: list[str] = []
-        for folder, group in groupby(sorted(map(self._path, set(paths))), posixpath.dirname):
-            wanted = list(group)
-            if len(wanted) > _LOOKS_INSTEAD_OF_LIST:
-                listed = {entry.path: entry for entry in self._list(folder) or ()}
-                found.update({path: listed[path] for path in wanted if path in listed})
-            # what a listing leaves out is asked for by name: it may be partial
-            rest += [path for path in wanted if path not in found]
-        if rest:
-            with ThreadPoolExecutor(self.concurrency, "dlm-look") as pool:
-                found.update(zip(rest, pool.map(self._look, rest), strict=True))
-        if None in found.values():
-            self._check_root()
-        return found
-
     def _list(self, folder: str) -> list[Entry] | None:
-        """What lies directly in a folder, in order of names; None if it is not there."""
         with self._ask("PROPFIND", folder, {"Depth": "1"}, _PROPERTIES, folder=True) as reply:
             body = self._all_of(reply)
         if reply.status in _ABSENT:
@@ -304,10 +210,8 @@ class WebdavStorage:
         inside = [one for one in entries if one.path != folder]
         if len(inside) == len(entries):
             raise self._unavailable(f"its listing of {folder or 'its root'} is of something else")
-        for one in inside:
-            if posixpath.dirname(one.path) != folder:
-                raise self._unavailable(f"its listing of {folder or 'its root'} has {one.path}")
-        return sorted(inside, key=lambda one: one.path.encode())
+        self._check_inside(inside, folder)
+        return inside
 
     def _entries(self, body: bytes) -> list[Entry]:
         if b"<!ENTITY" in body or b"<!DOCTYPE" in body:
@@ -337,28 +241,6 @@ class WebdavStorage:
         size = int(_text(found, "getcontentlength") or "0")
         etag = _text(found, "getetag")
         return Entry(path, size, _time(found), "file", etag.strip('"') if etag else None)
-
-    def walk(self, path: str = "") -> Iterator[Entry]:
-        top = self._list(self._path(path) if path else "")
-        if top is None:
-            self._check_root()
-            raise PayloadNotFoundError(storage=self.name, path=path)
-        levels = [iter(top)]
-        while levels:
-            for entry in levels[-1]:
-                if entry.kind != "directory":
-                    yield entry
-                elif entry.path != PRIVATE:
-                    levels.append(iter(self._list_below(entry.path)))
-                    break
-            else:
-                levels.pop()
-
-    def _list_below(self, folder: str) -> list[Entry]:
-        found = self._list(folder)
-        if found is None:
-            self._check_root()  # else it was removed since its folder was listed
-        return found or []
 
     def open_read(self, path: str) -> WebdavStream:
         entry = self.stat(path)

@@ -9,7 +9,7 @@ from dlm_core.storages.secrets import read_secret
 
 def test_an_unknown_interface_is_refused():
     """The message names the ones there are."""
-    with pytest.raises(InvalidValueError, match="posix.* s3"):
+    with pytest.raises(InvalidValueError, match=r"posix.* s3"):
         open_storage("x", "ftp", "/", {})
 
 

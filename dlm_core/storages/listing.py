@@ -15,7 +15,7 @@ _LOOKS_INSTEAD_OF_LIST = 8
 
 
 class Listed(ABC):
-    """The looking part of :class:`dlm_core.storages.port.Storage` for servers that list a folder."""
+    """The looking part of :class:`~dlm_core.storages.port.Storage` where a folder is listed."""
 
     name: str
     concurrency: int

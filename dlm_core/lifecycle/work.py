@@ -88,8 +88,10 @@ class _Unavailable:
 
     concurrency = 1
     atomic_write = False
+    remote = False
     tells_content = False
     part_size = None
+    digest_many = None
 
     def __init__(self, name: str, error: DlmError) -> None:
         self.name, self._error = name, error

@@ -85,8 +85,18 @@ class ReadStream(Readable, Protocol):
 class Storage(Protocol):
     """One volume. Implementations are thread-safe and cheap to keep.
 
-    An adapter may also have ``tells_content = True``: its entries' ``etag`` changes when the
-    content does, so that a scheduled check may ask before it reads.
+    An adapter may also have
+
+    ``tells_content = True``
+        its entries' ``etag`` changes when the content does, so that a scheduled check may ask
+        before it reads.
+    ``remote = True``
+        every call costs a round trip: its ``concurrency`` is used whatever the other end's is.
+    ``digest_many(paths, stop) -> dict[path, 'sha256:…']``
+        digests that the far side computes from the bytes as they lie there, in one request; paths
+        of which nothing is told are left out, and so are all once ``stop`` is set. It may prove a
+        copy that was just written, for no other bytes have that digest; nothing else is concluded
+        from it: what differs or is left out is read back here.
     """
 
     name: str

@@ -73,7 +73,7 @@ class WebdavStorage(Listed):
     """
 
     atomic_write = False
-    distant = True
+    remote = True
 
     def __init__(self, name: str, root: str, config: WebConfig, concurrency: int = 16) -> None:
         self.name, self.concurrency = name, concurrency

@@ -1,8 +1,9 @@
 """Move payloads from one storage to another so that only whole, verified copies become visible.
 
-POSIX: written under a temporary name, flushed with the whole sub-batch, read back, renamed without
-overwriting. Object stores (``atomic_write``): a PUT appears whole or not at all and never replaces
-anything, so it goes to its final name; the upload fails if the source's digest turns out wrong.
+POSIX, SFTP: written under a temporary name, flushed with the whole sub-batch, read back (or
+proven by a digest that the far side computes: ``digest_many``), renamed without overwriting. Object
+stores (``atomic_write``): a PUT appears whole or not at all and never replaces anything, so it goes
+to its final name; the upload fails if the source's digest turns out wrong.
 """
 
 from __future__ import annotations
@@ -163,14 +164,18 @@ class _Mover:
         self.progress, self.stop = progress, stop or threading.Event()
         self.atomic = bool(getattr(destination, "atomic_write", False))
         self.part_size: Callable[[int], int] | None = getattr(destination, "part_size", None)
+        self.digest_many = getattr(destination, "digest_many", None)
         self.read_back = getattr(destination, "read_back", destination.open_read)
         self.outage: DlmError | None = None
 
     def concurrency(self) -> int:
-        """An object store hides its latency behind many requests; disks want few."""
-        both = (self.source.concurrency, self.destination.concurrency)
-        remote = self.atomic or getattr(self.source, "atomic_write", False)
-        return max(both) if remote else max(1, min(both))
+        """What is far away hides its latency behind many requests; disks want few."""
+        both = (self.source, self.destination)
+        remote = any(
+            getattr(one, "atomic_write", False) or getattr(one, "remote", False) for one in both
+        )
+        chosen = [one.concurrency for one in both]
+        return max(chosen) if remote else max(1, min(chosen))
 
     def write(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[_Copy]:
         """Bring the bytes of one sub-batch over; errors are kept beside the files."""
@@ -185,6 +190,7 @@ class _Mover:
             self._compare_etags(files)
         else:
             self._flush(files)
+            self._ask_for_digests(files)
         _each(pool, self._verify, [f for f in files if not f.error and not f.proven])
         stopped = self.stop.is_set()
         results = _each(pool, self._settle, copies)
@@ -309,6 +315,22 @@ class _Mover:
         for path, file in waiting.items():
             entry = entries.get(path)
             file.proven = entry is not None and (entry.size, entry.etag) == (file.size, file.etag)
+
+    def _ask_for_digests(self, files: Sequence[_File]) -> None:
+        """The far side reads what it has just made durable and tells digests of the sub-batch.
+
+        Another machine's word proves these bytes: it was not told what we expect, and only who has
+        read them all can say it. Any other answer proves nothing; the file is read back.
+        """
+        waiting = {file.written: file for file in files if file.made and not file.error}
+        if self.digest_many is None or not waiting:
+            return
+        try:
+            told = self.digest_many(list(waiting), self.stop)
+        except DlmError:
+            return  # read them back instead
+        for path, digest in told.items():
+            waiting[path].proven = digest == waiting[path].digest
 
     def _verify(self, file: _File) -> None:
         begun = time.monotonic()

@@ -58,7 +58,9 @@ def open_dav(server: DavServer, name: str = "dav") -> Storage:
     return open_storage(name, "webdav", server.make_collection(), server.config)
 
 
-@pytest.fixture(params=["posix", "s3", "wsgidav", "rclonedav", "quota", "faulty", "faulty_s3"])
+@pytest.fixture(
+    params=["posix", "s3", "wsgidav", "rclonedav", "rclone", "quota", "faulty", "faulty_s3"]
+)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty storage of each kind; all keep the one contract, wrappers with faults off too."""
     if request.param.endswith("dav"):
@@ -71,6 +73,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     root = tmp_path / "root"
     root.mkdir()
     inner = open_storage("disk", "posix", str(root), {})
+    if request.param == "rclone":
+        return open_storage("remote", "rclone", str(root), {"type": "local"})
     if request.param == "quota":
         return cast(Storage, QuotaStorage(inner, 1 << 40))
     return cast(Storage, Faulty(inner)) if request.param == "faulty" else inner

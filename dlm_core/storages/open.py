@@ -51,7 +51,25 @@ def _webdav(name: str, root: str, config: Mapping[str, Any]) -> Storage:
     return open_webdav(name, root, config)
 
 
-_BUILT_IN: dict[str, Opener] = {"posix": _posix, "s3": _s3, "webdav": _webdav}
+def _http(name: str, root: str, config: Mapping[str, Any]) -> Storage:
+    from dlm_core.storages.rclone import open_http
+
+    return open_http(name, root, config)
+
+
+def _rclone(name: str, root: str, config: Mapping[str, Any]) -> Storage:
+    from dlm_core.storages.rclone import open_rclone
+
+    return open_rclone(name, root, config)
+
+
+_BUILT_IN: dict[str, Opener] = {
+    "posix": _posix,
+    "s3": _s3,
+    "webdav": _webdav,
+    "http": _http,
+    "rclone": _rclone,
+}
 
 
 @lru_cache(maxsize=1)
@@ -68,7 +86,8 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
 
     Parameters
     ----------
-    root : absolute folder (posix), ``bucket/prefix`` (s3) or URL (webdav)
+    root : absolute folder (posix), ``bucket/prefix`` (s3), URL (webdav, http), path on the remote
+        (rclone)
     config : what the interface needs; secrets only by reference, never themselves
 
     Raises

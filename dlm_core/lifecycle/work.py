@@ -92,6 +92,7 @@ class _Unavailable:
     tells_content = False
     part_size = None
     digest_many = None
+    take_many = None
 
     def __init__(self, name: str, error: DlmError) -> None:
         self.name, self._error = name, error

@@ -32,6 +32,7 @@ from dlm_core.errors import (
 from dlm_core.storages.config import read_config
 from dlm_core.storages.listing import Listed
 from dlm_core.storages.port import Entry, Readable, Storage, Usage, temp_path
+from dlm_core.storages.posix import PosixStorage
 from dlm_core.storages.rclone_daemon import Daemon, RcloneError, daemon
 from dlm_core.storages.secrets import SecretReference, read_secret
 from dlm_core.storages.web import WebConfig, check_url, read_authorization
@@ -389,12 +390,11 @@ class RcloneStorage(Listed):
         StorageUnavailableError, StorageFullError, AccessDeniedError
         """
         self._must_write(folder)
-        root = getattr(source, "root", None)
-        if not isinstance(root, str) or not paths:
+        if not isinstance(source, PosixStorage) or not paths:
             return {}
         try:
             running = daemon()
-            local = f"{running.remote('local', {})}:{root}"
+            local = f"{running.remote('local', {})}:{source.root}"
             target = self._fs(running, folder)
             with _ListFile(running.folder, paths) as list_file:
                 self._copy_listed(running, local, target, list_file, stop, progress)

@@ -33,6 +33,7 @@ _CONNECT_SECONDS = 10
 # a whole request may take long, its silence may not
 _SILENCE_SECONDS = 300
 _SECRET_SECONDS = 1.0
+_LOCKED_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
 _TEMP = temp_path("")
 _SAFE = "/-._~!$&'()*+,;=:@"
 _REDIRECTS = {301, 302, 307, 308}
@@ -149,10 +150,17 @@ class WebdavStorage(Listed):
         return self._ask(method, path, headers, body, folder=True)
 
     def _done(self, method: str, path: str, **more: Any) -> int:
-        """The status of a request whose answer's body does not matter."""
-        with self._ask(method, path, **more) as reply:
-            self._all_of(reply)
-            return reply.status
+        """The status of a request whose answer's body does not matter.
+
+        Some servers lock what they work on: they are asked again.
+        """
+        for pause in (*_LOCKED_PAUSES, 0.0):
+            with self._ask(method, path, **more) as reply:
+                self._all_of(reply)
+            if reply.status != 423:
+                break
+            time.sleep(pause)
+        return reply.status
 
     def _all_of(self, reply: Reply) -> bytes:
         try:

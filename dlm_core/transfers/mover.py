@@ -165,6 +165,7 @@ class _Mover:
         self.atomic = bool(getattr(destination, "atomic_write", False))
         self.part_size: Callable[[int], int] | None = getattr(destination, "part_size", None)
         self.digest_many = getattr(destination, "digest_many", None)
+        self.take_many = getattr(destination, "take_many", None)
         self.read_back = getattr(destination, "read_back", destination.open_read)
         self.outage: DlmError | None = None
 
@@ -179,8 +180,14 @@ class _Mover:
 
     def write(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[_Copy]:
         """Bring the bytes of one sub-batch over; errors are kept beside the files."""
-        copies = [self._prepare(task, n // _MAX_CHUNK % _SLOTS) for n, task in enumerate(tasks)]
-        _each(pool, self._write, [file for copy in copies for file in copy.files])
+        folder = temp_path(f"b/{uuid.uuid4().hex}") if self.take_many else None
+        copies = [
+            self._prepare(task, n // _MAX_CHUNK % _SLOTS, folder) for n, task in enumerate(tasks)
+        ]
+        files = [file for copy in copies for file in copy.files]
+        if folder is not None:
+            self._take_together(folder, [f for f in files if f.written.startswith(folder)])
+        _each(pool, self._write, [file for file in files if not file.made])
         return copies
 
     def finish(self, copies: Sequence[_Copy], pool: ThreadPoolExecutor) -> list[CopyResult]:
@@ -198,8 +205,10 @@ class _Mover:
             results = self._make_names_durable(results)
         return [result for result in results if result.error is None or not stopped]
 
-    def _prepare(self, task: CopyTask, slot: int) -> _Copy:
+    def _prepare(self, task: CopyTask, slot: int, folder: str | None) -> _Copy:
         written = task.destination_path if self.atomic else temp_path(f"{slot:x}/{task.token}")
+        if folder is not None and _can_be_listed(task):
+            written = f"{folder}/{task.source_path}"
         copy = _Copy(task, written)
         if task.kind is PayloadKind.FILE:
             copy.files.append(
@@ -216,6 +225,30 @@ class _Mover:
         return copy
 
     # --- write -----------------------------------------------------------------------------------
+
+    def _take_together(self, folder: str, files: Sequence[_File]) -> None:
+        """Have the destination take what it can in one go; what reads back right is proven.
+
+        The rest is cleared and tried file by file, which tells whose fault it is.
+        """
+        begun = time.monotonic()
+        told: dict[str, str] = {}
+        if self.take_many is not None and files and not self.stop.is_set():
+            paths = [file.source for file in files]
+            try:
+                told = self.take_many(self.source, paths, folder, self.stop, self.progress)
+            except DlmError:
+                pass  # the same happens to each, and is told there
+        each = (time.monotonic() - begun) / max(1, len(files))
+        for file in files:
+            file.seconds += each
+            file.made = file.proven = told.get(file.source) == file.digest
+        left = [file.written for file in files if not file.made]
+        try:
+            for path in left if told else [folder] * bool(files):
+                self.destination.remove(path)
+        except DlmError:
+            pass  # the sweep finds it
 
     def _write(self, file: _File) -> None:
         if self.outage is not None:
@@ -434,6 +467,12 @@ class _Mover:
                     self.destination.remove(file.written)
         except DlmError:
             pass  # the sweep finds it; the task's own error is the one to tell
+
+
+def _can_be_listed(task: CopyTask) -> bool:
+    """Whether all names stand for themselves in a list with one name a line."""
+    names = [task.source_path, *(one.path for one in task.manifest)]
+    return all(name.isprintable() and "\\" not in name for name in names)
 
 
 def _of_destination(error: DlmError, file: _File) -> DlmError:

@@ -69,7 +69,8 @@ class RcloneConfig(BaseModel):
 
 
 def open_rclone(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorage:
-    """A storage on any backend of rclone's; ``root`` is a path on it, as rclone writes it.
+    """A storage on any backend of rclone's; ``root`` is a path on it as rclone writes it, and a
+    dot where the remote begins.
 
     Raises
     ------
@@ -90,7 +91,9 @@ def open_rclone(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorag
         return plain | {key: read_secret(name, place) for key, place in secrets.items()}
 
     options()
-    return RcloneStorage(name, parsed.type, options, root.rstrip("/") or root)
+    return RcloneStorage(
+        name, parsed.type, options, "" if root == "." else root.rstrip("/") or root
+    )
 
 
 def _check_options(name: str, plain: Mapping[str, str], secrets: Mapping[str, str]) -> None:

@@ -15,7 +15,7 @@ from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
 from tests.fakes import QuotaStorage
 from tests.faulty import Faulty
-from tests.servers import DavServer, rclone_webdav_server, wsgidav_server
+from tests.servers import USER, DavServer, rclone_webdav_server, wsgidav_server
 
 KEYS = {"access_key": "env:DLM_TEST_S3_KEY", "secret_key": "env:DLM_TEST_S3_SECRET"}
 
@@ -58,11 +58,32 @@ def open_dav(server: DavServer, name: str = "dav") -> Storage:
     return open_storage(name, "webdav", server.make_collection(), server.config)
 
 
+def open_dav_by_rclone(server: DavServer, **options: str) -> Storage:
+    """As :func:`open_dav`, by rclone's own WebDAV backend."""
+    config = {
+        "type": "webdav", "url": server.make_collection(), "vendor": "other", "user": USER,
+        "pacer_min_sleep": "0s", "secret_pass": server.config["password"],
+    }  # fmt: skip
+    return open_storage("remote", "rclone", ".", config | options)
+
+
 @pytest.fixture(
-    params=["posix", "s3", "wsgidav", "rclonedav", "rclone", "quota", "faulty", "faulty_s3"]
+    params=[
+        "posix",
+        "s3",
+        "wsgidav",
+        "rclonedav",
+        "rclone",
+        "rclone_wsgidav",
+        "quota",
+        "faulty",
+        "faulty_s3",
+    ]
 )
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty storage of each kind; all keep the one contract, wrappers with faults off too."""
+    if request.param.startswith("rclone_"):
+        return open_dav_by_rclone(request.getfixturevalue("wsgidav"))
     if request.param.endswith("dav"):
         return open_dav(request.getfixturevalue(request.param))
     if request.param.endswith("s3"):

@@ -10,6 +10,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import time
 import uuid
@@ -143,3 +144,14 @@ def rclone_webdav_server(folder: Path) -> Iterator[DavServer]:
     }  # fmt: skip
     with running(server):
         yield server
+
+
+@contextmanager
+def web_server(folder: Path) -> Iterator[str]:
+    """Python's own web server, with pages that list ``folder``; its URL."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+    server = Server([*command, "--directory", str(folder)], folder.parent / "web.log", port)
+    with running(server):
+        yield f"http://127.0.0.1:{port}"

@@ -51,6 +51,13 @@ class Listed(ABC):
             raise self._refused(path, "names there are UTF-8") from None
         return path
 
+    def _new_path(self, path: str) -> str:
+        """``path`` if a move may be told to make it."""
+        if "?" in path or ";" in path:
+            # WsgiDAV takes them for the end of the name, and moves to a shorter one
+            raise self._refused(path, "not every server keeps '?' and ';' in a new name")
+        return self._path(path)
+
     def stat(self, path: str) -> Entry | None:
         found = self._look(self._path(path))
         if found is None:

@@ -267,7 +267,7 @@ class RcloneStorage(Listed):
 
     def write(self, path: str, source: Readable, size: int) -> str | None:
         self._must_write(path)
-        folder, _, name = self._path(path).rpartition("/")
+        folder, _, name = self._new_path(path).rpartition("/")
         if path.startswith(_TEMP) and _PLAIN_NAME.fullmatch(name):
             self._upload(folder, name, source, size)
             return None
@@ -301,29 +301,42 @@ class RcloneStorage(Listed):
 
     def rename(self, source: str, destination: str) -> None:
         self._must_write(destination)
-        self._path(source), self._path(destination)
+        self._path(source), self._new_path(destination)
         with self._locks[hash(destination) % _LOCKS]:
-            entry = self._look(source)
-            if entry is None:
+            if self._quick_kind(source) == "file":
+                if self._quick_kind(destination) is not None:
+                    raise PayloadExistsError(storage=self.name, path=destination)
+                self._move_file(source, destination)
+                return
+            if self._look(source) is None:
                 self._check_root()
                 raise PayloadNotFoundError(storage=self.name, path=source)
             if self._look(destination) is not None:
                 raise PayloadExistsError(storage=self.name, path=destination)
-            if entry.kind == "file":
-                self._move_file(source, destination)
-            else:
-                self._move_tree(source, destination)
+            self._move_tree(source, destination)
+
+    def _quick_kind(self, path: str) -> str | None:
+        """Kind of what is there, without the listing of a folder that :meth:`_look` needs.
+
+        A backend without real folders tells None of one: that only a new file may lie beside.
+        """
+        try:
+            running = daemon()
+            status = running.look(self._fs(running), path)
+        except (RcloneError, WireError, InvalidValueError) as error:
+            raise self._error(error, path) from None
+        if status in (200, 404):
+            return "file" if status == 200 else None
+        entry = self._look(path)  # a folder, or an error to be told
+        return entry.kind if entry else None
 
     def _move_file(self, source: str, destination: str) -> None:
         # rclone looks too, and then does nothing
         self._pair(source, destination)
-        if self._look(source) is not None:
-            exists = self._look(destination) is not None
-            raise (
-                PayloadExistsError(storage=self.name, path=destination)
-                if exists
-                else self._unavailable(f"{source} was not moved")
-            )
+        if self._quick_kind(source) == "file":
+            if self._quick_kind(destination) is not None:
+                raise PayloadExistsError(storage=self.name, path=destination)
+            raise self._unavailable(f"{source} was not moved")
 
     def _pair(self, source: str, destination: str) -> None:
         try:

@@ -159,6 +159,18 @@ class Daemon:
                 _answer(reply)
         return reply
 
+    def look(self, fs: str, path: str) -> int:
+        """Status of one cheap question for a file: 200, 404 if nothing is there, another if it
+        cannot be told so (a directory, an error).
+
+        Raises
+        ------
+        WireError
+        """
+        with self._wire.ask("HEAD", quote(f"/[{fs}]/{path}"), {}) as reply:
+            reply.read()
+            return reply.status
+
     def upload(self, fs: str, folder: str, name: str, source: Readable, size: int) -> None:
         """Write ``size`` bytes of ``source`` to ``folder/name``, whatever is there.
 

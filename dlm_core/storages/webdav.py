@@ -120,13 +120,6 @@ class WebdavStorage(Listed):
     def _target(self, path: str) -> str:
         return quote(f"{self._base}/{path}" if path else self._base, safe=_SAFE)
 
-    def _new_path(self, path: str) -> str:
-        """``path`` if it may stand in MOVE's Destination."""
-        if "?" in path or ";" in path:
-            # WsgiDAV takes them for the end of the name, and moves to a shorter one
-            raise self._refused(path, "not every server keeps '?' and ';' in a new name")
-        return self._path(path)
-
     def _ask(
         self,
         method: str,

@@ -17,6 +17,7 @@ import pytest
 from dlm_core.errors import (
     AccessDeniedError,
     InvalidValueError,
+    PayloadExistsError,
     StorageFullError,
     StorageUnavailableError,
 )
@@ -162,6 +163,18 @@ def test_a_forked_process_has_a_daemon_of_its_own(remote):
         os._exit(0 if own.process.pid != first else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert get(remote, "x") == b"payload" and daemon().process.pid == first
+
+
+def test_a_folder_in_the_way_of_a_file_stays(wsgidav):
+    """Where the backend would replace it by the file: WebDAV's MOVE, as rclone asks for it."""
+    storage = open_dav_by_rclone(wsgidav)
+    put(storage, "x", b"mine")
+    put(storage, "folder/y", b"theirs")
+    with pytest.raises(PayloadExistsError):
+        storage.rename("x", "folder")
+    with pytest.raises(PayloadExistsError):
+        storage.rename("folder", "x")
+    assert contents(storage) == {"x": b"mine", "folder/y": b"theirs"}
 
 
 # --- secrets --------------------------------------------------------------------------------------

@@ -75,9 +75,11 @@ def location_list(as_json: Json = False) -> None:
 def storage_add(
     name: Name,
     location: Annotated[str, typer.Option(help="Name of its location.")],
-    root: Annotated[str, typer.Option(help="Absolute folder (posix), or bucket/prefix (s3).")],
+    root: Annotated[
+        str, typer.Option(help="Folder (posix), bucket/prefix (s3), URL (webdav, http).")
+    ],
     phase: Annotated[str, typer.Option(help="PLASMA, GAS, LIQUID or SOLID.")] = "LIQUID",
-    interface: Annotated[str, typer.Option(help="posix or s3.")] = "posix",
+    interface: Annotated[str, typer.Option(help="posix, s3, webdav, http, rclone.")] = "posix",
     storage_class: Annotated[
         str | None, typer.Option("--class", help="disk, object, tape.")
     ] = None,
@@ -107,6 +109,8 @@ def storage_add(
     chosen = parse_pairs(config, "--config")
     default_class = "object" if interface == "s3" else "disk"
     kind = parse_choice("class", storage_class or default_class, ("disk", "object", "tape"))
+    # what can only be read from is others' by nature
+    managed = not unmanaged and interface != "http"
     open_storage(name, interface, root, chosen).check()
 
     def add(connection: Any) -> None:
@@ -119,8 +123,8 @@ def storage_add(
             phase=parse_choice("phase", phase, _PHASES) or "",
             storage_class=kind or "",
             config=chosen,
-            managed=not unmanaged,
-            mode="read_only" if read_only or unmanaged else "read_write",
+            managed=managed,
+            mode="read_only" if read_only or not managed else "read_write",
             options=options,
             now=context.clock(),
         )

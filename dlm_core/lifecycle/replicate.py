@@ -100,7 +100,8 @@ def copy_path(uri: str, version: int, interface: str = "posix") -> str:
     top = scheme if version == 1 else f"{scheme}@{version}"
     odd = _ODD_NAMES.get(interface)
     if odd is not None and odd.search(decode_path(path)):
-        return encode_path(f"{top}!/{path}")
+        # a semicolon may stand in a URI as it is, but not in every server's names
+        return encode_path(f"{top}!/{path.replace(';', '%3B')}")
     return f"{top}/{path}"
 
 

@@ -1,1 +1,1 @@
-from tests.backends import s3  # noqa: F401
+from tests.backends import s3, wsgidav  # noqa: F401

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,17 @@ def one_move(
 
 
 def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
+    """As :func:`each`, all together."""
+    return list(each(home, folder, quick))
+
+
+def each(home: Path, folder: Path, quick: bool) -> Iterator[Result]:
     """A many small files, B few large ones; by our own adapter and by rclone's."""
     sets = (
         {"A": (500, 10_000), "B": (4, 20_000_000)}
         if quick
         else {"A": (5000, 10_000), "B": (20, 10**8)}
     )
-    found = []
     for label, (count, size) in sets.items():
         source = folder / f"dav-source-{label}"
         source.mkdir()
@@ -139,8 +144,7 @@ def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
             ("rclone", True),
         ):
             with rclone_webdav_server(folder / f"dav-{label}-{interface}-{check}") as server:
-                found.append(one_move(home, source, server, interface, label, check))
-    return found
+                yield one_move(home, source, server, interface, label, check)
 
 
 if __name__ == "__main__":
@@ -150,5 +154,6 @@ if __name__ == "__main__":
     from benchmarks.measure import server as catalogue
 
     with catalogue() as home, scratch() as folder:
-        for row in run_all(home, folder, "--quick" in sys.argv):
-            print("{case:55} {value:>12} {unit:10} limit {limit:>12}  ratio {ratio}".format(**row))
+        for row in each(home, folder, "--quick" in sys.argv):
+            line = "{case:55} {value:>12} {unit:10} limit {limit:>12}  ratio {ratio}"
+            print(line.format(**row), flush=True)

@@ -27,10 +27,15 @@ def read_authorization(name: str, config: WebConfig) -> str:
     Raises
     ------
     InvalidValueError
-        if a reference leads to nothing.
+        if a reference leads to nothing, or to what cannot stand in a header.
     """
     if config.token:
-        return f"Bearer {read_secret(name, config.token)}"
+        token = read_secret(name, config.token)
+        if not (token.isascii() and token.isprintable()):
+            raise InvalidValueError(
+                what=f"storage {name}: {config.token}", value="(not shown)", expected="one line"
+            )
+        return f"Bearer {token}"
     if not config.user:
         return ""
     password = read_secret(name, config.password) if config.password else ""

@@ -33,6 +33,7 @@ _CONNECT_SECONDS = 10
 # a whole request may take long, its silence may not
 _SILENCE_SECONDS = 300
 _SECRET_SECONDS = 1.0
+_MOST_FOLDERS = 10_000
 _LOCKED_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
 _TEMP = temp_path("")
 _SAFE = "/-._~!$&'()*+,;=:@"
@@ -215,12 +216,18 @@ class WebdavStorage(Listed):
         return inside
 
     def _entries(self, body: bytes) -> list[Entry]:
+        try:
+            responses = self._parsed(body).findall(f"{_DAV}response")
+            return [self._entry(response) for response in responses]
+        except (ValueError, TypeError):
+            raise self._unavailable("its answer cannot be understood") from None
+
+    def _parsed(self, body: bytes) -> ElementTree.Element:
         if b"<!ENTITY" in body or b"<!DOCTYPE" in body:
             raise self._unavailable("its answer is not plain XML")
         try:
-            responses = ElementTree.fromstring(body).findall(f"{_DAV}response")
-            return [self._entry(response) for response in responses]
-        except (ElementTree.ParseError, ValueError, TypeError):
+            return ElementTree.fromstring(body)
+        except ElementTree.ParseError:
             raise self._unavailable("its answer cannot be understood") from None
 
     def _entry(self, response: ElementTree.Element) -> Entry:
@@ -343,6 +350,8 @@ class WebdavStorage(Listed):
         elif status == 405 and not self._is_folder(folder):
             raise self._refused(folder, "a file stands where a folder is wanted")
         with self._lock:
+            if len(self._folders) >= _MOST_FOLDERS:
+                self._folders.clear()
             self._folders.add(folder)
 
     def _make_parents(self, folder: str) -> None:
@@ -404,11 +413,11 @@ class WebdavStorage(Listed):
             body = self._all_of(reply)
         if reply.status != 207:
             raise self._error(reply.status, "")
+        found = self._parsed(body)
         try:
-            found = ElementTree.fromstring(body)
             free = int(found.findtext(f".//{_DAV}quota-available-bytes") or "-1")
             used = int(found.findtext(f".//{_DAV}quota-used-bytes") or "-1")
-        except (ElementTree.ParseError, ValueError):
+        except ValueError:
             return None
         return Usage(used + free, used) if free >= 0 and used >= 0 else None
 
@@ -434,6 +443,7 @@ class WebdavStream:
     def stamp(self) -> Hashable:
         """ETag, time of change and size, asked anew."""
         with self._storage._ask("HEAD", self._path) as reply:
+            self._storage._all_of(reply)
             return _stamp(reply)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ leaves open whether the server acted, and the caller has to look.
 from __future__ import annotations
 
 import http.client
+import os
 import select
 import threading
 from collections.abc import Callable, Mapping
@@ -89,6 +90,7 @@ class Wire:
         self._connect, self._most = connect, idle
         self._idle: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
+        self._owner = os.getpid()
 
     def ask(self, method: str, target: str, headers: Headers, body: bytes = b"") -> Reply:
         """Send a request whose body is at hand; the reply's status may be any.
@@ -164,6 +166,8 @@ class Wire:
     def _take(self) -> tuple[http.client.HTTPConnection, bool]:
         """A connection, and whether it was used before."""
         with self._lock:
+            if self._owner != os.getpid():  # a fork's connections are its parent's
+                self._idle, self._owner = [], os.getpid()
             while self._idle:
                 connection = self._idle.pop()
                 if _is_quiet(connection):

@@ -203,6 +203,7 @@ class _Mover:
         results = _each(pool, self._settle, copies)
         if not self.atomic:
             results = self._make_names_durable(results)
+        self._clear_together(copies)
         return [result for result in results if result.error is None or not stopped]
 
     def _prepare(self, task: CopyTask, slot: int, folder: str | None) -> _Copy:
@@ -249,6 +250,16 @@ class _Mover:
                 self.destination.remove(path)
         except DlmError:
             pass  # the sweep finds it
+
+    def _clear_together(self, copies: Sequence[_Copy]) -> None:
+        """The folder that a sub-batch was taken to has only empty ones by now, or leftovers."""
+        top = temp_path("b/")
+        written = [copy.written for copy in copies if copy.written.startswith(top)]
+        for folder in {"/".join(path.split("/")[: top.count("/") + 1]) for path in written}:
+            try:
+                self.destination.remove(folder)
+            except DlmError:
+                pass  # the sweep finds it
 
     def _write(self, file: _File) -> None:
         if self.outage is not None:

@@ -250,7 +250,7 @@ def test_many_files_are_taken_in_one_request(source, remote, monkeypatch):
     results = list(copy_batch(source, remote, tasks, progress=told.append))
     assert [one.error for one in results] == [None] * 40 and sum(told) == 40_000
     assert contents(remote) == {f"to/{path}": content for path, content in data.items()}
-    assert list(remote.walk(".dlm")) == []
+    assert list(remote.walk(".dlm")) == [] and remote._list(".dlm/tmp/b") == []
 
 
 def test_a_damaged_source_among_many_is_told_as_such(source, remote):

@@ -12,12 +12,15 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 USER = "dlm"
 
@@ -155,3 +158,37 @@ def web_server(folder: Path) -> Iterator[str]:
     server = Server([*command, "--directory", str(folder)], folder.parent / "web.log", port)
     with running(server):
         yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def answering(
+    status: int, headers: Mapping[str, str] | None = None, body: bytes = b""
+) -> Iterator[tuple[str, list[Any]]]:
+    """A server that gives one answer to everything; yields its URL and what it was told."""
+    heard: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            heard.append((self.command, self.path, dict(self.headers)))
+            self.send_response(status)
+            for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_PUT = do_PROPFIND = do_MKCOL = do_MOVE = do_DELETE = do_HEAD = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", heard
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -66,6 +66,7 @@ class Daemon:
         self._remotes: dict[str, str] = {}
         self._lock = threading.Lock()
         self._started = threading.Event()
+        self._ready = self._gone = False
         self.process: subprocess.Popen[bytes] | None = None
         self._failure = ""
         threading.Thread(target=self._run, name="dlm-rclone", daemon=True).start()
@@ -103,6 +104,7 @@ class Daemon:
         while time.monotonic() < deadline and self.alive():
             with suppress(WireError, RcloneError):
                 self.call("rc/noop", {})
+                self._ready = True
                 return
             time.sleep(0.02)
         self.stop()
@@ -111,7 +113,9 @@ class Daemon:
     def alive(self) -> bool:
         """Whether it runs and is this process's own: a forked child starts another."""
         process = self.process
-        return self.owner == os.getpid() and process is not None and process.poll() is None
+        if self._gone or self.owner != os.getpid():
+            return False
+        return process is not None and process.poll() is None
 
     def stop(self) -> None:
         """End it and remove its folder; only the process that started it does."""
@@ -127,6 +131,8 @@ class Daemon:
         try:
             connection.connect_to(self._socket)
         except OSError as error:
+            if self._ready and isinstance(error, (ConnectionRefusedError, FileNotFoundError)):
+                self._gone = True  # before the kernel has told of its end
             raise WireError(f"rclone's socket: {error.strerror or error}") from None
         return connection
 

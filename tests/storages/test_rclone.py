@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import uuid
+from base64 import b64encode
 from hashlib import sha256
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.mover import CopyTask, copy_batch
 from dlm_core.types import PayloadKind
 from tests.backends import open_dav_by_rclone
-from tests.servers import USER, web_server
+from tests.servers import USER, answering, web_server
 
 
 @pytest.fixture
@@ -116,6 +117,7 @@ def test_a_daemon_killed_while_it_takes_many_loses_nothing(source, remote):
             first.process.kill()
 
     results = list(copy_batch(source, remote, tasks, progress=kill))
+    first.process.wait(10)
     assert killed.is_set() and daemon() is not first
     failed = [one.task for one in results if one.error is not None]
     assert all(one.error.retryable for one in results if one.error is not None)
@@ -320,3 +322,14 @@ def test_a_web_server_that_is_down_is_an_outage():
     for call in (storage.check, lambda: storage.stat("x"), lambda: list(storage.walk())):
         with pytest.raises(StorageUnavailableError):
             call()
+
+
+def test_a_web_server_is_asked_with_the_password(monkeypatch):
+    """As a header, which no error and no list of processes shows."""
+    monkeypatch.setenv("DLM_TEST_WEB", "pass,word\"'")
+    config = {"user": USER, "password": "env:DLM_TEST_WEB"}
+    page = b"<html><body><a href='x'>x</a></body></html>"
+    with answering(200, {"Content-Type": "text/html"}, page) as (url, heard):
+        open_storage("web", "http", url, config).check()
+    wanted = "Basic " + b64encode(f"{USER}:pass,word\"'".encode()).decode()
+    assert heard and {headers.get("Authorization") for _, _, headers in heard} == {wanted}

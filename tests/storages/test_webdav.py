@@ -7,9 +7,7 @@ import subprocess
 import threading
 import time
 import uuid
-from contextlib import contextmanager
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -25,7 +23,7 @@ from dlm_core.storages.open import open_storage
 from dlm_core.transfers.mover import CopyTask, copy_batch
 from dlm_core.types import PayloadKind
 from tests.backends import open_dav
-from tests.servers import USER, wsgidav_server
+from tests.servers import USER, answering, wsgidav_server
 
 
 @pytest.fixture
@@ -57,37 +55,6 @@ def calls(storage):
         storage.usage,
         storage.check,
     ]
-
-
-@contextmanager
-def answering(status, headers=None, body=b""):
-    """A server that gives one answer to everything; yields its URL and what it was told."""
-    heard = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def answer(self):
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            heard.append((self.command, self.path, dict(self.headers)))
-            self.send_response(status)
-            for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_GET = do_PUT = do_PROPFIND = do_MKCOL = do_MOVE = do_DELETE = answer
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", heard
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def test_an_unreachable_server_is_an_outage_within_seconds():
@@ -217,6 +184,15 @@ def test_an_answer_that_breaks_off_is_no_short_file():
             assert stream.read(5) == b"short"
             with pytest.raises(StorageUnavailableError):
                 stream.read(5)
+
+
+@pytest.mark.parametrize("secret", ["two\nlines", "n\u00f6-ascii"])
+def test_a_token_that_cannot_stand_in_a_header_is_refused_and_not_shown(monkeypatch, secret):
+    """In our words, instead of those of the HTTP client, which repeat it."""
+    monkeypatch.setenv("DLM_TEST_TOKEN", secret)
+    with pytest.raises(InvalidValueError) as caught:
+        open_storage("x", "webdav", "http://127.0.0.1:9", {"token": "env:DLM_TEST_TOKEN"})
+    assert secret not in str(caught.value) and "DLM_TEST_TOKEN" in str(caught.value)
 
 
 def test_a_rotated_password_is_found_without_reopening(tmp_path):

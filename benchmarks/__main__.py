@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import catalogue, moving
+from benchmarks import catalogue, moving, moving_dav
 from benchmarks.measure import scratch, server
 
 
@@ -14,7 +14,8 @@ def main() -> None:
     """Run all cases; each is a ratio to a bare limit of the same run."""
     quick = "--quick" in sys.argv
     with server() as home, scratch() as folder:
-        found = moving.run_all(home, folder, quick) + catalogue.run_all(home, folder, quick)
+        found = moving.run_all(home, folder, quick) + moving_dav.run_all(home, folder, quick)
+        found += catalogue.run_all(home, folder, quick)
     for row in found:
         print("{case:55} {value:>12} {unit:10} limit {limit:>12}  ratio {ratio}".format(**row))
     if not quick:

@@ -80,10 +80,15 @@ def storage_add(
     location: Annotated[str, typer.Option(help="Name of its location.")],
     root: Annotated[
         str,
-        typer.Option(help="/folder (posix), bucket/prefix (s3) or user@host:port/folder (sftp)."),
+        typer.Option(
+            help="/folder (posix), bucket/prefix (s3), user@host:port/folder (sftp), "
+            "URL (webdav, http)."
+        ),
     ],
     phase: Annotated[str, typer.Option(help="PLASMA, GAS, LIQUID or SOLID.")] = "LIQUID",
-    interface: Annotated[str, typer.Option(help="posix, s3 or sftp.")] = "posix",
+    interface: Annotated[
+        str, typer.Option(help="posix, s3, sftp, webdav, http, rclone.")
+    ] = "posix",
     storage_class: Annotated[
         str | None, typer.Option("--class", help="disk, object, tape.")
     ] = None,
@@ -113,6 +118,8 @@ def storage_add(
     chosen = parse_pairs(config, "--config")
     default_class = "object" if interface == "s3" else "disk"
     kind = parse_choice("class", storage_class or default_class, ("disk", "object", "tape"))
+    # what can only be read from is others' by nature
+    managed = not unmanaged and interface != "http"
     open_storage(name, interface, root, chosen).check()
 
     def add(connection: Any) -> None:
@@ -125,8 +132,8 @@ def storage_add(
             phase=parse_choice("phase", phase, _PHASES) or "",
             storage_class=kind or "",
             config=chosen,
-            managed=not unmanaged,
-            mode="read_only" if read_only or unmanaged else "read_write",
+            managed=managed,
+            mode="read_only" if read_only or not managed else "read_write",
             options=options,
             now=context.clock(),
         )

@@ -15,6 +15,7 @@ from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
 from tests.fakes import QuotaStorage
 from tests.faulty import Faulty
+from tests.servers import USER, DavServer, rclone_webdav_server, wsgidav_server
 from tests.sshd import SshServer, ssh_server
 
 KEYS = {"access_key": "env:DLM_TEST_S3_KEY", "secret_key": "env:DLM_TEST_S3_SECRET"}
@@ -46,12 +47,47 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
         yield server
 
 
-_KINDS = ("posix", "s3", "sftp", "sftp_shell", "quota", "faulty", "faulty_s3", "faulty_sftp")
+@pytest.fixture(scope="session")
+def wsgidav(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DavServer]:
+    """One WsgiDAV a test session."""
+    with wsgidav_server(tmp_path_factory.mktemp("wsgidav")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclonedav(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DavServer]:
+    """One 'rclone serve webdav' a test session."""
+    with rclone_webdav_server(tmp_path_factory.mktemp("rclonedav")) as server:
+        yield server
+
+
+def open_dav(server: DavServer, name: str = "dav") -> Storage:
+    """An empty storage of its own on a WebDAV server."""
+    return open_storage(name, "webdav", server.make_collection(), server.config)
+
+
+def open_dav_by_rclone(server: DavServer, **options: str) -> Storage:
+    """As :func:`open_dav`, by rclone's own WebDAV backend."""
+    config = {
+        "type": "webdav", "url": server.make_collection(), "vendor": "other", "user": USER,
+        "pacer_min_sleep": "0s", "secret_pass": server.config["password"],
+    }  # fmt: skip
+    return open_storage("remote", "rclone", ".", config | options)
+
+
+_KINDS = (
+    "posix", "s3", "sftp", "sftp_shell", "wsgidav", "rclonedav", "rclone", "rclone_wsgidav",
+    "quota", "faulty", "faulty_s3", "faulty_sftp",
+)  # fmt: skip
 
 
 @pytest.fixture(params=_KINDS)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty storage of each kind; all keep the one contract, wrappers with faults off too."""
+    if request.param.startswith("rclone_"):
+        return open_dav_by_rclone(request.getfixturevalue("wsgidav"))
+    if request.param.endswith("dav"):
+        return open_dav(request.getfixturevalue(request.param))
     if request.param.endswith("s3"):
         server = request.getfixturevalue("s3")
         root = f"{server.bucket}/{uuid.uuid4().hex}"
@@ -65,6 +101,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
         far = open_storage("far", "sftp", server.root(root), server.config(shell=shell))
         return cast(Storage, Faulty(far)) if request.param == "faulty_sftp" else far
     inner = open_storage("disk", "posix", str(root), {})
+    if request.param == "rclone":
+        return open_storage("remote", "rclone", str(root), {"type": "local"})
     if request.param == "quota":
         return cast(Storage, QuotaStorage(inner, 1 << 40))
     return cast(Storage, Faulty(inner)) if request.param == "faulty" else inner

@@ -13,6 +13,9 @@ from dlm_core.storages.port import Storage
 class Wrapped:
     """Passes everything on to a real storage; subclasses change one thing."""
 
+    #: files go one by one, through what the subclass changes
+    take_many = None
+
     def __init__(self, inner: Storage) -> None:
         self.inner = inner
 

@@ -24,6 +24,9 @@ _LONGEST_HASH = 40
 _BUILT_IN = ("scheme", "path", "name", "version", "hash")
 # control characters, backslashes and octets that are no UTF-8 (see S3Storage)
 _NO_OBJECT_KEY = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
+_NO_URL_NAME = re.compile(r"[\x00-\x1f\x7f\\?;\ud800-\udfff]")
+#: what an interface's servers do not all keep in a name
+_ODD_NAMES = {"s3": _NO_OBJECT_KEY, "webdav": _NO_URL_NAME, "rclone": _NO_URL_NAME}
 #: octets of a file's name on common file systems, and of an object's key
 _LONGEST_NAME, _LONGEST_KEY = 255, 1024
 Values = Mapping[str, str]
@@ -199,8 +202,8 @@ def _checked(path: str, uri: str, number: int, interface: str) -> str:
     except InvalidValueError:
         problem, encoded = "without '.', '..', or empty segments, below the root", ""
     top, _, rest = path.partition("/")
-    if interface == "s3" and _NO_OBJECT_KEY.search(path):
-        encoded = encode_path(f"{encode_path(top)}!/{encode_path(rest or top)}")
+    if _is_odd(path, interface):
+        encoded = _set_apart(encode_path(top), encode_path(rest or top))
     octets = [
         len(part) for part in decode_path(encoded).encode("utf-8", "surrogateescape").split(b"/")
     ]
@@ -221,12 +224,20 @@ def copy_path(uri: str, version: int, interface: str = "posix") -> str:
     """Where a copy lies without rules: ``scheme/path``, encoded as the catalogue has it.
 
     Versions after the first have a top folder of their own: a longer file name could pass the 255
-    octets that file systems allow. Names that S3 does not keep as they are lie there in their
+    octets that file systems allow. Names that S3 or WebDAV may not keep lie there in their
     percent-encoded form, in a top folder of their own (no scheme has a ``!``) so that they meet no
     file which is really called so.
     """
     scheme, _, path = uri.partition(":")
     top = scheme if version == 1 else f"{scheme}@{version}"
-    if interface == "s3" and _NO_OBJECT_KEY.search(decode_path(path)):
-        return encode_path(f"{top}!/{path}")
-    return f"{top}/{path}"
+    return _set_apart(top, path) if _is_odd(decode_path(path), interface) else f"{top}/{path}"
+
+
+def _is_odd(path: str, interface: str) -> bool:
+    pattern = _ODD_NAMES.get(interface)
+    return pattern is not None and pattern.search(path) is not None
+
+
+def _set_apart(top: str, encoded: str) -> str:
+    # a semicolon may stand in a URI as it is, but not in every server's names
+    return encode_path(f"{top}!/{encoded.replace(';', '%3B')}")

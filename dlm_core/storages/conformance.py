@@ -30,11 +30,12 @@ _NAMES = (
     "quote'\".dat",
     "percent%20.dat",
     "ünïcödé-星.dat",
-    "hash#?&=+.dat",
+    "hash#&=+.dat",
     "-dash",
     ".dot",
     "a" * 255,
 )
+_DOUBTFUL = ("question?.dat", "semi;colon.dat", "back\\slash.dat", "new\nline.dat")
 # none, little, and around the 8 MiB at which an object store begins to write in parts
 _SIZES = (0, 1, (8 << 20) - 1, 8 << 20, (8 << 20) + 1, 20 << 20)
 #: entries of the whole storage that are looked at for what should be hidden
@@ -67,6 +68,20 @@ def any_name_is_written_read_listed_and_removed(storage: Storage, folder: str) -
         _want(storage, many is not None and many.size == 7, f"stat_many of {name!r} tells {many}")
         storage.remove(path)
         _want(storage, storage.stat(path) is None, f"{name!r} is there after its removal")
+
+
+def a_doubtful_name_is_kept_or_refused(storage: Storage, folder: str) -> None:
+    """A name that the storage cannot keep as it is ends in PathRefusedError, never elsewhere."""
+    for name in _DOUBTFUL:
+        path = f"{folder}/doubtful/{name}"
+        try:
+            put(storage, path)
+        except PathRefusedError:
+            continue
+        found = [entry.path for entry in storage.walk(f"{folder}/doubtful")]
+        _want(storage, found == [path], f"{name!r} is listed as {found}")
+        _want(storage, get(storage, path) == b"payload", f"{name!r} reads back differently")
+        storage.remove(path)
 
 
 def bytes_of_every_size_come_back(storage: Storage, folder: str) -> None:
@@ -227,6 +242,7 @@ def it_is_well_and_tells_its_capacity(storage: Storage, folder: str) -> None:
 CHECKS: tuple[Check, ...] = (
     it_is_well_and_tells_its_capacity,
     any_name_is_written_read_listed_and_removed,
+    a_doubtful_name_is_kept_or_refused,
     bytes_of_every_size_come_back,
     nothing_is_overwritten,
     a_large_write_does_not_overwrite,

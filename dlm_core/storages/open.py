@@ -54,7 +54,32 @@ def _sftp(name: str, root: str, config: Mapping[str, Any]) -> Storage:
     return open_sftp(name, root, config)
 
 
-_BUILT_IN: dict[str, Opener] = {"posix": _posix, "s3": _s3, "sftp": _sftp}
+def _webdav(name: str, root: str, config: Mapping[str, Any]) -> Storage:
+    from dlm_core.storages.webdav import open_webdav
+
+    return open_webdav(name, root, config)
+
+
+def _http(name: str, root: str, config: Mapping[str, Any]) -> Storage:
+    from dlm_core.storages.rclone import open_http
+
+    return open_http(name, root, config)
+
+
+def _rclone(name: str, root: str, config: Mapping[str, Any]) -> Storage:
+    from dlm_core.storages.rclone import open_rclone
+
+    return open_rclone(name, root, config)
+
+
+_BUILT_IN: dict[str, Opener] = {
+    "posix": _posix,
+    "s3": _s3,
+    "sftp": _sftp,
+    "webdav": _webdav,
+    "http": _http,
+    "rclone": _rclone,
+}
 
 
 @lru_cache(maxsize=1)
@@ -71,7 +96,8 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
 
     Parameters
     ----------
-    root : absolute folder (posix), ``bucket/prefix`` (s3) or ``user@host:port/folder`` (sftp)
+    root : absolute folder (posix), ``bucket/prefix`` (s3), ``user@host:port/folder`` (sftp), URL
+        (webdav, http) or a path on the remote (rclone)
     config : what the interface needs; secrets only by reference, never themselves
 
     Raises

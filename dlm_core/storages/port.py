@@ -102,6 +102,10 @@ class Storage(Protocol):
         of which nothing is told are left out, and so are all once ``stop`` is set. It may prove a
         copy that was just written, for no other bytes have that digest; nothing else is concluded
         from it: what differs or is left out is read back here.
+    ``take_many(source, paths, folder, stop, progress) -> dict[path, 'sha256:…']``
+        copies many files of another storage to their paths below ``folder`` (a temporary one) in
+        one request, reads them back there, and tells their digests. What it leaves out was not
+        copied or could not be read; the mover tries it alone.
     """
 
     name: str

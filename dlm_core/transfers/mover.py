@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from hashlib import md5, sha256
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from dlm_core.errors import (
     DestinationDamagedError,
@@ -30,6 +30,7 @@ from dlm_core.errors import (
 )
 from dlm_core.storages.port import ReadStream, Storage, temp_path
 from dlm_core.transfers.checksums import observe
+from dlm_core.transfers.pooled import MAX_CHUNK, each, in_chunks
 from dlm_core.transfers.reading import BLOCK, HashingReader, Interrupted, Progress, read_up_to
 from dlm_core.types import ManifestEntry, PayloadKind
 
@@ -42,10 +43,6 @@ _SUB_BATCH_FILES = 512
 _SUB_BATCH_BYTES = 256 << 20
 # folders for temporary files: threads that make files in one folder wait for each other
 _SLOTS = 16
-_MAX_CHUNK = 16
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +168,9 @@ class _Mover:
         self.write_many = getattr(destination, "write_many", None)
         self.rename_many = getattr(destination, "rename_many", None)
         self.digest_many = getattr(destination, "digest_many", None)
+        self.take_many = getattr(destination, "take_many", None)
         self.read_back = getattr(destination, "read_back", destination.open_read)
-        self.opened_ahead = _MAX_CHUNK if hasattr(destination, "read_back") else 1
+        self.opened_ahead = MAX_CHUNK if hasattr(destination, "read_back") else 1
         self.outage: DlmError | None = None
 
     def concurrency(self) -> int:
@@ -186,13 +184,19 @@ class _Mover:
 
     def write(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[_Copy]:
         """Bring the bytes of one sub-batch over; errors are kept beside the files."""
-        copies = [self._prepare(task, n // _MAX_CHUNK % _SLOTS) for n, task in enumerate(tasks)]
+        folder = temp_path(f"b/{uuid.uuid4().hex}") if self.take_many else None
+        copies = [
+            self._prepare(task, n // MAX_CHUNK % _SLOTS, folder) for n, task in enumerate(tasks)
+        ]
         files = [file for copy in copies for file in copy.files]
+        if folder is not None:
+            self._take_together(folder, [f for f in files if f.written.startswith(folder)])
+            files = [file for file in files if not file.made]
         if self.write_many is not None:
             small = [file for file in files if file.size <= _SMALL]
             list(pool.map(self._write_together, _groups(small)))
             files = [file for file in files if file.size > _SMALL]
-        _each(pool, self._write, files)
+        each(pool, self._write, files)
         return copies
 
     def finish(self, copies: Sequence[_Copy], pool: ThreadPoolExecutor) -> list[CopyResult]:
@@ -204,16 +208,19 @@ class _Mover:
             self._flush(files)
             self._ask_for_digests(files)
         unproven = [file for file in files if not file.error and not file.proven]
-        _in_chunks(pool, self._verify, unproven, self.opened_ahead)
+        in_chunks(pool, self._verify, unproven, self.opened_ahead)
         stopped = self.stop.is_set()
         renamed = self._rename_together(copies)
-        results = _each(pool, lambda copy: self._settle(copy, renamed), copies)
+        results = each(pool, lambda copy: self._settle(copy, renamed), copies)
         if not self.atomic:
             results = self._make_names_durable(results)
+        self._clear_together(copies)
         return [result for result in results if result.error is None or not stopped]
 
-    def _prepare(self, task: CopyTask, slot: int) -> _Copy:
+    def _prepare(self, task: CopyTask, slot: int, folder: str | None) -> _Copy:
         written = task.destination_path if self.atomic else temp_path(f"{slot:x}/{task.token}")
+        if folder is not None and _can_be_listed(task):
+            written = f"{folder}/{task.source_path}"
         copy = _Copy(task, written)
         if task.kind is PayloadKind.FILE:
             copy.files.append(
@@ -230,6 +237,40 @@ class _Mover:
         return copy
 
     # --- write -----------------------------------------------------------------------------------
+
+    def _take_together(self, folder: str, files: Sequence[_File]) -> None:
+        """Have the destination take what it can in one go; what reads back right is proven.
+
+        The rest is cleared and tried file by file, which tells whose fault it is.
+        """
+        begun = time.monotonic()
+        told: dict[str, str] = {}
+        if self.take_many is not None and files and not self.stop.is_set():
+            paths = [file.source for file in files]
+            try:
+                told = self.take_many(self.source, paths, folder, self.stop, self.progress)
+            except DlmError:
+                pass  # the same happens to each, and is told there
+        each = (time.monotonic() - begun) / max(1, len(files))
+        for file in files:
+            file.seconds += each
+            file.made = file.proven = told.get(file.source) == file.digest
+        left = [file.written for file in files if not file.made]
+        try:
+            for path in left if told else [folder] * bool(files):
+                self.destination.remove(path)
+        except DlmError:
+            pass  # the sweep finds it
+
+    def _clear_together(self, copies: Sequence[_Copy]) -> None:
+        """The folder that a sub-batch was taken to has only empty ones by now, or leftovers."""
+        top = temp_path("b/")
+        written = [copy.written for copy in copies if copy.written.startswith(top)]
+        for folder in {"/".join(path.split("/")[: top.count("/") + 1]) for path in written}:
+            try:
+                self.destination.remove(folder)
+            except DlmError:
+                pass  # the sweep finds it
 
     def _write(self, file: _File) -> None:
         def work() -> None:
@@ -524,6 +565,12 @@ class _Mover:
             pass  # the sweep finds it; the task's own error is the one to tell
 
 
+def _can_be_listed(task: CopyTask) -> bool:
+    """Whether all names stand for themselves in a list with one name a line."""
+    names = [task.source_path, *(one.path for one in task.manifest)]
+    return all(name.isprintable() and "\\" not in name for name in names)
+
+
 def _of_destination(error: DlmError, file: _File) -> DlmError:
     """ "Not found" is said of sources only: the catalogue would suspect a good one."""
     if isinstance(error, PayloadNotFoundError):
@@ -546,19 +593,3 @@ def _groups(files: Sequence[_File]) -> Iterator[list[_File]]:
         size += file.size
     if group:
         yield group
-
-
-def _each(pool: ThreadPoolExecutor, function: Callable[[_T], _R], things: Sequence[_T]) -> list[_R]:
-    """``pool.map`` in chunks: handing over a small file costs as much as copying it."""
-    return _in_chunks(pool, lambda chunk: list(map(function, chunk)), things)
-
-
-def _in_chunks(
-    pool: ThreadPoolExecutor,
-    function: Callable[[Sequence[_T]], list[_R]],
-    things: Sequence[_T],
-    longest: int = _MAX_CHUNK,
-) -> list[_R]:
-    length = max(1, min(longest, len(things) // (4 * pool._max_workers)))
-    chunks = [things[n : n + length] for n in range(0, len(things), length)]
-    return [one for done in pool.map(function, chunks) for one in done]

@@ -15,9 +15,11 @@ from sqlalchemy import Engine
 from dlm_cli.session import parse_duration, parse_size, parse_time
 from dlm_core.catalogue.engine import rows
 from dlm_core.errors import InvalidValueError
+from dlm_core.storages.conformance import CHECKS
 from dlm_core.storages.open import open_storage
 from tests.cli.site import Dlm, refused
 from tests.fakes import Tampering
+from tests.servers import USER, web_server, wsgidav_server
 
 # --- the process itself ---------------------------------------------------------------------------
 
@@ -183,11 +185,37 @@ def test_sizes_and_durations_are_taken_as_people_write_them(dlm: Dlm, storages: 
     assert dlm("storage", "show", "a", "--json").json["trash_grace"] == 7 * 86400
 
 
+def test_storages_on_servers_are_added_and_tested(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path
+) -> None:
+    """WebDAV, also by rclone, with the password by reference only; a web server is only read."""
+    with wsgidav_server(tmp_path / "dav") as dav, web_server(tmp_path / "pages") as url:
+        root, secret = dav.make_collection(), dav.config["password"]
+        to = ["--location", "there"]
+        mine = ["--config", f"user={USER}", "--config", f"password={secret}"]
+        added = dlm("storage", "add", "d", *to, "--interface", "webdav", "--root", root, *mine)
+        assert added.code == 0, added.error
+        theirs = [f"url={root}", "type=webdav", f"user={USER}", "pacer_min_sleep=0s"]
+        options = [part for one in theirs for part in ("--config", one)]
+        by_rclone = ["--interface", "rclone", "--root", ".", *options]
+        added = dlm("storage", "add", "r", *to, *by_rclone, "--config", f"secret_pass={secret}")
+        assert added.code == 0, added.error
+        assert dlm("storage", "add", "w", *to, "--interface", "http", "--root", url).code == 0
+        for name in ("d", "r"):
+            tested = dlm("storage", "test", name)
+            assert tested.code == 0 and f"of {len(CHECKS)} checks passed" in tested.out
+        assert "not managed" in refused(dlm("storage", "test", "w"), "DLM-101", 2)
+        plain = dlm("storage", "add", "x", *to, *by_rclone, "--config", "pass=hunter2")
+        assert "hunter2" not in refused(plain, "DLM-101", 2)
+        shown = dlm("storage", "show", "d").out + dlm("storage", "list", "--json").out
+        assert dav.password not in shown
+
+
 def test_a_storage_is_tested_in_a_scratch_folder(dlm: Dlm, storages: dict[str, Path]) -> None:
     """Every check is told with its result, and nothing is left on the storage."""
     (storages["a"] / "theirs").write_bytes(b"1")
     result = dlm("storage", "test", "a")
-    assert result.code == 0 and "of 14 checks passed" in result.out
+    assert result.code == 0 and f"of {len(CHECKS)} checks passed" in result.out
     assert result.out.count("ok ") == 14 and "FAILED" not in result.out
     assert [str(f.relative_to(storages["a"])) for f in storages["a"].rglob("*") if f.is_file()] == [
         "theirs"

@@ -1,1 +1,1 @@
-from tests.backends import s3, sshd  # noqa: F401
+from tests.backends import s3, sshd, wsgidav  # noqa: F401

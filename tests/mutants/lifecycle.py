@@ -280,8 +280,8 @@ LIFECYCLE = (
     Mutant(
         "no-read-back",
         "dlm_core/transfers/mover.py",
-        "_in_chunks(pool, self._verify, unproven, self.opened_ahead)",
-        "_in_chunks(pool, self._verify, [], self.opened_ahead)",
+        "in_chunks(pool, self._verify, unproven, self.opened_ahead)",
+        "in_chunks(pool, self._verify, [], self.opened_ahead)",
         "the digest of the source is believed of the destination",
         (
             (
@@ -310,16 +310,16 @@ LIFECYCLE = (
         "renamed-before-verified",
         "dlm_core/transfers/mover.py",
         (
-            "        _in_chunks(pool, self._verify, unproven, self.opened_ahead)\n"
+            "        in_chunks(pool, self._verify, unproven, self.opened_ahead)\n"
             "        stopped = self.stop.is_set()\n"
             "        renamed = self._rename_together(copies)\n"
-            "        results = _each(pool, lambda copy: self._settle(copy, renamed), copies)\n"
+            "        results = each(pool, lambda copy: self._settle(copy, renamed), copies)\n"
         ),
         (
             "        stopped = self.stop.is_set()\n"
             "        renamed = self._rename_together(copies)\n"
-            "        results = _each(pool, lambda copy: self._settle(copy, renamed), copies)\n"
-            "        _in_chunks(pool, self._verify, unproven, self.opened_ahead)\n"
+            "        results = each(pool, lambda copy: self._settle(copy, renamed), copies)\n"
+            "        in_chunks(pool, self._verify, unproven, self.opened_ahead)\n"
         ),
         "a copy is visible before it was verified",
         (

@@ -1,1 +1,1 @@
-from tests.backends import s3, sshd, storage  # noqa: F401
+from tests.backends import rclonedav, s3, sshd, storage, wsgidav  # noqa: F401

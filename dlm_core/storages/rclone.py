@@ -1,0 +1,531 @@
+"""Whatever rclone can reach: HTTP to read from, and the backends that have no adapter here.
+
+Single calls go to the daemon's socket one by one; many files that lie together on a disk go in one
+``sync/copy`` with a list of them, and are read back in one ``hashsum`` (see ``take_many``).
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import threading
+import uuid
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillRunning
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from dlm_core.errors import (
+    AccessDeniedError,
+    InvalidValueError,
+    PayloadExistsError,
+    PayloadNotFoundError,
+    StorageError,
+    StorageFullError,
+    StorageUnavailableError,
+)
+from dlm_core.storages.config import read_config
+from dlm_core.storages.listing import Listed
+from dlm_core.storages.port import Entry, Readable, Storage, Usage, temp_path
+from dlm_core.storages.posix import PosixStorage
+from dlm_core.storages.rclone_daemon import Daemon, RcloneError, daemon
+from dlm_core.storages.secrets import SecretReference, read_secret
+from dlm_core.storages.web import WebConfig, check_url, read_authorization
+from dlm_core.storages.wire import Reply, WireError
+
+Options = Callable[[], Mapping[str, str]]
+
+_SECRET = "secret_"
+_SECRET_NAMES = re.compile(r"pass|secret|token|credential|bearer|private|(^|_)(key|pem|sas)$")
+_TEMP = temp_path("")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}")
+_HASH_LINE = re.compile(r"([0-9a-f]{64})  (.+)", re.DOTALL)
+_LOCKS = 64
+_LONGEST_MESSAGE = 300
+# what backends say has no codes, only texts
+_ABSENT = re.compile(
+    r"(object|directory|file) not found|no such file|not a directory|\b404\b", re.I
+)
+_DENIED = re.compile(
+    r"permission denied|access ?denied|unauthori[sz]ed|forbidden|unable to authenticate"
+    r"|login incorrect|\b(401|403|530)\b",
+    re.I,
+)
+_FULL = re.compile(r"no space left|insufficient ?storage|quota|disk full|\b507\b", re.I)
+
+
+class RcloneConfig(BaseModel):
+    """What ``config`` of an rclone storage may hold: the backend's ``type``, its options by
+    rclone's names, and ``secret_<option>`` with a reference for each that is a secret."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: str = Field(pattern="^[a-z0-9]+$", description="A backend of rclone's.")
+
+
+def open_rclone(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorage:
+    """A storage on any backend of rclone's; ``root`` is a path on it as rclone writes it, and a
+    dot where the remote begins.
+
+    Raises
+    ------
+    InvalidValueError
+        if a secret is given instead of a reference, or a reference leads to nothing.
+    """
+    parsed = read_config(RcloneConfig, name, config)
+    given = {key: str(value) for key, value in (parsed.model_extra or {}).items()}
+    secrets = {k.removeprefix(_SECRET): v for k, v in given.items() if k.startswith(_SECRET)}
+    plain = {k: v for k, v in given.items() if not k.startswith(_SECRET)}
+    _check_options(name, plain, secrets)
+    if not root.isprintable() or "]" in root or ".." in root.split("/"):
+        raise InvalidValueError(
+            what=f"root of storage {name}", value=root, expected="a path without ']' and '..'"
+        )
+
+    def options() -> dict[str, str]:
+        return plain | {key: read_secret(name, place) for key, place in secrets.items()}
+
+    options()
+    return RcloneStorage(
+        name, parsed.type, options, "" if root == "." else root.rstrip("/") or root
+    )
+
+
+def _check_options(name: str, plain: Mapping[str, str], secrets: Mapping[str, str]) -> None:
+    for key in plain:
+        if _SECRET_NAMES.search(key):
+            raise InvalidValueError(
+                what=f"config of storage {name}: {key}", value="(not shown)",
+                expected=f"{_SECRET}{key}=env:NAME, file:/path or credential:NAME",
+            )  # fmt: skip
+    for key, place in secrets.items():
+        try:
+            TypeAdapter(SecretReference).validate_python(place)
+        except ValidationError:
+            raise InvalidValueError(
+                what=f"config of storage {name}: {_SECRET}{key}", value="(not shown)",
+                expected="env:NAME, file:/path or credential:NAME",
+            ) from None  # fmt: skip
+
+
+def open_http(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorage:
+    """A web server's folder, to read from only; ``root`` is its URL, whose pages list files.
+
+    Raises
+    ------
+    InvalidValueError
+        if the config has unknown keys, ``root`` is no plain URL, or a reference leads to nothing.
+    """
+    parsed = read_config(WebConfig, name, config)
+    check_url(name, root)
+
+    def options() -> dict[str, str]:
+        header = read_authorization(name, parsed)
+        more = {"headers": f'Authorization,"{header}"'} if header else {}
+        return {"url": root.rstrip("/") + "/", **more}
+
+    options()
+    return RcloneStorage(name, "http", options, "", read_only=True)
+
+
+class RcloneStorage(Listed):
+    """A folder of a remote; see :class:`dlm_core.storages.port.Storage`.
+
+    Few backends can create without overwriting, so a destination is looked at just before, by us
+    under a lock and by rclone again; the catalogue gives every path one owner. Files are made
+    under a temporary name and moved. How symbolic links are told is the backend's choice.
+
+    Parameters
+    ----------
+    kind : type of the backend.
+    options : asked at each call for what the backend needs, secrets as they are then.
+    root : path on the remote.
+    read_only : whether every change is refused.
+    """
+
+    atomic_write = False
+    remote = True
+
+    def __init__(
+        self, name: str, kind: str, options: Options, root: str, *,
+        read_only: bool = False, concurrency: int = 16,
+    ) -> None:  # fmt: skip
+        self.name, self.concurrency = name, concurrency
+        self._kind, self._options, self._root = kind, options, root
+        self._read_only = read_only
+        self._locks = [threading.Lock() for _ in range(_LOCKS)]
+
+    # --- calls and errors ------------------------------------------------------------------------
+
+    def _fs(self, running: Daemon, below: str = "") -> str:
+        """What rclone calls this storage; the remote is made again if a secret has changed."""
+        fs = f"{running.remote(self._kind, self._options())}:{self._root}"
+        if not below:
+            return fs
+        return f"{fs}{below}" if fs.endswith((":", "/")) else f"{fs}/{below}"
+
+    def _call(self, command: str, path: str, **parameters: Any) -> dict[str, Any]:
+        try:
+            running = daemon()
+            return running.call(command, {"fs": self._fs(running), "remote": path, **parameters})
+        except (RcloneError, WireError, InvalidValueError) as error:
+            raise self._error(error, path) from None
+
+    def _error(self, error: Exception, path: str) -> StorageError:
+        message = self._without_secrets(str(error))
+        if not isinstance(error, RcloneError):
+            return self._unavailable(message)
+        if _FULL.search(message):
+            return StorageFullError(storage=self.name, message=message)
+        if _DENIED.search(message):
+            return AccessDeniedError(storage=self.name, path=path, message=message)
+        if "is a directory" in message:
+            return self._refused(path, "it is a directory, not a file")
+        if _ABSENT.search(message):
+            return PayloadNotFoundError(storage=self.name, path=path)
+        return self._unavailable(message)
+
+    def _without_secrets(self, message: str) -> str:
+        """A backend may tell the address that it asked, with what was in it."""
+        with suppress(InvalidValueError):
+            for key, value in self._options().items():
+                if value and (_SECRET_NAMES.search(key) or key == "headers"):
+                    message = message.replace(value, "(secret)")
+        return message.split("\n")[0][:_LONGEST_MESSAGE]
+
+    def _must_write(self, path: str) -> None:
+        if self._read_only:
+            raise AccessDeniedError(
+                storage=self.name, path=path, message=f"{self._kind} is only read from"
+            )
+
+    # --- looking ---------------------------------------------------------------------------------
+
+    def _check_root(self) -> None:
+        try:
+            self._call("operations/list", "", opt={"noModTime": True, "noMimeType": True})
+        except PayloadNotFoundError:
+            raise self._unavailable("its root is not there") from None
+
+    def _look(self, path: str) -> Entry | None:
+        try:
+            item = self._call("operations/stat", path)["item"]
+        except PayloadNotFoundError:
+            return None
+        return None if item is None else _entry(item)
+
+    def _list(self, folder: str) -> list[Entry] | None:
+        try:
+            found = self._call("operations/list", folder, opt={"noMimeType": True})["list"]
+        except PayloadNotFoundError:
+            return None
+        entries = [_entry(item) for item in found]
+        self._check_inside(entries, folder)
+        # a bucket answers with nothing for a folder that is not there
+        return None if not entries and folder and self._look(folder) is None else entries
+
+    def open_read(self, path: str) -> RcloneStream:
+        entry = self.stat(path)
+        if entry is None:
+            raise PayloadNotFoundError(storage=self.name, path=path)
+        if entry.kind != "file":
+            raise self._refused(path, "it is a directory, not a file")
+        return RcloneStream(self, path, self._open(path), entry)
+
+    def read_back(self, path: str) -> RcloneStream:
+        """As :meth:`open_read` for what is known to be a file: one question less."""
+        return RcloneStream(self, path, self._open(self._path(path)), None)
+
+    def _open(self, path: str) -> Reply:
+        try:
+            running = daemon()
+            return running.open(self._fs(running), path)
+        except (RcloneError, WireError, InvalidValueError) as error:
+            found = self._error(error, path)
+        if isinstance(found, PayloadNotFoundError):
+            self._check_root()
+        raise found
+
+    def usage(self) -> Usage | None:
+        try:
+            told = self._call("operations/about", "")
+        except StorageUnavailableError:
+            self._check_root()  # else it is a backend that cannot tell
+            return None
+        total, used = told.get("total"), told.get("used")
+        return None if total is None or used is None else Usage(total, used)
+
+    def check(self) -> None:
+        self._check_root()
+
+    # --- changing --------------------------------------------------------------------------------
+
+    def write(self, path: str, source: Readable, size: int) -> str | None:
+        self._must_write(path)
+        folder, _, name = self._new_path(path).rpartition("/")
+        if path.startswith(_TEMP) and _PLAIN_NAME.fullmatch(name):
+            self._upload(folder, name, source, size)
+            return None
+        if self.stat(path) is not None:  # before bytes are sent for nothing; the move looks again
+            raise PayloadExistsError(storage=self.name, path=path)
+        written = temp_path(f"w/{uuid.uuid4().hex}")
+        try:
+            self._upload(posixpath.dirname(written), posixpath.basename(written), source, size)
+            found = self._look(written)
+            if found is None or found.size != size:
+                raise self._unavailable(f"{path} was not written whole")
+            self.rename(written, path)
+        except BaseException:
+            with suppress(StorageError):
+                self.remove(written)
+            raise
+        return None
+
+    def _upload(self, folder: str, name: str, source: Readable, size: int) -> None:
+        try:
+            running = daemon()
+            running.upload(self._fs(running), folder, name, source, size)
+        except (RcloneError, WireError, InvalidValueError) as error:
+            found = self._error(error, f"{folder}/{name}")
+            if isinstance(found, PayloadNotFoundError):
+                raise self._unavailable(f"{folder} went while it was written to") from None
+            raise found from None
+
+    def flush(self) -> None:
+        """Nothing to do: what rclone answers is as durable as the backend makes it."""
+
+    def rename(self, source: str, destination: str) -> None:
+        self._must_write(destination)
+        self._path(source), self._new_path(destination)
+        with self._locks[hash(destination) % _LOCKS]:
+            if self._quick_kind(source) == "file":
+                if self._quick_kind(destination) is not None:
+                    raise PayloadExistsError(storage=self.name, path=destination)
+                self._move_file(source, destination)
+                return
+            if self._look(source) is None:
+                self._check_root()
+                raise PayloadNotFoundError(storage=self.name, path=source)
+            if self._look(destination) is not None:
+                raise PayloadExistsError(storage=self.name, path=destination)
+            self._move_tree(source, destination)
+
+    def _quick_kind(self, path: str) -> str | None:
+        """Kind of what is there, without the listing of a folder that :meth:`_look` needs.
+
+        A backend without real folders tells None of one: that only a new file may lie beside.
+        """
+        try:
+            running = daemon()
+            status = running.look(self._fs(running), path)
+        except (RcloneError, WireError, InvalidValueError) as error:
+            raise self._error(error, path) from None
+        if status in (200, 404):
+            return "file" if status == 200 else None
+        entry = self._look(path)  # a folder, or an error to be told
+        return entry.kind if entry else None
+
+    def _move_file(self, source: str, destination: str) -> None:
+        # rclone looks too, and then does nothing
+        self._pair(source, destination)
+        if self._quick_kind(source) == "file":
+            if self._quick_kind(destination) is not None:
+                raise PayloadExistsError(storage=self.name, path=destination)
+            raise self._unavailable(f"{source} was not moved")
+
+    def _pair(self, source: str, destination: str) -> None:
+        try:
+            running = daemon()
+            fs = self._fs(running)
+            running.call(
+                "operations/movefile",
+                {
+                    "srcFs": fs, "srcRemote": source, "dstFs": fs, "dstRemote": destination,
+                    "_config": {"IgnoreExisting": True},
+                },
+            )  # fmt: skip
+        except (RcloneError, WireError, InvalidValueError) as error:
+            found = self._error(error, source)
+            if isinstance(found, PayloadNotFoundError):
+                raise self._unavailable(f"{source} went while it was moved") from None
+            raise found from None
+
+    def _move_tree(self, source: str, destination: str) -> None:
+        try:
+            running = daemon()
+            running.call(
+                "sync/move",
+                {
+                    "srcFs": self._fs(running, source), "dstFs": self._fs(running, destination),
+                    "deleteEmptySrcDirs": True, "_config": {"IgnoreExisting": True},
+                },
+            )  # fmt: skip
+        except (RcloneError, WireError, InvalidValueError) as error:
+            found = self._error(error, source)
+            raise (
+                self._unavailable(f"{source} went while it was moved")
+                if isinstance(found, PayloadNotFoundError)
+                else found
+            ) from None
+        if self._list(source):
+            raise self._unavailable(f"{source} was not moved whole")
+        self.remove(source)
+
+    def remove(self, path: str) -> None:
+        self._must_write(path)
+        entry = self._look(self._path(path))
+        if entry is None:
+            self._check_root()
+            return
+        what = "deletefile" if entry.kind == "file" else "purge"
+        with suppress(PayloadNotFoundError):  # another removed it
+            self._call(f"operations/{what}", path)
+
+    # --- many at once ----------------------------------------------------------------------------
+
+    def take_many(
+        self,
+        source: Storage,
+        paths: Sequence[str],
+        folder: str,
+        stop: threading.Event,
+        progress: Callable[[int], None] | None,
+    ) -> dict[str, str]:
+        """Copy files of ``source`` to their paths below ``folder``, and read them back.
+
+        Returns the sha256 of what lies there by path of ``source``; what is left out was not
+        copied, or could not be read, and is the caller's to try alone.
+
+        Raises
+        ------
+        StorageUnavailableError, StorageFullError, AccessDeniedError
+        """
+        self._must_write(folder)
+        if not isinstance(source, PosixStorage) or not paths:
+            return {}
+        try:
+            running = daemon()
+            local = f"{running.remote('local', {})}:{source.root}"
+            target = self._fs(running, folder)
+            with _ListFile(running.folder, paths) as list_file:
+                self._copy_listed(running, local, target, list_file, stop, progress)
+            return {} if stop.is_set() else self._hashes(running, target)
+        except (RcloneError, WireError, InvalidValueError) as error:
+            found = self._error(error, folder)
+            raise (
+                self._unavailable("the copies went while they were looked at")
+                if isinstance(found, PayloadNotFoundError)
+                else found
+            ) from None
+
+    def _copy_listed(
+        self, running: Daemon, local: str, target: str, list_file: str,
+        stop: threading.Event, progress: Callable[[int], None] | None,
+    ) -> None:  # fmt: skip
+        group = f"dlm-{uuid.uuid4().hex}"
+        parameters = {
+            "srcFs": local, "dstFs": target, "_group": group,
+            "_filter": {"FilesFromRaw": [list_file]},
+            "_config": {
+                "Transfers": self.concurrency, "NoTraverse": True, "NoCheckDest": True,
+                "IgnoreChecksum": True, "Retries": 1,
+            },
+        }  # fmt: skip
+        with ThreadPoolExecutor(1, "dlm-rclone-copy") as pool:
+            copying = pool.submit(running.call, "sync/copy", parameters)
+            done = 0
+            while not _ended(copying):
+                if stop.is_set():
+                    running.call("job/stopgroup", {"group": group})
+                moved = int(running.call("core/stats", {"group": group}).get("bytes", 0))
+                if progress is not None and moved > done:
+                    progress(moved - done)
+                    done = moved
+            failure = copying.exception()
+        with suppress(RcloneError, WireError):
+            moved = int(running.call("core/stats", {"group": group}).get("bytes", 0))
+            if progress is not None and moved > done:
+                progress(moved - done)
+            running.call("core/stats-delete", {"group": group})
+        # one file's trouble is that file's: it is missing from the digests
+        if failure is not None and not isinstance(failure, RcloneError):
+            raise failure
+        if isinstance(failure, RcloneError) and (_FULL.search(str(failure)) or stop.is_set()):
+            raise failure
+
+    def _hashes(self, running: Daemon, target: str) -> dict[str, str]:
+        told = running.call(
+            "operations/hashsum",
+            {
+                "fs": target, "hashType": "sha256", "download": True,
+                "_config": {"Checkers": self.concurrency, "Transfers": self.concurrency},
+            },
+        )  # fmt: skip
+        lines = map(_HASH_LINE.fullmatch, told.get("hashsum") or ())
+        return {line[2]: f"sha256:{line[1]}" for line in lines if line}
+
+
+class _ListFile:
+    """A file with one path a line, in the daemon's own folder."""
+
+    def __init__(self, folder: Path, paths: Sequence[str]) -> None:
+        self._file = folder / f"list-{uuid.uuid4().hex}"
+        self._file.write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
+
+    def __enter__(self) -> str:
+        return str(self._file)
+
+    def __exit__(self, *_: object) -> None:
+        self._file.unlink(missing_ok=True)
+
+
+class RcloneStream:
+    """The bytes of a file, read once, front to back."""
+
+    def __init__(
+        self, storage: RcloneStorage, path: str, reply: Reply, entry: Entry | None
+    ) -> None:
+        self._storage, self._path, self._reply = storage, path, reply
+        self.size: int = entry.size if entry else reply.length or 0
+        self.opened: Hashable = entry
+
+    def read(self, size: int = -1, /) -> bytes:
+        """At most ``size`` bytes; all of them if negative."""
+        try:
+            return self._reply.read(size)
+        except WireError as error:
+            raise self._storage._error(error, self._path) from None
+
+    def stamp(self) -> Hashable:
+        """Size and time of change, asked anew."""
+        return self._storage._look(self._path)
+
+    def close(self) -> None:
+        self._reply.close()
+
+    def __enter__(self) -> RcloneStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _ended(copying: Future[Any]) -> bool:
+    try:
+        copying.exception(timeout=0.25)
+    except StillRunning:
+        return False
+    return True
+
+
+def _entry(item: Mapping[str, Any]) -> Entry:
+    told = item.get("ModTime") or ""
+    mtime = datetime.fromisoformat(told).timestamp() if told else 0.0
+    if item["IsDir"]:
+        return Entry(item["Path"], 0, mtime, "directory")
+    return Entry(item["Path"], max(0, item["Size"]), mtime, "file")

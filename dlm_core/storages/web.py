@@ -1,0 +1,64 @@
+"""What storages behind a URL have in common: the URL itself, and who asks."""
+
+from __future__ import annotations
+
+import base64
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dlm_core.errors import InvalidValueError
+from dlm_core.storages.secrets import SecretReference, read_secret
+
+
+class WebConfig(BaseModel):
+    """What ``config`` of such a storage may hold. Secrets are named by reference, never given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    user: str | None = Field(None, pattern="^[^:]+$", description="For HTTP's basic scheme.")
+    password: SecretReference | None = None
+    token: SecretReference | None = Field(None, description="A bearer token.")
+
+
+def read_authorization(name: str, config: WebConfig) -> str:
+    """The Authorization header as it is at this moment, or an empty string.
+
+    Raises
+    ------
+    InvalidValueError
+        if a reference leads to nothing, or to what cannot stand in a header.
+    """
+    if config.token:
+        token = read_secret(name, config.token)
+        if not (token.isascii() and token.isprintable()):
+            raise InvalidValueError(
+                what=f"storage {name}: {config.token}", value="(not shown)", expected="one line"
+            )
+        return f"Bearer {token}"
+    if not config.user:
+        return ""
+    password = read_secret(name, config.password) if config.password else ""
+    return "Basic " + base64.b64encode(f"{config.user}:{password}".encode()).decode()
+
+
+def check_url(name: str, root: str) -> None:
+    """Refuse what is no plain URL; it is not shown, for it may have a password in it.
+
+    Raises
+    ------
+    InvalidValueError
+    """
+    try:
+        parts = urlsplit(root)
+        plain = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in root
+        plain = plain and parts.port != 0 and not (parts.query or parts.fragment)
+        plain = plain and root.isascii() and root.isprintable() and " " not in root
+    except ValueError:
+        plain = False
+    if not plain:
+        raise InvalidValueError(
+            what=f"root of storage {name}",
+            value="(not shown)",
+            expected="a URL, http(s)://host/folder, without user, password or query",
+        )

@@ -55,6 +55,13 @@ def database_url(postgres_home: Path, template_database: str) -> Iterator[str]:
 
 
 @pytest.fixture
+def other_database_url(postgres_home: Path, template_database: str) -> Iterator[str]:
+    """The URL of a second fresh catalogue, dropped after the test."""
+    with _database(postgres_home, template_database) as url:
+        yield url
+
+
+@pytest.fixture
 def engine(database_url: str) -> Iterator[Engine]:
     """An engine on a fresh catalogue."""
     engine = make_engine(database_url)

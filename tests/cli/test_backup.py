@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.cli.site import Dlm, refused
-from tests.conftest import _database
 
 Settle = Callable[[], None]
 
 
 @pytest.fixture
-def other(
-    postgres_home: Path, template_database: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[[], None]]:
+def other(other_database_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Change over to another catalogue, an empty one."""
-    with _database(postgres_home, template_database) as url:
-        yield lambda: monkeypatch.setenv("DLM_DATABASE_URL", url)
+    return lambda: monkeypatch.setenv("DLM_DATABASE_URL", other_database_url)
 
 
 @pytest.fixture

@@ -99,12 +99,9 @@ def lost(site: Site, url: str) -> Site:
 
 
 @pytest.fixture
-def back(postgres_home: Path, template_database: str) -> Any:
+def back(other_database_url: str) -> str:
     """An empty catalogue."""
-    from tests.conftest import _database
-
-    with _database(postgres_home, template_database) as url:
-        yield url
+    return other_database_url
 
 
 def rebuilt(site: Site, url: str) -> tuple[Site, RebuildReport]:

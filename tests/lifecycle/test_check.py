@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 
 from dlm_core.catalogue import checks
-from dlm_core.errors import AccessDeniedError
+from dlm_core.errors import AccessDeniedError, StorageUnavailableError
 from dlm_core.lifecycle.check import plan_verification, propose_verification, within_budget
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.verify import request_verification
@@ -412,3 +412,19 @@ def test_a_doubted_copy_whose_look_failed_is_looked_at_again_by_itself(site):
     site.advance(hours=24)
     verify(site)
     assert site.replicas(oid)["a"] == "CORRUPTED"
+
+
+def test_an_outage_of_a_storage_that_is_only_read_proves_nothing(site):
+    """Nobody looks into its quarantine either: the copy stays READY and is asked for again."""
+    oid = add(site, "x")
+    site.set_storage("a", mode="read_only")
+    site.context.transact(
+        lambda c: request_verification(c, actor="user:test", now=site.now, oid=oid)
+    )
+
+    def fail(path):
+        raise StorageUnavailableError(storage="a", message="no answer")
+
+    reads(site, fail)
+    assert site.work(OperationKind.VERIFY).retried == {"DLM-301": 1}
+    assert site.replicas(oid)["a"] == "READY"

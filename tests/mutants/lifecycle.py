@@ -161,7 +161,7 @@ LIFECYCLE = (
         '        return "", look.error\n',
         "        return ReplicaState.MISSING, look.error\n",
         "during an outage all copies are MISSING",
-        ("lifecycle/test_lifecycle.py::test_an_outage_proves_nothing",),
+        ("lifecycle/test_check.py::test_an_outage_of_a_storage_that_is_only_read_proves_nothing",),
         "a lost S3 prefix",
     ),
     Mutant(

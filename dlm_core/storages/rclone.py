@@ -432,8 +432,8 @@ class RcloneStorage(Listed):
             "srcFs": local, "dstFs": target, "_group": group,
             "_filter": {"FilesFromRaw": [list_file]},
             "_config": {
-                "Transfers": self.concurrency, "NoTraverse": True, "NoCheckDest": True, "BufferSize": "2Mi",
-                "IgnoreChecksum": True, "Retries": 1,
+                "Transfers": self.concurrency, "NoTraverse": True, "NoCheckDest": True,
+                "BufferSize": "2Mi", "IgnoreChecksum": True, "Retries": 1,
             },
         }  # fmt: skip
         with ThreadPoolExecutor(1, "dlm-rclone-copy") as pool:

@@ -180,6 +180,8 @@ class Connections:
         self._sessions: list[Session] = []
         self._connecting = asyncio.Lock()
         self._patient_until = 0.0
+        # when a connection failed last, and how
+        self._failure: tuple[float, StorageError] | None = None
 
     @asynccontextmanager
     async def session(self, weight: int = 1) -> AsyncIterator[Session]:
@@ -197,10 +199,12 @@ class Connections:
 
     async def borrow(self, weight: int) -> Session:
         """As :meth:`session`; whoever calls takes ``weight`` from ``busy`` at the end."""
-        session = self._least_busy()
+        begun, session = time.monotonic(), self._least_busy()
         if session is None or (session.busy >= _ENOUGH and self._may_connect()):
             async with self._connecting:
                 session = self._least_busy()
+                if session is None and self._failure is not None and self._failure[0] > begun:
+                    raise self._failure[1]  # who waited meanwhile need not wait once more
                 if session is None or (session.busy >= _ENOUGH and self._may_connect()):
                     session = await self._one_more(session)
         session.busy += weight
@@ -217,8 +221,9 @@ class Connections:
     async def _one_more(self, there: Session | None) -> Session:
         try:
             session = await self._connect()
-        except StorageError:
+        except StorageError as error:
             if there is None or not there.alive():
+                self._failure = time.monotonic(), error
                 raise
             self._patient_until = time.monotonic() + _REFUSED_SECONDS
             return there

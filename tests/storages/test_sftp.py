@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import os
+import socket
 import subprocess
 import threading
 import time
@@ -22,6 +23,7 @@ from dlm_core.errors import (
     StorageFullError,
     StorageUnavailableError,
 )
+from dlm_core.storages import ssh
 from dlm_core.storages.open import open_storage
 from tests.sshd import SshServer, make_key, ssh_server
 
@@ -195,6 +197,28 @@ def test_a_server_that_is_gone_is_an_outage(own, root):
         assert time.monotonic() - begun < 20
     own.start()
     assert storage.stat("kept").size == 7
+
+
+def test_a_machine_that_says_nothing_is_waited_for_once(sshd, root, monkeypatch):
+    """By all who ask at that time together, not by each after the other."""
+    monkeypatch.setattr(ssh, "_LOGIN_SECONDS", 2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        config = sshd.config(host_keys=sshd.host_keys.replace(str(sshd.port), str(port)))
+        storage = open_storage("far", "sftp", f"me@127.0.0.1:{port}{root}", config)
+        begun, outages = time.monotonic(), []
+
+        def ask():
+            with pytest.raises(StorageUnavailableError) as caught:
+                storage.stat("x")
+            outages.append(caught.value)
+
+        threads = [threading.Thread(target=ask) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(outages) == 16 and time.monotonic() - begun < 12
 
 
 def test_a_root_that_is_gone_is_an_outage(far, root):

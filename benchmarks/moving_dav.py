@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.measure import Result, beside, context, result
 from benchmarks.moving import make_files
-from dlm_core.catalogue.engine import run
+from dlm_core.catalogue.engine import rows, run
 from dlm_core.catalogue.places import add_location, add_storage
 from dlm_core.catalogue.status import status
 from dlm_core.lifecycle.admit import execute_admit
@@ -115,7 +115,13 @@ def one_move(
         )
         found = core.transact(lambda c: status(c, core.clock()))["replicas"]
         if found.get("READY") != 2 * len(files):
-            raise SystemExit(f"not all copies were made: {found}")
+            why = core.transact(
+                lambda c: rows(
+                    c,
+                    "SELECT error_code, error FROM operation WHERE error_code IS NOT NULL LIMIT 3",
+                )
+            )
+            raise SystemExit(f"not all copies were made: {found} {why}")
     name = "webdav" if interface == "webdav" else "rclone"
     beside_what = ", beside copy and check" if check else ""
     return result(f"move posix-{name} {label}{beside_what}", value / ours, unit, value / bare)

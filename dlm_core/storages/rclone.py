@@ -9,6 +9,7 @@ from __future__ import annotations
 import posixpath
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +47,7 @@ _TEMP = temp_path("")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}")
 _HASH_LINE = re.compile(r"([0-9a-f]{64})  (.+)", re.DOTALL)
 _LOCKS = 64
+_LOCKED_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
 _LONGEST_MESSAGE = 300
 # what backends say has no codes, only texts
 _ABSENT = re.compile(
@@ -342,13 +344,11 @@ class RcloneStorage(Listed):
         try:
             running = daemon()
             fs = self._fs(running)
-            running.call(
-                "operations/movefile",
-                {
-                    "srcFs": fs, "srcRemote": source, "dstFs": fs, "dstRemote": destination,
-                    "_config": {"IgnoreExisting": True},
-                },
-            )  # fmt: skip
+            parameters = {
+                "srcFs": fs, "srcRemote": source, "dstFs": fs, "dstRemote": destination,
+                "_config": {"IgnoreExisting": True},
+            }  # fmt: skip
+            _unless_locked(lambda: running.call("operations/movefile", parameters))
         except (RcloneError, WireError, InvalidValueError) as error:
             found = self._error(error, source)
             if isinstance(found, PayloadNotFoundError):
@@ -513,6 +513,19 @@ class RcloneStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _unless_locked(call: Callable[[], object]) -> None:
+    """Some WebDAV servers lock a folder while they make another in it: then it is asked again."""
+    for pause in _LOCKED_PAUSES:
+        try:
+            call()
+            return
+        except RcloneError as error:
+            if "423" not in str(error):
+                raise
+        time.sleep(pause)
+    call()
 
 
 def _ended(copying: Future[Any]) -> bool:

@@ -153,10 +153,21 @@ class Session:
     async def command(self, command: str, given: bytes) -> tuple[int | None, bytes, bytes]:
         """Run a command of the far side's shell with ``given`` as its input.
 
-        Returns its exit status (None: killed), what it printed, and what it complained of.
+        Returns its exit status (None: killed), what it printed, and what it complained of. It is
+        ended there if nobody waits for it any more; OpenSSH does that for all users but root, whose
+        commands end when they have something to say.
         """
+        process = None
         try:
-            done = await self.connection.run(command, input=given, encoding=None)
+            process = await self.connection.create_process(command, encoding=None)
+            process.stdin.write(given)
+            process.stdin.write_eof()
+            done = await process.wait()
+        except asyncio.CancelledError:
+            if process is not None:
+                process.terminate()
+                process.close()
+            raise
         except BrokenPipeError:
             if not self.alive():
                 raise

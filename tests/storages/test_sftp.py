@@ -445,7 +445,7 @@ def test_a_hashing_that_is_stopped_ends(sshd, root):
     """Soon, and tells nothing."""
     storage = at(sshd, root, shell=True)
     with (root / "big").open("wb") as file:
-        file.truncate(50 << 30)
+        file.truncate(8 << 30)
     stop = threading.Event()
     threading.Timer(0.5, stop.set).start()
     begun = time.monotonic()

@@ -43,7 +43,7 @@ _REFUSED_SECONDS = 60
 # a connection that has so much to do wants another beside it
 _ENOUGH = 8
 _ROOT = re.compile(
-    r"(?:sftp://)?(?P<user>[^/:\s]+)@(?P<host>\[[^\]\s]+\]|[^@:/\s\[\]]+)(?::(?P<port>\d{1,5}))?"
+    r"(?P<user>[^/:\s]+)@(?P<host>\[[^\]\s]+\]|[^@:/\s\[\]]+)(?::(?P<port>\d{1,5}))?"
     r"(?P<path>/[^\0]*)"
 )
 
@@ -77,7 +77,7 @@ class Address:
 
 
 def parse_address(name: str, root: str) -> Address:
-    """``user@host:port/absolute/path``, with or without ``sftp://`` before and ``:port``.
+    """``user@host:port/absolute/path``; ``:port`` may be left out.
 
     Raises
     ------

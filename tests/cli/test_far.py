@@ -33,7 +33,7 @@ def test_it_is_added_and_tested(dlm: Dlm, server: SshServer, tmp_path: Path, she
     added = add(dlm, server, tmp_path / "far", shell=shell)
     assert added.code == 0, added.error
     tested = dlm("storage", "test", "far")
-    assert tested.code == 0 and "of 14 checks passed" in tested.out and "FAILED" not in tested.out
+    assert tested.code == 0 and "of 15 checks passed" in tested.out and "FAILED" not in tested.out
     assert [file for file in (tmp_path / "far").rglob("*") if file.is_file()] == []
     shown = dlm("storage", "show", "far").out
     secret = os.environ[server.key_name].splitlines()[3]

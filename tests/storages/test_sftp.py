@@ -156,13 +156,6 @@ def test_a_root_of_another_form_is_refused(root):
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_root_may_be_a_url(sshd, root):
-    """With sftp:// before it."""
-    storage = open_storage("far", "sftp", f"sftp://{sshd.root(root)}", sshd.config())
-    put(storage, "x")
-    assert (root / "x").read_bytes() == b"payload"
-
-
 def test_no_secret_is_shown(sshd, root, caplog, monkeypatch):
     """Not in the log at its most talkative, not among the processes, not in any object's repr."""
     secret = os.environ[sshd.key_name].splitlines()[3]

@@ -49,6 +49,7 @@ Effect = Callable[[Storage, Row], Any]
 #: what reads them afterwards, told what the effect returned; it may take long
 Reading = Callable[[Storage, Row, Any], Any]
 _WRITABLE = ("read_write", "draining")
+_GONE = (StorageMode.LOST, StorageMode.RETIRED)
 #: the bytes of a replica in these states are gone or set aside, not in its place
 _WITHOUT_BYTES = (ReplicaState.MISSING, ReplicaState.CORRUPTED)
 _CHUNK = 512
@@ -480,8 +481,9 @@ def _run(
     idle: list[tuple[Row, queue.Outcome]] = []
     for operation in claim.operations:
         storage = storages[details[operation["uid"]]["storage_id"]]
-        in_use = storage["mode"] not in (StorageMode.LOST, StorageMode.RETIRED)
-        row = {**details[operation["uid"]], "managed": storage["managed"] and in_use,
+        # of what is lost the record ends untouched; a way back from there waits until it is back
+        touched = reading is not None or storage["mode"] not in _GONE
+        row = {**details[operation["uid"]], "managed": storage["managed"] and touched,
                "trash_grace": storage["trash_grace"],
                "unproven": recovery.is_unproven(details[operation["uid"]], floor),
                "from_state": before.get(operation["uid"])}  # fmt: skip

@@ -22,6 +22,7 @@ from dlm_core.lifecycle.lost import lose_storage, plan_audits, propose_loss, tak
 from dlm_core.lifecycle.rebalance import plan_rebalance
 from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
+from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.work import StoragePool, _open_row, drain
 from dlm_core.types import OperationKind
 from tests.fakes import Hooked
@@ -457,3 +458,31 @@ def test_what_was_only_announced_on_a_lost_storage_waits_and_says_why(site):
     site.execute("UPDATE operation SET state = 'QUEUED', finished_at = NULL WHERE kind = 'admit'")
     drain(site.context, {OperationKind.ADMIT: execute_admit})
     assert states(site, "b") == {"READY": N + 1}
+
+
+def test_a_way_back_from_the_trash_waits_for_its_storage(site):
+    """A restore on a lost storage is put off: what lies in the copy's place there says nothing of
+    the trash. It is done when the storage is back."""
+    oid = site.oids[0]
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID' WHERE oid = :o", o=oid)
+    site.execute(
+        "UPDATE replica SET expires_at = :n, expiry_reason = 'test' "
+        "WHERE oid = :o AND storage_id = :s",
+        n=site.now, o=oid, s=site.storages["b"],
+    )  # fmt: skip
+    site.settle()
+    assert site.replicas(oid)["b"] == "TRASHED"
+    lose_storage(site.context, "b", "broken")
+    site.context.transact(
+        lambda c: request_restore(
+            c, oid=oid, storage_id=site.storages["b"], actor="user:test", now=site.now
+        )
+    )
+    site.settle()
+    assert site.replicas(oid)["b"] == "TRASHED"
+    take_back(site.context, "b")
+    for _ in range(3):
+        audit(site)
+        site.advance(hours=1)
+        site.settle()
+    assert mode(site, "b") == "read_write" and site.replicas(oid)["b"] == "READY"

@@ -151,12 +151,18 @@ def test_no_secret_is_in_the_catalogue(site, far, wsgidav, monkeypatch):
         assert "not-the-secret" not in told and wsgidav.password not in told
 
 
+def kill_daemon():
+    process = daemon().process
+    process.kill()
+    process.wait()
+
+
 def test_a_killed_daemon_is_no_loss(site, far):
     """Between any two steps of a life."""
     oid = site.add_item("x", b"payload", "in")
-    daemon().process.kill()
+    kill_daemon()
     site.settle()
-    daemon().process.kill()
+    kill_daemon()
     assert site.replicas(oid) == {"in": "READY", "far": "READY"}
     assert contents(far) == {"test/x": b"payload"}
 

@@ -52,6 +52,7 @@ def in_proof(old: str, new: str) -> Callable[[Patch], None]:
 
 def pending_counts(patch: Patch) -> None:
     in_proof("r.state = 'READY' AND", "r.state IN ('READY', 'PENDING') AND")(patch)
+    in_proof("r.checked_at >= known.floor AS seen", "true AS seen")(patch)
 
 
 def survivors_are_not_looked_at(patch: Patch) -> None:
@@ -94,7 +95,7 @@ def restored_unread(patch: Patch) -> None:
 
 
 QUICK = [
-    (pending_counts, {"survivors-exist", "work-goes-on"}, 2),
+    (pending_counts, {"survivors-exist", "work-goes-on"}, 1),
     (grace_is_too_short, {"trash-restorable"}, 1),
 ]
 SLOW = [

@@ -372,9 +372,11 @@ class RcloneStorage(Listed):
                 if isinstance(found, PayloadNotFoundError)
                 else found
             ) from None
-        if self._list(source):
+        with suppress(PayloadNotFoundError):
+            # empty folders only: no listing that leaves something out costs it
+            self._call("operations/rmdirs", source)
+        if self._look(source) is not None:
             raise self._unavailable(f"{source} was not moved whole")
-        self.remove(source)
 
     def remove(self, path: str) -> None:
         self._must_write(path)

@@ -182,6 +182,19 @@ def test_a_folder_in_the_way_of_a_file_stays(wsgidav):
 # --- secrets --------------------------------------------------------------------------------------
 
 
+def test_a_listing_that_leaves_something_out_costs_nothing_when_a_tree_moves(remote, monkeypatch):
+    """What was not moved, since something else came to lie there meanwhile, stays and is told."""
+    put(remote, "tree/x", b"mine")
+    put(remote, "moved/x", b"another's")
+    look = remote._look
+    monkeypatch.setattr(remote, "_look", lambda path: None if path == "moved" else look(path))
+    monkeypatch.setattr(remote, "_list", lambda folder: [])
+    with pytest.raises(StorageUnavailableError, match="not moved whole"):
+        remote.rename("tree", "moved")
+    monkeypatch.undo()
+    assert contents(remote) == {"tree/x": b"mine", "moved/x": b"another's"}
+
+
 def test_a_secret_is_nowhere_but_in_memory(wsgidav, tmp_path):
     """Not in the list of processes, not in an environment, not in a file of the daemon's."""
     storage = open_dav_by_rclone(wsgidav)

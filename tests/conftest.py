@@ -16,6 +16,9 @@ from sqlalchemy import Engine
 from dlm_core.catalogue import embedded, schema
 from dlm_core.catalogue.engine import make_engine
 
+# once, here: a fixture that is imported into several places is one of each, servers and all
+pytest_plugins = ["tests.backends"]
+
 _TEMPLATE = "dlm_template"
 
 

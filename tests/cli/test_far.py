@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.backends import sshd  # noqa: F401
 from tests.cli.site import Dlm, Result, refused
 from tests.sshd import SshServer
 
 
 @pytest.fixture
-def server(sshd: SshServer) -> SshServer:  # noqa: F811
+def server(sshd: SshServer) -> SshServer:
     return sshd
 
 

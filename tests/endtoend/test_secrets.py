@@ -22,7 +22,6 @@ import pytest
 from dlm_cli.s3_server import S3Server
 from dlm_cli.services import processes_of
 from dlm_core.catalogue import embedded
-from tests.backends import s3  # noqa: F401
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -91,7 +90,7 @@ class ProcessList(threading.Thread):
 
 
 @pytest.fixture
-def installation(s3: S3Server) -> Iterator[Installation]:  # noqa: F811
+def installation(s3: S3Server) -> Iterator[Installation]:
     # not pytest's own folder, whose path may be too long for a socket
     folder = Path(tempfile.mkdtemp(prefix="dlm-secret-"))
     made = Installation(folder, s3.secret_key)
@@ -103,7 +102,7 @@ def installation(s3: S3Server) -> Iterator[Installation]:  # noqa: F811
         shutil.rmtree(folder)
 
 
-def test_no_secret_shows_anywhere(installation: Installation, s3: S3Server) -> None:  # noqa: F811
+def test_no_secret_shows_anywhere(installation: Installation, s3: S3Server) -> None:
     """Keys that work and a key that is wrong, used by jobs and commands. Then looked for in every
     table, the whole home (database, event log, run config, compute logs), the process list, and
     all that was printed."""

@@ -18,7 +18,7 @@ from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.storages.open import open_storage
 from dlm_core.types import OperationKind
-from tests.backends import s3, s3_config  # noqa: F401
+from tests.backends import s3_config
 from tests.fakes import Hooked
 from tests.site import make_site, reopen
 
@@ -271,7 +271,7 @@ def test_the_report_tells_shares_and_the_oldest_look(site):
 
 
 @pytest.fixture
-def buckets(engine, tmp_path, s3):  # noqa: F811
+def buckets(engine, tmp_path, s3):
     """A disk and a bucket of a real S3 server, each item with a copy on both."""
     site = make_site(engine, tmp_path, max_drainers=1)
     site.add_storage("a", "A")

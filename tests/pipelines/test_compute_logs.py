@@ -6,11 +6,10 @@ import boto3
 import pytest
 
 from dlm_pipelines.instance import ComputeLogs
-from tests.backends import s3  # noqa: F401
 
 
 @pytest.fixture
-def bucket(s3, tmp_path, monkeypatch):  # noqa: F811
+def bucket(s3, tmp_path, monkeypatch):
     monkeypatch.setenv("DLM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DLM_COMPUTE_LOGS_BUCKET", s3.bucket)
     monkeypatch.setenv("DLM_COMPUTE_LOGS_ENDPOINT", s3.endpoint)

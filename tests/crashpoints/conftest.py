@@ -1,1 +1,0 @@
-from tests.backends import s3  # noqa: F401

@@ -1,1 +1,0 @@
-from tests.backends import s3, sshd, wsgidav  # noqa: F401

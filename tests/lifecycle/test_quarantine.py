@@ -10,35 +10,11 @@ from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import Source, Terms, register_tree
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.verify import request_verification
-from dlm_core.lifecycle.work import _open_row, drain
+from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind
-from tests.fakes import Wrapped
-from tests.site import Site, make_site, reopen
+from tests.site import Site, make_site, misread
 
 GOOD = b"good bytes"
-
-
-class Misreading(Wrapped):
-    """Reads wrongly as long as ``left`` lasts."""
-
-    left: list[None]
-
-    def open_read(self, path: str) -> Any:
-        stream = self.inner.open_read(path)
-        return _Flipped(stream) if self.left and self.left.pop() is None else stream
-
-    read_back = open_read
-
-
-class _Flipped(Wrapped):
-    def read(self, size: int = -1) -> bytes:
-        return bytes(255 - byte for byte in self.inner.read(size))
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.inner.close()
 
 
 @pytest.fixture
@@ -46,18 +22,6 @@ def site(engine, tmp_path) -> Site:
     site = make_site(engine, tmp_path)
     site.add_storage("a", "A")
     return site
-
-
-def misread(site: Site, times: int) -> list[None]:
-    left: list[None] = [None] * times
-
-    def opened(row: Any) -> Any:
-        storage = Misreading(_open_row(row))
-        storage.left = left
-        return storage
-
-    reopen(site, opened)
-    return left
 
 
 def look(site: Site, oid: Any) -> None:

@@ -225,7 +225,10 @@ def _lose(site: Site) -> None:
 
 def _lost(site: Site) -> None:
     """A storage that was lost, one of its files damaged, one gone."""
+    three_storages(site)
+    site.set_storage("c", mode="read_only")
     _settled(_several)(site)
+    site.set_storage("c", mode="read_write")
     _lose(site)
     site.settle()
     (site.folder / "b" / "test" / "s" / "1").write_bytes(b"??")

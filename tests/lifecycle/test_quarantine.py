@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from dlm_core.errors import CatalogueUnavailableError
+from dlm_core.lifecycle import verify
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import Source, Terms, register_tree
 from dlm_core.lifecycle.replicate import plan_replication
@@ -96,6 +98,27 @@ def test_a_crash_on_either_way_is_mended(site, step):
         site.execute("UPDATE replica SET state = 'SUSPECT' WHERE uid = :u", u=uid)
     look(site, oid)
     is_well(site, oid)
+
+
+def test_damage_that_was_set_aside_unrecorded_is_damage_still(site, monkeypatch):
+    """The next try finds nothing in its place, and says CORRUPTED: it was moved, it did not go."""
+    oid = site.add_item("x", GOOD, "a", target_phase="LIQUID")
+    (site.folder / "a" / "x").write_bytes(b"evil bytes")
+
+    def refuse(connection: Any, context: Any, *_: Any) -> Any:
+        if site.private("a", "quarantine"):
+            raise CatalogueUnavailableError(reason="cut", hint="again")
+        return write(connection, context, *_)
+
+    write = verify._write
+    monkeypatch.setattr(verify, "_write", refuse)
+    with pytest.raises(CatalogueUnavailableError):
+        look(site, oid)
+    assert site.replicas(oid) == {"a": "SUSPECT"} and site.visible("a") == {}
+    monkeypatch.undo()
+    site.advance(hours=1)
+    site.work(OperationKind.VERIFY)
+    assert site.replicas(oid) == {"a": "CORRUPTED"}
 
 
 def test_a_strangers_file_in_the_place_is_not_moved_for_it(site):

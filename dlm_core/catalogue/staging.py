@@ -11,9 +11,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import rows, run
-
-#: a storage that needs staging, by the alias of its row
-COLD = "jsonb_exists({}.config, 'stage')"
+from dlm_core.catalogue.replicas import COLD
 
 
 @dataclass(frozen=True, slots=True)

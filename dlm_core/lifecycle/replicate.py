@@ -32,6 +32,7 @@ from dlm_core.lifecycle.decide import (
     decide_copies,
 )
 from dlm_core.lifecycle.paths import place_of
+from dlm_core.lifecycle.staging import hold_back, looked_at_again, wanted_by
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage
@@ -410,13 +411,18 @@ def _copy_group(
 ) -> None:
     by_id = {row["operation_id"]: row for row in rows}
     tasks = [_task(row, manifests, claim.token) for row in rows]
+    source_id = rows[0]["source_storage_id"]
+    held = hold_back(context, source, source_id, [wanted_by(task) for task in tasks])
+    ready = [task for task in tasks if task.operation_id not in held]
     record = partial(_write_copies, context, claim, operations, by_id, report=report)
     with ThreadPoolExecutor(1, "dlm-record") as recorder:
         # what is copied is written down while the next files are copied
         writing: Future[None] | None = None
-        waiting: list[CopyResult] = []
-        for result in copy_batch(source, destination, tasks, stop=context.stop):
-            waiting.append(result)
+        waiting = [
+            CopyResult(t, held[t.operation_id], 0.0) for t in tasks if t.operation_id in held
+        ]
+        for result in copy_batch(source, destination, ready, stop=context.stop):
+            waiting.append(looked_at_again(source, result))
             if len(waiting) >= _RECORDED_AT_ONCE:
                 if writing is not None:
                     writing.result()
@@ -577,7 +583,8 @@ def _give_up(
     retried = [
         (outcome.operation_id, by_id[outcome.operation_id]["source_uid"])
         for _, outcome in written
-        if outcome.state is OperationState.QUEUED
+        # who only waits for its source keeps it: another may have to be staged too
+        if outcome.state is OperationState.QUEUED and outcome.counted
     ]
     if retried:
         catalogue.note_sources(connection, retried)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, cast
 
@@ -21,11 +21,13 @@ from dlm_core.errors import (
     DlmError,
     InvalidValueError,
     NotOnlineError,
+    SourceDamagedError,
     StagingFailedError,
 )
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.cold import ColdStorage
 from dlm_core.storages.port import Storage
+from dlm_core.transfers.mover import CopyResult, CopyTask
 from dlm_core.types import (
     OperationKind,
     OperationState,
@@ -204,6 +206,19 @@ def believed(storage: Storage, paths: Collection[str], error: DlmError) -> DlmEr
     return (
         NotOnlineError(cold.name, gone[0], "it went offline while it was read") if gone else error
     )
+
+
+def wanted_by(task: CopyTask) -> Wanted:
+    """The files that a copy reads at its source."""
+    names = [f"{task.source_path}/{one.path}" for one in task.manifest]
+    return Wanted(task.operation_id, names or [task.source_path])
+
+
+def looked_at_again(source: Storage, result: CopyResult) -> CopyResult:
+    """Of a cold source that was found damaged: whether it was read at all."""
+    if not isinstance(result.error, SourceDamagedError):
+        return result
+    return replace(result, error=believed(source, wanted_by(result.task).paths, result.error))
 
 
 # --- asked for by hand ----------------------------------------------------------------------------

@@ -28,6 +28,8 @@ class ColdStorage:
         self.inner, self.stager, self.terms = inner, stager, terms
         self._until: dict[str, float] = {}
         self._lock = threading.Lock()
+        #: a rename here needs the bytes online
+        self.renames_read = bool(getattr(stager, "renames_read", False))
 
     def __getattr__(self, attribute: str) -> Any:
         found = getattr(self.inner, attribute)
@@ -74,7 +76,7 @@ class ColdStorage:
         return etag
 
     def rename(self, source: str, destination: str) -> None:
-        if getattr(self.stager, "renames_read", False):
+        if self.renames_read:
             self._must_be_online(source)
         self.inner.rename(source, destination)
         with self._lock:

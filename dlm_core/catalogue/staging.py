@@ -67,7 +67,7 @@ def begin_waiting(
     late = rows(
         connection,
         """DELETE FROM staging WHERE storage_id = :storage AND path = ANY(:paths)
-              AND since < :late RETURNING path, since, asked_at, error""",
+              AND since <= :late RETURNING path, since, asked_at, error""",
         storage=storage_id,
         paths=list(paths),
         late=now - deadline,

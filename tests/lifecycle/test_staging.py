@@ -1,4 +1,4 @@
-"""A tape among the storages: what lies on it is staged before it is read, all of a claim at once."""
+"""A tape among the storages: what lies on it is staged before it is read, many in one call."""
 
 import json
 
@@ -82,17 +82,17 @@ def test_requests_are_bounded_and_repeated_only_after_a_while(site):
 def test_every_file_of_a_directory_is_staged(site):
     """A directory payload waits until all files of its manifest are online."""
     from dlm_core.lifecycle.admit import execute_admit
-    from dlm_core.lifecycle.register import Source, register_list
+    from dlm_core.lifecycle.register import Source, register_tree
 
-    folder = site.folder / "tape" / "ms"
+    folder = site.folder / "tape" / "o.ms"
     (folder / "sub").mkdir(parents=True)
     for name in ("a", "sub/b", "sub/c"):
         (folder / name).write_bytes(name.encode() * 999)
     site.tape.migrate()
-    register_list(site.context, Source("tape", "test"), ["ms"])
+    register_tree(site.context, Source("tape", "test", as_directory=["*.ms"]))
     admit = {OperationKind.ADMIT: execute_admit}
     drain(site.context, admit)
-    names = ["ms/a", "ms/sub/b", "ms/sub/c"]
+    names = ["o.ms/a", "o.ms/sub/b", "o.ms/sub/c"]
     assert site.tape.calls() == [names]
     site.tape.deliver()
     site.advance(seconds=60)
@@ -106,19 +106,19 @@ def test_every_file_of_a_directory_is_staged(site):
 
 
 def test_sources_that_need_no_staging_come_first(site):
-    """With a copy on disk the tape is left alone, also when its own is newer and nearer."""
+    """With a copy on disk the tape is left alone."""
     oid = site.add_item("x", b"bytes" * 99, "disk")
     site.settle()
     assert site.replicas(oid) == {"disk": "READY", "tape": "READY"}
     site.tape.migrate()
-    site.add_storage("third", "vault")
+    site.add_storage("third", "elsewhere")
     site.set_storage("disk", mode="draining")
     site.settle()
     assert site.replicas(oid)["third"] == "READY" and site.tape.calls() == []
 
 
 def test_what_was_just_written_is_verified_before_it_migrates(site):
-    """A copy to tape is read back at once; afterwards it may go offline, and counts all the same."""
+    """A copy to tape is read back at once; then it may go offline, and counts all the same."""
     oid = site.add_item("x", b"bytes" * 99, "disk")
     site.settle()
     assert site.replicas(oid) == {"disk": "READY", "tape": "READY"}
@@ -161,7 +161,8 @@ def test_scheduled_checks_recall_no_more_than_their_budget(site, budget, planned
 
     on_both(site, 9)
     site.set_storage("disk", verify_every_days=None)
-    site.set_storage("tape", **budget)
+    if budget:
+        site.set_storage("tape", **budget)
     site.advance(days=100)
     due = site.context.transact(lambda c: storages_with_checks_due(c, site.now))
     assert due == (["tape"] if planned else [])

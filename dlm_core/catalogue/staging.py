@@ -146,14 +146,19 @@ def end_waiting(connection: Connection, storage_id: uuid.UUID, paths: Sequence[s
     )
 
 
-def waiting_overview(connection: Connection) -> list[dict[str, Any]]:
-    """By storage how many files are waited for, how many were asked for, since when, and the last
-    error of a request."""
+def waiting_overview(
+    connection: Connection, storage_id: uuid.UUID | None = None
+) -> list[dict[str, Any]]:
+    """By storage how many files are waited for, how many were asked for, since when, and an error
+    that a request ended with. The cost follows what is waited for."""
+    only = "WHERE g.storage_id = :storage" if storage_id else ""
     return rows(
         connection,
-        """SELECT s.name AS storage, count(*) AS files, count(g.asked_at) AS asked,
+        f"""SELECT s.name AS storage, count(*) AS files, count(g.asked_at) AS asked,
                   min(g.since) AS since, max(g.error) AS error
-             FROM staging g JOIN storage s USING (storage_id) GROUP BY s.name ORDER BY s.name""",
+             FROM staging g JOIN storage s USING (storage_id) {only}
+            GROUP BY s.name ORDER BY s.name""",
+        **({"storage": storage_id} if storage_id else {}),
     )
 
 

@@ -17,9 +17,10 @@ from sqlalchemy import Connection
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas
 from dlm_core.catalogue import staging as catalogue
+from dlm_core.catalogue.holds import find_collection
 from dlm_core.errors import (
     DlmError,
-    InvalidValueError,
+    EmptySelectorError,
     NotOnlineError,
     SourceDamagedError,
     StagingFailedError,
@@ -228,20 +229,23 @@ def request_staging(
     connection: Connection,
     *,
     oids: Sequence[uuid.UUID] | None = None,
-    collection_id: uuid.UUID | None = None,
+    collection: str | None = None,
     storage_id: uuid.UUID | None = None,
     actor: str,
     now: datetime,
 ) -> int:
     """Queue the staging of a good cold copy of each item ahead of need; how many.
 
+    A collection stands for all below it. Copies of which it was asked already are left out.
+
     Raises
     ------
-    InvalidValueError
-        if neither items nor a collection are named.
+    EmptySelectorError, NotFoundError
+        if neither items nor a collection are named; if there is no such collection.
     """
-    if not oids and collection_id is None:
-        raise InvalidValueError(what="items", value="", expected="uris or a collection")
+    if not oids and collection is None:
+        raise EmptySelectorError(expected="name items, or a collection")
+    collection_id = find_collection(connection, collection) if collection else None
     found = catalogue.select_cold_copies(connection, oids, collection_id, storage_id)
     return queue.insert_operations(
         connection,

@@ -57,10 +57,9 @@ def test_terms_are_changed_and_tried(dlm: Dlm, tape: Tape) -> None:
         refused(dlm("storage", "set", "tape", "--config", pair), "DLM-101", 2)
     shown = dlm("storage", "show", "tape", "--json").json["config"]
     assert shown["stage_batch"] == "7" and "mount" not in shown and shown["stage"] == "command"
-    takes_away = [
-        p for key in ("stage", "stage_command", "stage_batch") for p in ("--config", f"{key}=")
-    ]
-    assert dlm("storage", "set", "tape", *takes_away).code == 0
+    pairs = ("stage=", "stage_command=", "stage_batch=")
+    options = [word for pair in pairs for word in ("--config", pair)]
+    assert dlm("storage", "set", "tape", *options).code == 0
     assert dlm("storage", "show", "tape", "--json").json["config"] == {}
 
 

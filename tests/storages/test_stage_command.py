@@ -104,7 +104,8 @@ def test_a_command_sees_no_secret_of_ours(tape, monkeypatch):
     monkeypatch.setenv("DLM_DATABASE_URL", "postgresql://u:hunter2@h/d")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     monkeypatch.setenv("SITE_HSM", "robot-1")
-    script = "import os, sys; sys.exit(('hunter2' in str(os.environ)) or os.environ['SITE_HSM'] != 'robot-1')"
+    hidden = "'hunter2' not in str(os.environ) and os.environ['SITE_HSM'] == 'robot-1'"
+    script = f"import os, sys; sys.exit(not ({hidden}))"
     opened(tape, stage_command=[sys.executable, "-c", script]).stage(["x"])
 
 

@@ -32,7 +32,7 @@ from dlm_core.lifecycle.decide import (
     decide_copies,
 )
 from dlm_core.lifecycle.paths import place_of
-from dlm_core.lifecycle.staging import hold_back, looked_at_again, wanted_by
+from dlm_core.lifecycle.staging import hold_back_copies, looked_at_again
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage
@@ -411,8 +411,7 @@ def _copy_group(
 ) -> None:
     by_id = {row["operation_id"]: row for row in rows}
     tasks = [_task(row, manifests, claim.token) for row in rows]
-    source_id = rows[0]["source_storage_id"]
-    held = hold_back(context, source, source_id, [wanted_by(task) for task in tasks])
+    held = hold_back_copies(context, source, destination, rows[0], tasks)
     ready = [task for task in tasks if task.operation_id not in held]
     record = partial(_write_copies, context, claim, operations, by_id, report=report)
     with ThreadPoolExecutor(1, "dlm-record") as recorder:

@@ -209,17 +209,31 @@ def believed(storage: Storage, paths: Collection[str], error: DlmError) -> DlmEr
     )
 
 
-def wanted_by(task: CopyTask) -> Wanted:
-    """The files that a copy reads at its source."""
-    names = [f"{task.source_path}/{one.path}" for one in task.manifest]
-    return Wanted(task.operation_id, names or [task.source_path])
+def hold_back_copies(
+    context: Context,
+    source: Storage,
+    destination: Storage,
+    row: Row,
+    tasks: Sequence[CopyTask],
+) -> dict[uuid.UUID, DlmError]:
+    """As :func:`hold_back`, for copies from one storage to another: what a lost try left whole in
+    their place, and has migrated since, has to be read too."""
+    there = [_files(task, task.destination_path) for task in tasks]
+    held = hold_back(context, destination, row["storage_id"], there)
+    wanted = [_files(task, task.source_path) for task in tasks if task.operation_id not in held]
+    return held | hold_back(context, source, row["source_storage_id"], wanted)
+
+
+def _files(task: CopyTask, path: str) -> Wanted:
+    return Wanted(task.operation_id, [f"{path}/{one.path}" for one in task.manifest] or [path])
 
 
 def looked_at_again(source: Storage, result: CopyResult) -> CopyResult:
     """Of a cold source that was found damaged: whether it was read at all."""
     if not isinstance(result.error, SourceDamagedError):
         return result
-    return replace(result, error=believed(source, wanted_by(result.task).paths, result.error))
+    files = _files(result.task, result.task.source_path).paths
+    return replace(result, error=believed(source, files, result.error))
 
 
 # --- asked for by hand ----------------------------------------------------------------------------

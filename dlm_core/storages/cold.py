@@ -95,7 +95,7 @@ class ColdStorage:
         entry = self.inner.stat(path)
         if entry is not None and entry.kind == "file":
             # what is not there, or no file, the adapter tells
-            raise NotOnlineError(self.inner.name, path, "it has not been asked for")
+            raise NotOnlineError(self.inner.name, path, "nobody asked for it: 'dlm stage' does")
 
     def _remembering(self, write_many: Callable[..., Any]) -> Callable[..., Any]:
         def write(things: Sequence[tuple[str, bytes]]) -> Any:

@@ -125,6 +125,22 @@ def test_what_was_just_written_is_verified_before_it_migrates(site):
     assert site.tape.calls() == [] and site.item(oid)["phase_weight"] == 4
 
 
+def test_what_a_lost_try_left_on_tape_is_staged_and_adopted(site):
+    """A worker died between rename and record, and the file migrated: the next try reads what is
+    there instead of failing until it gives up."""
+    oid = site.add_item("x", b"bytes" * 99, "disk")
+    left = site.folder / "tape/test/x"
+    left.parent.mkdir()
+    left.write_bytes(b"bytes" * 99)
+    site.tape.migrate()
+    site.settle()
+    assert site.tape.calls() == [["test/x"]]
+    assert operations(site, "copy", "state, attempts") == [{"state": "QUEUED", "attempts": 0}]
+    site.tape.deliver()
+    poll(site)
+    assert site.replicas(oid)["tape"] == "READY" and site.private("tape", "tmp") == []
+
+
 def ask_to_verify(site, storage="tape"):
     site.context.transact(
         lambda c: request_verification(

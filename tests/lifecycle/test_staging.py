@@ -1,17 +1,20 @@
 """A tape among the storages: what lies on it is staged before it is read, many in one call."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from dlm_core.catalogue import staging as catalogue
+from dlm_core.catalogue.engine import make_engine
 from dlm_core.catalogue.operations import retry_failed
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.staging import execute_stage, request_staging
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
-from dlm_core.lifecycle.work import drain
+from dlm_core.lifecycle.work import StoragePool, drain
 from dlm_core.types import OperationKind
+from tests.crashpoints.points import Crash, Points, watch_commits
 from tests.site import make_site
 from tests.tape import Tape
 
@@ -396,6 +399,34 @@ def test_a_drainer_that_is_lost_while_files_are_staged_loses_nothing(site):
     site.tape.deliver()
     poll(site)
     assert site.replicas(oid)["disk"] == "READY" and len(site.tape.calls()) == 1
+
+
+def test_a_crash_at_any_commit_of_a_wait_ends_in_the_copy(site, database_url):
+    """A process that stops for good before or after any commit, from the plan to the request: who
+    comes next makes the copy, and asks a second time at most."""
+    usual, at, reached = site.context, 0, True
+    while reached:
+        at += 1
+        oid = site.add_item(f"x{at}", b"bytes", "tape")
+        site.tape.migrate()
+        points = Points(at)
+        engine = make_engine(database_url)
+        watch_commits(engine, points)
+        site.context = replace(usual, engine=engine, storages=StoragePool())
+        try:
+            site.settle()
+            reached = False
+        except Crash:
+            pass
+        engine.dispose()
+        site.context = usual
+        site.advance(hours=1)  # leases have run out
+        site.settle()
+        site.tape.deliver()
+        poll(site)
+        assert site.replicas(oid)["disk"] == "READY", points.names[-1]
+        assert 1 <= sum([f"x{at}"] == call for call in site.tape.calls()) <= 2
+    assert at > 8
 
 
 def test_a_wait_that_nobody_looked_after_begins_anew(site):

@@ -3,6 +3,7 @@
 import io
 import json
 import threading
+import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -16,7 +17,7 @@ from dlm_core.errors import (
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.stage_s3 import can_be_read
-from tests.backends import archive_config
+from tests.backends import archive_config, s3_config
 from tests.site import make_site
 
 
@@ -121,6 +122,19 @@ def test_a_restore_that_is_on_its_way_is_fine_and_one_that_is_refused_is_told(ar
 def test_the_two_headers_tell_what_can_be_read(storage_class, restore, readable):
     """Before, during and after a restore, and of classes that need none."""
     assert can_be_read(storage_class, restore) is readable
+
+
+def test_a_server_without_restores_says_so_and_loses_nothing(s3):
+    """SeaweedFS keeps the class and has no RestoreObject: nothing is read, and it is told why."""
+    root = f"{s3.bucket}/{uuid.uuid4().hex}"
+    terms = {"storage_class": "GLACIER", "stage": "s3"}
+    storage = open_storage("weed", "s3", root, s3_config(s3) | terms)
+    storage.write("x", io.BytesIO(b"x"), 1)
+    assert storage.look(["x"]) == set()
+    with pytest.raises(NotOnlineError):
+        storage.open_read("x")
+    with pytest.raises(StorageUnavailableError, match="MethodNotAllowed"):
+        storage.stage(["x"])
 
 
 def test_a_service_that_is_down_is_an_outage(archive):

@@ -205,7 +205,9 @@ def storage_show(name: Name, as_json: Json = False) -> None:
         if drain is not None:
             stuck = context.transact(lambda c: count_stuck(c, found["storage_id"]))
             found["drain"] = drain | {"stuck_items": stuck}
-        waiting = context.transact(lambda c: waiting_overview(c, found["storage_id"]))
+        waiting = context.transact(
+            lambda c: waiting_overview(c, context.clock(), found["storage_id"])
+        )
         if "stage" in found["config"]:
             found["staging"] = waiting[0] if waiting else {"files": 0}
     if as_json:

@@ -72,7 +72,7 @@ def overview_metadata(context: Context) -> dict[str, Any]:
 
 def staging_metadata(context: Context) -> dict[str, Any]:
     """How many files wait to be staged, by storage; they plot across runs."""
-    found = context.transact(waiting_overview)
+    found = context.transact(lambda c: waiting_overview(c, context.clock()))
     told: dict[str, Any] = {f"waiting_for_staging_{row['storage']}": row["files"] for row in found}
     return told | ({"staging": _table(found, list(found[0]))} if found else {})
 

@@ -13,6 +13,9 @@ from sqlalchemy import Connection
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.catalogue.replicas import COLD
 
+#: whoever waits looks after it within a day (the longest stage_poll_seconds)
+_NOBODY = timedelta(days=1)
+
 
 @dataclass(frozen=True, slots=True)
 class Wait:
@@ -146,18 +149,25 @@ def end_waiting(connection: Connection, storage_id: uuid.UUID, paths: Sequence[s
     )
 
 
+def forget_waits(connection: Connection, now: datetime) -> int:
+    """Remove what nobody has looked after for a week (its operation was cancelled, say); how many."""
+    return run(connection, "DELETE FROM staging WHERE polled_at < :old", old=now - 7 * _NOBODY)
+
+
 def waiting_overview(
-    connection: Connection, storage_id: uuid.UUID | None = None
+    connection: Connection, now: datetime, storage_id: uuid.UUID | None = None
 ) -> list[dict[str, Any]]:
     """By storage how many files are waited for, how many were asked for, since when, and an error
     that a request ended with. The cost follows what is waited for."""
-    only = "WHERE g.storage_id = :storage" if storage_id else ""
+    only = "AND g.storage_id = :storage" if storage_id else ""
     return rows(
         connection,
         f"""SELECT s.name AS storage, count(*) AS files, count(g.asked_at) AS asked,
                   min(g.since) AS since, max(g.error) AS error
-             FROM staging g JOIN storage s USING (storage_id) {only}
+             FROM staging g JOIN storage s USING (storage_id)
+            WHERE g.polled_at > :recent {only}
             GROUP BY s.name ORDER BY s.name""",
+        recent=now - _NOBODY,
         **({"storage": storage_id} if storage_id else {}),
     )
 

@@ -38,7 +38,7 @@ def status(connection: Connection, now: datetime) -> dict[str, Any]:
         "items_below_target_phase": _count(
             connection, "SELECT count(*) AS n FROM data_item WHERE shortfall IS NOT NULL"
         ),
-        "staging": waiting_overview(connection),
+        "staging": waiting_overview(connection, now),
         "items_to_evaluate": _count(connection, "SELECT count(*) AS n FROM evaluation"),
         "storages": [
             {

@@ -218,6 +218,8 @@ def hold_back_copies(
 ) -> dict[uuid.UUID, DlmError]:
     """As :func:`hold_back`, for copies from one storage to another: what a lost try left whole in
     their place, and has migrated since, has to be read too."""
+    if not (is_cold(source) or is_cold(destination)):
+        return {}
     there = [_files(task, task.destination_path) for task in tasks]
     held = hold_back(context, destination, row["storage_id"], there)
     wanted = [_files(task, task.source_path) for task in tasks if task.operation_id not in held]

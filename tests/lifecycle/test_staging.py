@@ -59,7 +59,7 @@ def test_a_copy_from_tape_waits_for_one_call_and_is_made_when_all_is_there(site)
         ("QUEUED", 0, "DLM-308")
     }
     assert "waits for staging since 2026-06-01T00:00:00Z" in waiting[0]["error"]
-    for _ in range(9):
+    for _ in range(3):
         poll(site)
     assert len(site.tape.calls()) == 1 and site.visible("disk") == {}
     assert site.tape.deliver() == 20
@@ -71,13 +71,14 @@ def test_a_copy_from_tape_waits_for_one_call_and_is_made_when_all_is_there(site)
 
 def test_requests_are_bounded_and_repeated_only_after_a_while(site):
     """stage_batch bounds a call; after stage_retry_hours what is still away is asked for again."""
-    use(site, stage_batch=3, stage_retry_hours=1)
+    use(site, stage_batch=3, stage_retry_hours=0.1)
     for n in range(7):
         site.add_item(f"{n}", b"x", "tape")
     site.tape.migrate()
     site.settle()
     assert [len(paths) for paths in site.tape.calls()] == [3, 3, 1]
-    for _ in range(60):
+    for _ in range(6):
+        assert len(site.tape.calls()) == 3
         poll(site)
     assert [len(paths) for paths in site.tape.calls()] == [3, 3, 1] * 2
 
@@ -310,9 +311,9 @@ def test_a_file_that_never_comes_ends_failed_and_can_be_asked_for_again(site):
     (oid,) = on_both(site)
     ask_to_verify(site)
     site.settle()
-    for _ in range(73):
-        site.advance(hours=1)
-        site.work()
+    for _ in range(6):
+        site.advance(hours=12)
+        site.work(OperationKind.VERIFY)
     (failed,) = operations(site, "verify")
     assert (failed["state"], failed["error_code"]) == ("FAILED", "DLM-309")
     assert "since 2026-06-01" in failed["error"] and "after 72 h" in failed["error"]
@@ -446,6 +447,39 @@ def test_a_wait_that_nobody_looked_after_begins_anew(site):
     assert site.replica(oid, "tape")["checked_at"] == site.now
 
 
+def test_what_nobody_waits_for_is_not_told_and_in_the_end_forgotten(site):
+    """A wait whose operation is gone: after a day it is not counted, after a week not kept."""
+    on_both(site)
+    ask_to_verify(site)
+    site.settle()
+    for days, told in ((0.9, 1), (0.2, 0)):
+        site.advance(days=days)
+        overview = site.context.transact(lambda c: catalogue.waiting_overview(c, site.now))
+        assert len(overview) == told
+    assert site.context.transact(lambda c: catalogue.forget_waits(c, site.now)) == 0
+    site.advance(days=7)
+    assert site.context.transact(lambda c: catalogue.forget_waits(c, site.now)) == 1
+
+
+def test_good_bytes_in_quarantine_on_tape_are_staged_and_brought_back(site):
+    """A copy that was condemned wrongly and migrated: the look for it stages what was set aside."""
+    (oid,) = on_both(site)
+    uid = site.replica(oid, "tape")["uid"]
+    aside = site.folder / f"tape/.dlm/quarantine/{uid}.1"
+    aside.parent.mkdir(parents=True)
+    (site.folder / "tape/test/x0").rename(aside)
+    for state in ("SUSPECT", "CORRUPTED"):
+        site.execute("UPDATE replica SET state = :s WHERE uid = :uid", s=state, uid=uid)
+    ask_to_verify(site)
+    site.work(OperationKind.VERIFY)
+    assert site.tape.calls() == [[f".dlm/quarantine/{uid}.1"]]
+    site.tape.deliver()
+    site.advance(seconds=60)
+    site.work(OperationKind.VERIFY)
+    assert site.replicas(oid)["tape"] == "READY"
+    assert site.visible("tape") == {"test/x0": b"bytes" * 99}
+
+
 def test_staging_by_hand_comes_before_need(site):
     """Items are staged once, from one of their cold copies; then reading them waits for nothing."""
     oids = on_both(site, 3)
@@ -454,7 +488,7 @@ def test_staging_by_hand_comes_before_need(site):
     assert site.context.transact(lambda c: request_staging(c, **ask)) == 0
     stage = {OperationKind.STAGE: execute_stage}
     drain(site.context, stage)
-    (row,) = site.context.transact(catalogue.waiting_overview)
+    (row,) = site.context.transact(lambda c: catalogue.waiting_overview(c, site.now))
     assert (row["storage"], row["files"], row["asked"], row["error"]) == ("tape", 3, 3, None)
     site.tape.deliver()
     site.advance(seconds=60)

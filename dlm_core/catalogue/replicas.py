@@ -185,20 +185,20 @@ def copy_details(
 
     The source is chosen now, not when the copy was planned: READY, on a storage that can be read,
     not the one that failed in the last try if there is another, what need not be staged first, disk
-    before tape, the same location first, newest check first.
+    before tape, the same location first, newest check first; ``sources`` is how many there are.
     """
     # OFFSET 0: while statistics are young, an index of all READY replicas looks smaller than it is
     return rows(
         connection,
         f"""SELECT o.operation_id, t.uid, t.oid, t.state, t.path, t.storage_id, i.uri, i.kind,
                   i.size, i.digest, i.state AS item_state, s.uid AS source_uid, s.path AS source_path,
-                  s.storage_id AS source_storage_id
+                  s.storage_id AS source_storage_id, s.sources
              FROM operation o
              JOIN replica t ON t.uid = o.uid
              JOIN storage ts ON ts.storage_id = t.storage_id
              JOIN data_item i ON i.oid = t.oid
              LEFT JOIN LATERAL (
-               SELECT r.uid, r.path, r.storage_id
+               SELECT r.uid, r.path, r.storage_id, count(*) OVER () AS sources
                  FROM (SELECT * FROM replica WHERE oid = t.oid OFFSET 0) r
                  JOIN storage rs USING (storage_id)
                 WHERE r.state = 'READY' AND rs.mode IN ('read_write', 'read_only', 'draining')

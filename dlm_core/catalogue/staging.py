@@ -20,13 +20,15 @@ _NOBODY = timedelta(days=1)
 @dataclass(frozen=True, slots=True)
 class Wait:
     """A file that is waited for: since when, what the last request came to, and what is to be done:
-    ``ask`` for it (this transaction took it upon itself), or give up (``late``)."""
+    ``ask`` for it (this transaction took it upon itself), give up (``late``), or nothing before
+    others have come (``turn``)."""
 
     since: datetime
     asked_at: datetime | None
     error: str | None
     ask: bool = False
     late: bool = False
+    turn: bool = False
 
 
 def waits_for(
@@ -52,9 +54,11 @@ def begin_waiting(
     retry: timedelta,
     deadline: timedelta,
     lease: timedelta,
+    most: int,
 ) -> dict[str, Wait]:
     """Note that ``paths`` (percent-encoded) are waited for, and take those upon ourselves that are
-    to be asked for now; within ``lease`` nobody else does.
+    to be asked for now; within ``lease`` nobody else does. While ``most`` files are on their way the
+    others are not noted: they wait for their turn, with no deadline.
 
     What was waited for longer than ``deadline`` is late and noted no more. A wait that nobody
     looked after for as long as ``retry`` begins anew.
@@ -77,7 +81,22 @@ def begin_waiting(
     )
     over = {r["path"]: Wait(r["since"], r["asked_at"], r["error"], late=True) for r in late}
     rest = sorted(set(paths) - set(over))
-    return over | _take(connection, storage_id, rest, now, now + lease)
+    known = waits_for(connection, storage_id, rest)
+    new = [path for path in rest if path not in known]
+    room = max(0, most - _count(connection, storage_id, now)) if new else 0
+    later = {path: Wait(now, None, None, turn=True) for path in new[room:]}
+    taken = [path for path in rest if path not in later]
+    return over | later | _take(connection, storage_id, taken, now, now + lease)
+
+
+def _count(connection: Connection, storage_id: uuid.UUID, now: datetime) -> int:
+    found = rows(
+        connection,
+        "SELECT count(*) AS n FROM staging WHERE storage_id = :storage AND polled_at > :recent",
+        storage=storage_id,
+        recent=now - _NOBODY,
+    )
+    return int(found[0]["n"])
 
 
 def _take(

@@ -20,6 +20,7 @@ from dlm_core.errors import (
     InvalidValueError,
     PayloadNotFoundError,
     SourceDamagedError,
+    StagingFailedError,
     StorageFullError,
 )
 from dlm_core.lifecycle.decide import (
@@ -493,7 +494,8 @@ def _write_copies_in(
             good.append(catalogue.Seen(row["uid"], row["size"], row["digest"]))
             written.append((result, done(operation)))
         else:
-            written.append((result, _copy_failed(context, operation, result.error, now)))
+            several = by_id[result.task.operation_id]["sources"] > 1
+            written.append((result, _copy_failed(context, operation, result.error, now, several)))
     if good:
         catalogue.mark_ready(connection, good, now)
         oids = {by_id[outcome.operation_id]["oid"] for r, outcome in written if r.error is None}
@@ -505,9 +507,10 @@ def _write_copies_in(
 
 
 def _copy_failed(
-    context: Context, operation: Mapping[str, Any], error: DlmError, now: datetime
+    context: Context, operation: Mapping[str, Any], error: DlmError, now: datetime, several: bool
 ) -> queue.Outcome:
-    if isinstance(error, SourceDamagedError | PayloadNotFoundError):
+    never_came = isinstance(error, StagingFailedError) and several
+    if isinstance(error, SourceDamagedError | PayloadNotFoundError) or never_came:
         # another source may be good: try it at once, the damaged one gets its second look
         due = now if operation["attempts"] < context.settings.max_attempts else None
         state = OperationState.QUEUED if due else OperationState.FAILED

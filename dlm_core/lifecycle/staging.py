@@ -148,6 +148,7 @@ def _ask(
             retry=timedelta(hours=terms.stage_retry_hours),
             deadline=timedelta(hours=terms.stage_deadline_hours),
             lease=_ASKING,
+            most=terms.stage_most,
         )
     )  # fmt: skip
     mine = sorted(names[name] for name, wait in waits.items() if wait.ask)
@@ -191,6 +192,8 @@ def _told(cold: ColdStorage, waits: Mapping[str, catalogue.Wait], now: datetime)
         return StagingFailedError(storage=cold.name, path=path, since=since, message=message)
     count = f"{len(waits)} files wait" if len(waits) > 1 else "it waits"
     message = f"{count} for staging since {since}" + (f"; {refusal}" if refusal else "")
+    if first.turn:
+        message = f"{count} for a turn while {cold.terms.stage_most} files are on their way"
     return NotOnlineError(cold.name, path, message, _poll_after(cold, now - first.since))
 
 

@@ -47,6 +47,7 @@ class StageTerms(BaseModel):
 
     stage: str = Field(description="The stager: command, s3, or one by entry point.")
     stage_batch: int = Field(1000, ge=1, le=100_000, description="Paths in one call at most.")
+    stage_most: int = Field(10_000, ge=1, le=10_000_000, description="Files on their way at most.")
     stage_poll_seconds: float = Field(60, gt=0, le=86400, description="Looked at again after.")
     stage_retry_hours: float = Field(24, gt=0, le=8760, description="Asked for again after.")
     stage_deadline_hours: float = Field(72, gt=0, le=8760, description="FAILED after.")

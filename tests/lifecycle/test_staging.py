@@ -83,6 +83,47 @@ def test_requests_are_bounded_and_repeated_only_after_a_while(site):
     assert [len(paths) for paths in site.tape.calls()] == [3, 3, 1] * 2
 
 
+def test_no_more_files_are_on_their_way_than_the_disk_may_take(site):
+    """stage_most: the others wait for their turn, and say so; it comes as files arrive."""
+    use(site, stage_most=3)
+    oids = [site.add_item(f"{n}", b"x" * 99, "tape") for n in range(7)]
+    site.tape.migrate()
+    site.settle()
+    told = [row["error"] for row in operations(site, "copy")]
+    assert sum("for a turn while 3 files are on their way" in text for text in told) == 4
+    poll(site)
+    for _ in range(4):
+        site.tape.deliver()
+        poll(site)
+    assert [len(paths) for paths in site.tape.calls()] == [3, 3, 1]
+    assert {site.replicas(oid)["disk"] for oid in oids} == {"READY"}
+
+
+def test_a_copy_whose_file_never_comes_goes_on_with_another_source(site):
+    """Two tapes: what the first did not stage until its deadline is asked of the second."""
+    root = site.add_storage("tape2", "bunker", mode="offline", **{"class": "tape"})
+    oid = site.add_item("x", b"bytes" * 99, "tape")
+    site.set_storage("disk", mode="offline")
+    site.set_storage("tape2", mode="read_write")
+    site.settle()
+    second = Tape(root, site.folder / "hsm2")
+    second.migrate()
+    site.tape.migrate()
+    site.set_storage("tape2", config=json.dumps(second.config()), mode="draining")
+    site.set_storage("disk", mode="read_write")
+    site.settle()
+    first, other = (site.tape, second) if site.tape.calls() else (second, site.tape)
+    assert (len(first.calls()), len(other.calls())) == (1, 0)
+    for _ in range(7):
+        site.advance(hours=12)
+        site.settle()
+    assert len(other.calls()) == 1
+    other.deliver()
+    site.advance(hours=1)
+    site.settle()
+    assert site.replicas(oid)["disk"] == "READY"
+
+
 def test_what_takes_long_is_looked_at_less_often(site):
     """After a tenth of the time that it has waited, an hour at most."""
     use(site, stage_poll_seconds=100)

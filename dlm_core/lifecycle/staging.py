@@ -24,6 +24,7 @@ from dlm_core.errors import (
     NotOnlineError,
     SourceDamagedError,
     StagingFailedError,
+    StorageError,
 )
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.cold import ColdStorage
@@ -64,16 +65,14 @@ def is_cold(storage: Storage) -> bool:
     return getattr(storage, "stager", None) is not None
 
 
-def files_of(
-    context: Context, storage: Storage, rows: Sequence[Row], path: str = "path"
-) -> dict[uuid.UUID, list[str]]:
+def files_of(context: Context, storage: Storage, rows: Sequence[Row]) -> dict[uuid.UUID, list[str]]:
     """The files to be read by operation, of rows with operation_id, oid, kind and a catalogued
     path: all of a directory payload, by its manifest, or as they lie there if it has none yet."""
     trees = [row["oid"] for row in rows if row["kind"] == PayloadKind.DIRECTORY]
     manifests = context.transact(lambda c: replicas.manifests_of(c, trees)) if trees else {}
     found: dict[uuid.UUID, list[str]] = {}
     for row in rows:
-        place = decode_path(row[path])
+        place = decode_path(row["path"])
         files = [place]
         if row["kind"] == PayloadKind.DIRECTORY:
             named = [f"{place}/{decode_path(one['path'])}" for one in manifests.get(row["oid"], ())]
@@ -104,7 +103,7 @@ def hold_back(
     cold = cast(ColdStorage, storage)
     try:
         offline = _offline(context, cold, storage_id, wanted)
-    except DlmError as error:
+    except StorageError as error:
         return {one.operation_id: error for one in wanted}
     waits = _ask(context, cold, storage_id, offline) if offline else {}
     found = {}
@@ -151,17 +150,10 @@ def _ask(
             most=terms.stage_most,
         )
     )  # fmt: skip
-    mine = sorted(names[name] for name, wait in waits.items() if wait.ask)
-    if mine:
-        refusal = _request(context, cold, storage_id, mine)
-        if refusal:
-            asked = {encode_path(path) for path in mine}
-            waits = {
-                name: catalogue.Wait(wait.since, wait.asked_at, refusal, wait.ask, wait.late)
-                if name in asked else wait
-                for name, wait in waits.items()
-            }  # fmt: skip
-    return {names[name]: wait for name, wait in waits.items()}
+    found = {names[name]: wait for name, wait in waits.items()}
+    mine = sorted(path for path, wait in found.items() if wait.ask)
+    refusal = _request(context, cold, storage_id, mine) if mine else None
+    return found | {path: replace(found[path], error=refusal) for path in mine}
 
 
 def _request(

@@ -396,6 +396,24 @@ def test_a_storage_that_lies_makes_nothing_corrupted_before_it_was_staged_anew(s
     assert site.replicas(oid)["tape"] == "READY"
 
 
+def test_a_copy_from_a_storage_that_lies_copies_no_zeros(site):
+    """The digest shows that a stub was read: nothing is written, its source is doubted, staged,
+    read, good again, and then copied."""
+    use(site, online_command=True)
+    oid = site.add_item("x", b"bytes" * 99, "tape")
+    site.tape.migrate()
+    site.tape.mode = "lies"
+    site.settle()
+    assert site.replicas(oid) == {"tape": "SUSPECT", "disk": "MISSING"}
+    assert site.visible("disk") == {} and site.tape.calls() == [["x"]]
+    site.tape.deliver()
+    poll(site)
+    site.advance(hours=2)
+    site.settle()
+    assert site.replicas(oid) == {"tape": "READY", "disk": "READY"}
+    assert site.visible("disk") == {"test/x": b"bytes" * 99}
+
+
 def test_a_file_that_goes_offline_while_it_is_read_is_not_taken_for_damaged(site, monkeypatch):
     """Online when asked, a stub when read: what was read says nothing, and it is staged again."""
     from dlm_core.storages.posix import PosixStorage

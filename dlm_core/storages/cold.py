@@ -62,8 +62,15 @@ class ColdStorage:
         return found
 
     def stage(self, paths: Sequence[str]) -> None:
-        """Ask for files to be brought online, in one call if ``stage_batch`` allows."""
-        for batch in _batches(paths, self.terms.stage_batch):
+        """Ask for files to be brought online, in one call if ``stage_batch`` allows.
+
+        Raises
+        ------
+        StorageUnavailableError, AccessDeniedError
+            if the storage does not take the request.
+        """
+        order = getattr(self.stager, "order", None)
+        for batch in _batches(order(paths) if order else paths, self.terms.stage_batch):
             self.stager.stage(batch)
 
     def open_read(self, path: str) -> ReadStream:

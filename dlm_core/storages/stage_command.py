@@ -40,6 +40,7 @@ class CommandConfig(BaseModel):
 
     stage_command: Words = Field(description="Brings online what it reads from standard input.")
     online_command: Words | None = Field(None, description="Prints those of them that are online.")
+    order_command: Words | None = Field(None, description="Prints them as the medium likes them.")
     stage_timeout_seconds: float = Field(300, gt=0, le=86400, description="For either to end.")
 
 
@@ -79,12 +80,23 @@ class CommandStager:
     def stage(self, paths: Sequence[str]) -> None:
         self._run("stage_command", self._config.stage_command, paths)
 
+    def order(self, paths: Sequence[str]) -> list[str]:
+        """``paths`` as the command prints them; what it leaves out comes last."""
+        if self._config.order_command is None:
+            return list(paths)
+        told = self._named(self._run("order_command", self._config.order_command, paths), paths)
+        return [*dict.fromkeys([*told, *paths])]
+
     def online(self, paths: Sequence[str]) -> set[str]:
         if self._config.online_command is None:
             return {path for path in paths if self._is_resident(path)}
         told = self._run("online_command", self._config.online_command, paths)
+        return set(self._named(told, paths))
+
+    def _named(self, told: bytes, paths: Sequence[str]) -> list[str]:
+        """Those of ``paths`` that a command printed, in its order."""
         names = {self._octets(path): path for path in paths}
-        return {names[name] for name in told.split(b"\0") if name in names}
+        return [names[name] for name in told.split(b"\0") if name in names]
 
     def _octets(self, path: str) -> bytes:
         return os.fsencode(path if self._folder is None else f"{self._folder}/{path}")

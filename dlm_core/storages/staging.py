@@ -21,8 +21,12 @@ class Stager(Protocol):
     """Brings files of one storage online; plug-ins come by the entry point group ``dlm.stagers``.
 
     Paths are those of the port, relative to the root. Both calls take many at once, in path order,
-    are safe to repeat, and raise the port's errors. A stager may also have ``renames_read = True``:
-    a rename on this storage needs the bytes online (an object store copies them).
+    are safe to repeat, and raise the port's errors. A stager may also have
+
+    ``renames_read = True``
+        a rename on this storage needs the bytes online (an object store copies them).
+    ``order(paths) -> list``
+        the same paths as the medium likes to be asked for them, before they are cut into calls.
     """
 
     def stage(self, paths: Sequence[str]) -> None:
@@ -105,7 +109,7 @@ def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     staging = {
         key: value
         for key, value in config.items()
-        if key == "stage" or key.startswith("stage_") or key == "online_command"
+        if key == "stage" or key.startswith("stage_") or key in ("online_command", "order_command")
     }
     return {key: value for key, value in config.items() if key not in staging}, staging
 

@@ -78,6 +78,18 @@ def test_what_is_no_file_is_told_as_ever(tape):
             storage.open_read(name)
 
 
+def test_the_medium_may_say_in_which_order_it_is_asked(tape):
+    """order_command sorts before calls are cut; what it invents is left out, what it forgets is
+    asked for last."""
+    script = (
+        "import sys; told = sys.stdin.buffer.read().split(b'\\0')[:-1]; "
+        "sys.stdout.buffer.write(b'\\0'.join([*told[:0:-1], b'/etc/passwd', told[1], b'']))"
+    )
+    command = [sys.executable, "-c", script]
+    opened(tape, order_command=command, stage_batch=2).stage(["a", "b", "c", "d"])
+    assert tape.calls() == [["d", "c"], ["b", "a"]]
+
+
 def test_a_command_that_leaves_a_process_behind_has_ended(tape):
     """What goes on in the background may keep its output open: the call returns all the same."""
     command = [sys.executable, "-c", "import subprocess; subprocess.Popen(['sleep', '30'])"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dlm_cli import auditing, backup, holds, items, places, plans, rebuilding, verifying
+from dlm_cli import auditing, backup, holds, items, places, plans, rebuilding, staging, verifying
 from dlm_cli.session import catalogue, fail, parse_pairs, plain_errors, show_json, show_table
 from dlm_core.errors import DlmError, InputError, ServiceUnavailableError
 
@@ -36,6 +36,7 @@ app.command("restore")(items.restore)
 app.command("verify")(items.verify)
 app.command("verification")(verifying.verification)
 app.command("retry")(items.retry)
+app.command("stage")(staging.stage)
 app.command("backup")(backup.backup)
 app.command("rebuild")(rebuilding.rebuild)
 places.storage_app.command("export")(rebuilding.storage_export)
@@ -93,6 +94,8 @@ def status(as_json: Json = False) -> None:
     print(f"items below their target phase: {found['items_below_target_phase']}")
     for kind, states in found["operations"].items():
         print(f"{kind}: " + ", ".join(f"{n} {state}" for state, n in states.items()))
+    for one in found["staging"]:
+        print(staging.told(one))
     columns = {"name": "STORAGE", "location": "LOCATION", "phase": "PHASE", "mode": "MODE",
                "replicas": "REPLICAS", "used_bytes": "USED", "capacity_bytes": "CAPACITY",
                "fill_fraction": "FILL"}  # fmt: skip

@@ -20,6 +20,7 @@ from dlm_cli.session import (
     show_json,
     show_table,
 )
+from dlm_cli.staging import set_terms
 from dlm_core.errors import InvalidValueError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -196,6 +197,7 @@ def storage_list(as_json: Json = False) -> None:
 def storage_show(name: Name, as_json: Json = False) -> None:
     """Show all of one storage."""
     from dlm_core.catalogue.places import count_stuck, drain_progress, get_storage
+    from dlm_core.catalogue.staging import waiting_overview
 
     with catalogue() as context:
         found = context.transact(lambda c: get_storage(c, name))
@@ -203,13 +205,20 @@ def storage_show(name: Name, as_json: Json = False) -> None:
         if drain is not None:
             stuck = context.transact(lambda c: count_stuck(c, found["storage_id"]))
             found["drain"] = drain | {"stuck_items": stuck}
+        waiting = context.transact(
+            lambda c: waiting_overview(c, context.clock(), found["storage_id"])
+        )
+        if "stage" in found["config"]:
+            found["staging"] = waiting[0] if waiting else {"files": 0}
     if as_json:
         show_json(found)
     else:
         from dlm_cli.session import human
 
         progress = found.pop("drain", {})
+        waits = found.pop("staging", {})
         told = found | {f"drain_{key}": value for key, value in progress.items()}
+        told |= {f"staging_{key}": value for key, value in waits.items() if key != "storage"}
         rows = [{"key": key, "value": human(value, key)} for key, value in told.items()]
         show_table(rows, {"key": "", "value": ""})
 
@@ -288,6 +297,9 @@ def storage_set(
         str | None,
         typer.Option("--path-rules", help="TOML or YAML file of rules for paths; or none."),
     ] = None,
+    config: Annotated[
+        list[str], typer.Option(help="key=value about staging; key= takes it away.")
+    ] = [],  # noqa: B006
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --path-rules alone: try them, change nothing.")
     ] = False,
@@ -298,10 +310,12 @@ def storage_set(
     options["phase"] = parse_choice("phase", phase, _PHASES)
     changes = {key: value for key, value in options.items() if value is not None}
     changes |= _verify_options(verify_every, verify_per_second, verify_per_day)
-    if dry_run and (changes or path_rules is None):
+    if dry_run and (changes or config or path_rules is None):
         raise InvalidValueError(what="--dry-run", value="", expected="--path-rules, and only that")
     if path_rules is not None:
         _set_paths(name, path_rules, dry_run=dry_run)
+    if config:
+        set_terms(name, config)
     _change(name, changes)
     print(f"storage {name}: nothing was changed" if dry_run else f"storage {name} changed")
 

@@ -194,6 +194,27 @@ class NonconformingError(StorageError):
     code = "DLM-307"
 
 
+class NotOnlineError(StorageError):
+    """storage {storage}: {path!r} has to be staged before it can be read; {message}"""
+
+    code = "DLM-308"
+    retryable = True
+
+    def __init__(
+        self, storage: str, path: str, message: str, poll_seconds: float | None = None
+    ) -> None:
+        super().__init__(storage=storage, path=path, message=message)
+        #: it was asked for: look again in so many seconds; None: nobody has asked yet
+        self.poll_seconds = poll_seconds
+
+
+class StagingFailedError(StorageError):
+    """storage {storage} did not stage {path!r}, which was waited for since {since}: {message};
+    'dlm retry' asks again"""
+
+    code = "DLM-309"
+
+
 # --- bytes: exit code 5 -----------------------------------------------------------------------
 
 

@@ -81,6 +81,7 @@ class OperationKind(StrEnum):
     TRASH = "trash"
     PURGE = "purge"
     RESTORE = "restore"
+    STAGE = "stage"
 
 
 class OperationState(StrEnum):

@@ -17,6 +17,7 @@ from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.check import plan_verification, propose_verification
 from dlm_core.lifecycle.lost import plan_audits
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
+from dlm_core.lifecycle.staging import execute_stage
 from dlm_core.lifecycle.trash import execute_purge, execute_restore, execute_trash
 from dlm_core.lifecycle.verify import execute_verify
 from dlm_core.lifecycle.watch import plan_registration
@@ -28,6 +29,7 @@ from dlm_pipelines.metadata import (
     overview_metadata,
     proposals_metadata,
     report_metadata,
+    staging_metadata,
 )
 from dlm_pipelines.resources import Catalogue
 
@@ -122,7 +124,10 @@ WORK: dict[str, Work] = {
         {OperationKind.ADMIT: execute_admit}, lambda _: plan_registration, _nothing
     ),
     "replication": Work(
-        {OperationKind.COPY: execute_copy}, lambda _: plan_replication, _propose_copies
+        # what is staged by hand is asked for first: a copy may want the same files
+        {OperationKind.STAGE: execute_stage, OperationKind.COPY: execute_copy},
+        lambda _: plan_replication,
+        _propose_copies,
     ),
     "verification": Work(
         {OperationKind.VERIFY: execute_verify}, lambda _: _plan_looks, _propose_checks
@@ -158,7 +163,7 @@ def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: C
         with _progress(context):
             report = _drain(core, work, settings)
         _tell_failures(context, report)
-        told = report_metadata(core, report)
+        told = report_metadata(core, report) | staging_metadata(core)
         if name == "verification":
             told |= overview_metadata(core)
         if name in ("rebalance", "expiry"):

@@ -6,6 +6,7 @@ import dagster as dg
 
 from dlm_core.catalogue.housekeeping import ensure_partitions, fold_tally
 from dlm_core.catalogue.seals import newest_seals
+from dlm_core.catalogue.staging import forget_waits
 from dlm_core.errors import DlmError
 from dlm_core.lifecycle.export import export_due
 from dlm_core.lifecycle.seal import seal_log
@@ -28,6 +29,7 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     core = catalogue.context(f"run:{context.run_id}")
     core.transact(lambda c: ensure_partitions(c, core.clock()))
     core.transact(fold_tally)
+    core.transact(lambda c: forget_waits(c, core.clock()))
     _tell(context, core)
     swept = 0
     for row in core.transact(core.storages.load).values():

@@ -11,6 +11,7 @@ import dagster as dg
 from dlm_core.catalogue.browse import uris_of
 from dlm_core.catalogue.checks import check_overview
 from dlm_core.catalogue.places import drains
+from dlm_core.catalogue.staging import waiting_overview
 from dlm_core.lifecycle.work import Context, Report
 
 _SHOWN = 50
@@ -67,6 +68,13 @@ def overview_metadata(context: Context) -> dict[str, Any]:
     """The oldest look on each storage and what was planned of the day's budget: cheap to ask."""
     found = context.transact(lambda c: check_overview(c, context.clock()))
     return {"verification": _table(found, list(found[0]))} if found else {}
+
+
+def staging_metadata(context: Context) -> dict[str, Any]:
+    """How many files wait to be staged, by storage; they plot across runs."""
+    found = context.transact(lambda c: waiting_overview(c, context.clock()))
+    told: dict[str, Any] = {f"waiting_for_staging_{row['storage']}": row["files"] for row in found}
+    return told | ({"staging": _table(found, list(found[0]))} if found else {})
 
 
 def drain_metadata(context: Context) -> dict[str, Any]:

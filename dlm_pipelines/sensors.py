@@ -56,10 +56,10 @@ def registration_due(connection: Connection, _: Settings, now: datetime) -> Due:
 
 
 def replication_due(connection: Connection, _: Settings, now: datetime) -> Due:
-    """Items to plan, and copies to make."""
+    """Items to plan, and copies to make or to stage."""
     items = count_evaluations_due(connection, now)
-    copies = count_due(connection, [OperationKind.COPY], now)
-    return Due(items + copies, f"{items} items to plan, {copies} copies to make")
+    copies = count_due(connection, [OperationKind.COPY, OperationKind.STAGE], now)
+    return Due(items + copies, f"{items} items to plan, {copies} copies to make or stage")
 
 
 def verification_due(connection: Connection, _: Settings, now: datetime) -> Due:

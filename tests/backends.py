@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -15,8 +15,16 @@ from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
 from tests.fakes import QuotaStorage
 from tests.faulty import Faulty
-from tests.servers import USER, DavServer, rclone_webdav_server, wsgidav_server
+from tests.servers import (
+    USER,
+    ArchiveServer,
+    DavServer,
+    archive_server,
+    rclone_webdav_server,
+    wsgidav_server,
+)
 from tests.sshd import SshServer, ssh_server
+from tests.tape import Tape
 
 KEYS = {"access_key": "env:DLM_TEST_S3_KEY", "secret_key": "env:DLM_TEST_S3_SECRET"}
 
@@ -61,6 +69,20 @@ def rclonedav(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DavServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ArchiveServer]:
+    """One S3 server with archive classes a test session."""
+    with archive_server(tmp_path_factory.mktemp("archive")) as server:
+        os.environ["DLM_TEST_ARCHIVE_KEY"] = os.environ["DLM_TEST_ARCHIVE_SECRET"] = "any"
+        yield server
+
+
+def archive_config(server: ArchiveServer, **terms: Any) -> dict[str, Any]:
+    """The config of a storage on ``server`` whose objects are archived at once."""
+    keys = {"access_key": "env:DLM_TEST_ARCHIVE_KEY", "secret_key": "env:DLM_TEST_ARCHIVE_SECRET"}
+    return {"endpoint": server.endpoint, "storage_class": "GLACIER", "stage": "s3"} | keys | terms
+
+
 def open_dav(server: DavServer, name: str = "dav") -> Storage:
     """An empty storage of its own on a WebDAV server."""
     return open_storage(name, "webdav", server.make_collection(), server.config)
@@ -77,7 +99,7 @@ def open_dav_by_rclone(server: DavServer, **options: str) -> Storage:
 
 _KINDS = (
     "posix", "s3", "sftp", "sftp_shell", "wsgidav", "rclonedav", "rclone", "rclone_wsgidav",
-    "quota", "faulty", "faulty_s3", "faulty_sftp",
+    "quota", "faulty", "faulty_s3", "faulty_sftp", "tape",
 )  # fmt: skip
 
 
@@ -100,6 +122,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
         server = request.getfixturevalue("sshd")
         far = open_storage("far", "sftp", server.root(root), server.config(shell=shell))
         return cast(Storage, Faulty(far)) if request.param == "faulty_sftp" else far
+    if request.param == "tape":
+        return open_storage("tape", "posix", str(root), Tape(root, tmp_path / "hsm").config())
     inner = open_storage("disk", "posix", str(root), {})
     if request.param == "rclone":
         return open_storage("remote", "rclone", str(root), {"type": "local"})

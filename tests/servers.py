@@ -86,6 +86,41 @@ class DavServer(Server):
         return {"user": USER, "password": f"file:{self.folder.parent}/password"}
 
 
+@dataclass
+class ArchiveServer(Server):
+    """moto's S3: the one with archive classes and RestoreObject. It accepts any key and checks no
+    checksum, so nothing else is tested against it."""
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def make_bucket(self, *, looks: int = 2) -> str:
+        """A new bucket; a restore is over after so many HEADs of its object."""
+        name = f"b{uuid.uuid4().hex}"
+        transition = {"progression": "manual", "times": looks}
+        body = json.dumps({"model_name": "s3::keyrestore", "transition": transition})
+        self._ask("POST", "/moto-api/state-manager/set-transition", body)
+        self._ask("PUT", f"/{name}", "")
+        return name
+
+    def _ask(self, verb: str, path: str, body: str) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.request(verb, path, body, {"Content-Type": "application/json"})
+        assert connection.getresponse().status in (200, 201)
+        connection.close()
+
+
+@contextmanager
+def archive_server(folder: Path) -> Iterator[ArchiveServer]:
+    """A moto server."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = ArchiveServer(command, folder / "moto.log", port)
+    with running(server):
+        yield server
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on at this moment."""
     with socket.socket() as probe:

@@ -16,6 +16,7 @@ from dlm_core.catalogue.engine import rows, run
 from dlm_core.lifecycle.expire import ExpiryPlanner
 from dlm_core.lifecycle.rebalance import plan_rebalance
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
+from dlm_core.lifecycle.staging import execute_stage
 from dlm_core.lifecycle.trash import execute_purge, execute_restore, execute_trash
 from dlm_core.lifecycle.verify import execute_verify
 from dlm_core.lifecycle.work import Context, Report, StoragePool, _open_row, drain
@@ -24,6 +25,7 @@ from dlm_core.types import OperationKind, encode_path, make_uri, new_id, uri_buc
 from tests.fakes import Misreading
 
 ALL = {
+    OperationKind.STAGE: execute_stage,
     OperationKind.COPY: execute_copy,
     OperationKind.VERIFY: execute_verify,
     OperationKind.TRASH: execute_trash,

@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import rows, run
+from dlm_core.catalogue.replicas import COLD
 
 #: of what is due on a storage, so many that were looked at longest ago are ordered by risk
 WINDOW = 5000
@@ -109,7 +110,9 @@ _BUDGETS = f"""
   SELECT storage_id, name, class, verify_every_days, verify_bytes_per_second, verify_bytes_per_day,
          CASE WHEN verify_day = (CAST(:now AS timestamptz) AT TIME ZONE 'UTC')::date
               THEN verify_day_bytes ELSE 0 END AS used
-    FROM storage WHERE mode IN {_READABLE} AND verify_every_days IS NOT NULL"""
+    FROM storage s WHERE mode IN {_READABLE} AND verify_every_days IS NOT NULL
+     -- reading recalls: never a whole tape because nobody said how much of it
+     AND (verify_bytes_per_day IS NOT NULL OR NOT {COLD.format("s")})"""
 
 
 def lock_budgets(connection: Connection, now: datetime) -> list[Budget]:

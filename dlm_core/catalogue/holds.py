@@ -97,7 +97,7 @@ def insert_hold(
                    :ends, :locked)""",
         id=hold_id,
         oid=get_item(connection, target.uri, target.version)["oid"] if target.uri else None,
-        collection=_collection(connection, target.collection) if target.collection else None,
+        collection=find_collection(connection, target.collection) if target.collection else None,
         prefix=prefix,
         pattern=pattern,
         everything=target.everything,
@@ -127,7 +127,13 @@ def _check(
         raise InvalidValueError(what="end", value=ends_at.isoformat(), expected="a time to come")
 
 
-def _collection(connection: Connection, name: str) -> uuid.UUID:
+def find_collection(connection: Connection, name: str) -> uuid.UUID:
+    """The key of a collection.
+
+    Raises
+    ------
+    NotFoundError
+    """
     found = rows(connection, "SELECT collection_id FROM collection WHERE name = :n", n=name)
     if not found:
         raise NotFoundError("collection", name)

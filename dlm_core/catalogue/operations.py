@@ -41,6 +41,8 @@ class Outcome:
     error_code: str | None = None
     error: str | None = None
     due_at: datetime | None = None
+    #: False if it only waited: this was no try
+    counted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +198,13 @@ def finish_operations(
         connection,
         """UPDATE operation o SET state = u.state, error_code = u.code, error = u.error,
                   due_at = coalesce(u.due_at, o.due_at), lease_token = NULL, lease_until = NULL,
+                  attempts = greatest(o.attempts - CASE WHEN u.counted THEN 0 ELSE 1 END, 0),
                   finished_at = CASE WHEN u.state = 'QUEUED' THEN NULL
                                      ELSE CAST(:now AS timestamptz) END
              FROM unnest(CAST(:ids AS uuid[]), CAST(:states AS text[]), CAST(:codes AS text[]),
-                         CAST(:errors AS text[]), CAST(:dues AS timestamptz[]))
-                  AS u(operation_id, state, code, error, due_at)
+                         CAST(:errors AS text[]), CAST(:dues AS timestamptz[]),
+                         CAST(:counted AS boolean[]))
+                  AS u(operation_id, state, code, error, due_at, counted)
             WHERE o.operation_id = u.operation_id AND o.lease_token = :token
               AND o.state = 'RUNNING'""",
         token=token,
@@ -210,6 +214,7 @@ def finish_operations(
         codes=[outcome.error_code for outcome in outcomes],
         errors=[outcome.error for outcome in outcomes],
         dues=[outcome.due_at for outcome in outcomes],
+        counted=[outcome.counted for outcome in outcomes],
     )
 
 

@@ -273,6 +273,16 @@ def set_storage(connection: Connection, name: str, changes: Mapping[str, Any]) -
     _ask_planner_again(connection)
 
 
+def set_config(connection: Connection, storage_id: uuid.UUID, config: Mapping[str, Any]) -> None:
+    """Keep what the adapter and the stager of a storage need; who calls has tried it."""
+    run(
+        connection,
+        "UPDATE storage SET config = CAST(:config AS jsonb) WHERE storage_id = :id",
+        config=Jsonb(dict(config)),
+        id=storage_id,
+    )
+
+
 def set_path_rules(
     connection: Connection, storage_id: uuid.UUID, rules: Sequence[dict[str, Any]] | None
 ) -> None:

@@ -12,6 +12,9 @@ from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import rows, run
 
+#: whether what lies on a storage has to be staged, by the alias of its row
+COLD = "jsonb_exists({}.config, 'stage')"
+
 
 def count_evaluations_due(connection: Connection, now: datetime, limit: int = 100_000) -> int:
     """Items the planner has to look at now; counting stops at ``limit``."""
@@ -181,26 +184,26 @@ def copy_details(
     """What copy operations need: the replica to make, the item, and the best source there is.
 
     The source is chosen now, not when the copy was planned: READY, on a storage that can be read,
-    not the one that failed in the last try if there is another, disk before tape, the same
-    location first, newest check first.
+    not the one that failed in the last try if there is another, what need not be staged first, disk
+    before tape, the same location first, newest check first; ``sources`` is how many there are.
     """
     # OFFSET 0: while statistics are young, an index of all READY replicas looks smaller than it is
     return rows(
         connection,
-        """SELECT o.operation_id, t.uid, t.oid, t.state, t.path, t.storage_id, i.uri, i.kind,
+        f"""SELECT o.operation_id, t.uid, t.oid, t.state, t.path, t.storage_id, i.uri, i.kind,
                   i.size, i.digest, i.state AS item_state, s.uid AS source_uid, s.path AS source_path,
-                  s.storage_id AS source_storage_id
+                  s.storage_id AS source_storage_id, s.sources
              FROM operation o
              JOIN replica t ON t.uid = o.uid
              JOIN storage ts ON ts.storage_id = t.storage_id
              JOIN data_item i ON i.oid = t.oid
              LEFT JOIN LATERAL (
-               SELECT r.uid, r.path, r.storage_id
+               SELECT r.uid, r.path, r.storage_id, count(*) OVER () AS sources
                  FROM (SELECT * FROM replica WHERE oid = t.oid OFFSET 0) r
                  JOIN storage rs USING (storage_id)
                 WHERE r.state = 'READY' AND rs.mode IN ('read_write', 'read_only', 'draining')
-                ORDER BY (r.uid IS NOT DISTINCT FROM o.source_uid), (rs.class = 'tape'),
-                         (rs.location_id <> ts.location_id), r.checked_at DESC, r.uid
+                ORDER BY (r.uid IS NOT DISTINCT FROM o.source_uid), {COLD.format("rs")},
+                         (rs.class = 'tape'), (rs.location_id <> ts.location_id), r.checked_at DESC, r.uid
                 LIMIT 1) s ON true
             WHERE o.operation_id = ANY(:ids)
             ORDER BY o.operation_id""",

@@ -9,13 +9,15 @@ from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import rows
 from dlm_core.catalogue.places import list_storages
+from dlm_core.catalogue.staging import waiting_overview
 
 _RECENT = timedelta(hours=24)
 
 
 def status(connection: Connection, now: datetime) -> dict[str, Any]:
     """Items, replicas and bytes by state; operations by kind and state (those that ended: of the
-    last 24 hours); storages with their fill; items below their target phase.
+    last 24 hours); storages with their fill; files that wait to be staged; items below their target
+    phase.
 
     Counts of items and replicas come from the tally, exact in every transaction.
     """
@@ -36,6 +38,7 @@ def status(connection: Connection, now: datetime) -> dict[str, Any]:
         "items_below_target_phase": _count(
             connection, "SELECT count(*) AS n FROM data_item WHERE shortfall IS NOT NULL"
         ),
+        "staging": waiting_overview(connection, now),
         "items_to_evaluate": _count(connection, "SELECT count(*) AS n FROM evaluation"),
         "storages": [
             {

@@ -549,6 +549,18 @@ recovery = Table(
     Column("confirmed_by", Text),
 )
 
+staging = Table(
+    "staging",
+    metadata,
+    _to("storage_id", "storage", primary_key=True),
+    Column("path", Text, primary_key=True),
+    _required("since", Moment),
+    _required("polled_at", Moment),
+    _required("retry_at", Moment),
+    Column("asked_at", Moment),
+    Column("error", Text),
+)
+
 storage_export = Table(
     "storage_export",
     metadata,

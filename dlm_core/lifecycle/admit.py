@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
@@ -16,7 +16,8 @@ from dlm_core.catalogue import items as catalogue
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas
 from dlm_core.errors import DlmError, IntegrityError
-from dlm_core.lifecycle.verify import Look, look_at
+from dlm_core.lifecycle.staging import files_of, is_cold
+from dlm_core.lifecycle.verify import Look, look_when_online
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.metadata import extract_all
 from dlm_core.storages.port import Storage
@@ -68,7 +69,9 @@ def execute_admit(context: Context, claim: Claim) -> Report:
     with ThreadPoolExecutor(1, "dlm-write") as writer:
         for storage_id, targets in waiting.items():
             storage = context.storages.open(storages[storage_id])
-            _admit_storage(context, claim, storage, targets, operations, details, writer, report)
+            files = files_of(context, storage, targets) if is_cold(storage) else {}
+            looks = look_when_online(context, storage, storage_id, targets, files)
+            _admit_storage(context, claim, storage, looks, operations, details, writer, report)
     return report
 
 
@@ -76,7 +79,7 @@ def _admit_storage(
     context: Context,
     claim: Claim,
     storage: Storage,
-    targets: Sequence[Row],
+    looks: Iterator[Look],
     operations: Mapping[uuid.UUID, Row],
     details: Mapping[uuid.UUID, Row],
     writer: ThreadPoolExecutor,
@@ -92,7 +95,7 @@ def _admit_storage(
         return writer.submit(_write, context, claim, operations, prepared)
 
     begun = time.monotonic()
-    for look in look_at(storage, targets, context):
+    for look in looks:
         gathered.append(look)
         # a transaction costs as much as some fifty rows of it, and the processor is what hashing
         # small payloads waits for; large ones are written soon, so that little is left for the end

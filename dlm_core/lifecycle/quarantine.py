@@ -93,7 +93,7 @@ def find_good(storage: Storage, rows: Sequence[Row]) -> dict[uuid.UUID, str]:
         if the storage cannot tell.
     """
     found: dict[uuid.UUID, str] = {}
-    aside = _list_aside(storage, {str(row["uid"]) for row in rows})
+    aside = list_aside(storage, {str(row["uid"]) for row in rows})
     for row in rows:
         for path in sorted(aside.get(str(row["uid"]), ())):
             if is_payload(storage, path, row):
@@ -102,7 +102,14 @@ def find_good(storage: Storage, rows: Sequence[Row]) -> dict[uuid.UUID, str]:
     return found
 
 
-def _list_aside(storage: Storage, wanted: Collection[str]) -> dict[str, set[str]]:
+def list_aside(storage: Storage, wanted: Collection[str]) -> dict[str, set[str]]:
+    """Paths in quarantine, by the uid of the replica they were, of those ``wanted``.
+
+    Raises
+    ------
+    StorageError
+        if the storage cannot tell.
+    """
     aside: dict[str, set[str]] = defaultdict(set)
     if storage.stat(QUARANTINE) is None:
         return aside

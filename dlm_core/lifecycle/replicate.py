@@ -20,6 +20,7 @@ from dlm_core.errors import (
     InvalidValueError,
     PayloadNotFoundError,
     SourceDamagedError,
+    StagingFailedError,
     StorageFullError,
 )
 from dlm_core.lifecycle.decide import (
@@ -32,6 +33,7 @@ from dlm_core.lifecycle.decide import (
     decide_copies,
 )
 from dlm_core.lifecycle.paths import place_of
+from dlm_core.lifecycle.staging import hold_back_copies, looked_at_again
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage
@@ -410,13 +412,17 @@ def _copy_group(
 ) -> None:
     by_id = {row["operation_id"]: row for row in rows}
     tasks = [_task(row, manifests, claim.token) for row in rows]
+    held = hold_back_copies(context, source, destination, rows[0], tasks)
+    ready = [task for task in tasks if task.operation_id not in held]
     record = partial(_write_copies, context, claim, operations, by_id, report=report)
     with ThreadPoolExecutor(1, "dlm-record") as recorder:
         # what is copied is written down while the next files are copied
         writing: Future[None] | None = None
-        waiting: list[CopyResult] = []
-        for result in copy_batch(source, destination, tasks, stop=context.stop):
-            waiting.append(result)
+        waiting = [
+            CopyResult(t, held[t.operation_id], 0.0) for t in tasks if t.operation_id in held
+        ]
+        for result in copy_batch(source, destination, ready, stop=context.stop):
+            waiting.append(looked_at_again(source, result))
             if len(waiting) >= _RECORDED_AT_ONCE:
                 if writing is not None:
                     writing.result()
@@ -488,7 +494,8 @@ def _write_copies_in(
             good.append(catalogue.Seen(row["uid"], row["size"], row["digest"]))
             written.append((result, done(operation)))
         else:
-            written.append((result, _copy_failed(context, operation, result.error, now)))
+            several = by_id[result.task.operation_id]["sources"] > 1
+            written.append((result, _copy_failed(context, operation, result.error, now, several)))
     if good:
         catalogue.mark_ready(connection, good, now)
         oids = {by_id[outcome.operation_id]["oid"] for r, outcome in written if r.error is None}
@@ -500,9 +507,10 @@ def _write_copies_in(
 
 
 def _copy_failed(
-    context: Context, operation: Mapping[str, Any], error: DlmError, now: datetime
+    context: Context, operation: Mapping[str, Any], error: DlmError, now: datetime, several: bool
 ) -> queue.Outcome:
-    if isinstance(error, SourceDamagedError | PayloadNotFoundError):
+    never_came = isinstance(error, StagingFailedError) and several
+    if isinstance(error, SourceDamagedError | PayloadNotFoundError) or never_came:
         # another source may be good: try it at once, the damaged one gets its second look
         due = now if operation["attempts"] < context.settings.max_attempts else None
         state = OperationState.QUEUED if due else OperationState.FAILED
@@ -577,7 +585,8 @@ def _give_up(
     retried = [
         (outcome.operation_id, by_id[outcome.operation_id]["source_uid"])
         for _, outcome in written
-        if outcome.state is OperationState.QUEUED
+        # who only waits for its source keeps it: another may have to be staged too
+        if outcome.state is OperationState.QUEUED and outcome.counted
     ]
     if retried:
         catalogue.note_sources(connection, retried)

@@ -21,7 +21,6 @@ from dlm_core.catalogue import recovery, replicas
 from dlm_core.errors import (
     AlreadyExistsError,
     DlmError,
-    IntegrityError,
     NotFoundError,
     PathRefusedError,
     PayloadExistsError,
@@ -29,6 +28,8 @@ from dlm_core.errors import (
     StorageUnavailableError,
 )
 from dlm_core.lifecycle.quarantine import is_payload
+from dlm_core.lifecycle.staging import Wanted, files_below, hold_back, is_cold
+from dlm_core.lifecycle.survivors import look_again, look_at_survivors
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage, trash_path
 from dlm_core.transfers.checksums import observe
@@ -43,7 +44,6 @@ from dlm_core.types import (
 )
 
 Row = Mapping[str, Any]
-Manifests = Mapping[uuid.UUID, Sequence[Row]]
 #: what moves or removes bytes of (storage, replica's row), while the operation is locked
 Effect = Callable[[Storage, Row], Any]
 #: what reads them afterwards, told what the effect returned; it may take long
@@ -187,7 +187,7 @@ def execute_restore(context: Context, claim: Claim) -> Report:
             if rows:
                 uids = [row["uid"] for row in rows]
                 replicas.mark_state(connection, uids, state, only_from=[ReplicaState.TRASHED])
-        _look_again(connection, context, damaged, "damaged when it came out of the trash", now)
+        look_again(connection, context, damaged, "damaged when it came out of the trash", now)
 
     return _run(context, claim, _from_trash, write, _brought_back)
 
@@ -271,111 +271,6 @@ def _purge(storage: Storage, row: Row) -> None:
         raise StorageUnavailableError(
             storage=storage.name, message=f"{path} is still there after its removal"
         )
-
-
-def look_at_survivors(context: Context, proofs: Sequence[catalogue.Proof]) -> set[uuid.UUID]:
-    """Look on their storages at the survivors that ``proofs`` name.
-
-    A survivor whose last check is older than ``proof_max_age_seconds`` is read whole. Of the others
-    a file must be told of and open with its size, a directory have the files of its manifest. One
-    that is not becomes SUSPECT, with a second look queued. Returns the uids that could not be seen,
-    an outage included: they prove nothing now.
-    """
-    wanted = {uid for p in proofs for uid in p.survivors}
-    if not wanted:
-        return set()
-    storages = context.transact(context.storages.load)
-    rows = context.transact(lambda c: catalogue.survivor_details(c, list(wanted)))
-    trees = [row["oid"] for row in rows if row["kind"] == PayloadKind.DIRECTORY]
-    manifests = context.transact(lambda c: replicas.manifests_of(c, trees)) if trees else {}
-    unseen: set[uuid.UUID] = set()
-    absent: list[Row] = []
-    for storage_id in {row["storage_id"] for row in rows}:
-        mine = [row for row in rows if row["storage_id"] == storage_id]
-        storage = context.storages.open(storages[storage_id])
-        try:
-            wrong = _not_as_catalogued(context, storage, mine, manifests)
-        except DlmError:
-            unseen.update(row["uid"] for row in mine)
-            continue
-        absent.extend(wrong)
-    if absent:
-        context.transact(lambda c: _suspect(c, context, absent))
-    return unseen | {row["uid"] for row in absent}
-
-
-def _not_as_catalogued(
-    context: Context, storage: Storage, rows: Sequence[Row], manifests: Manifests
-) -> list[Row]:
-    oldest = context.clock() - timedelta(seconds=context.settings.proof_max_age_seconds)
-    files = [row for row in rows if row["kind"] == PayloadKind.FILE]
-    entries = storage.stat_many([decode_path(row["path"]) for row in files])
-
-    def good(row: Row) -> bool:
-        path = decode_path(row["path"])
-        if row["kind"] == PayloadKind.DIRECTORY:
-            told = _listed_whole(storage, path, manifests.get(row["oid"], ()))
-        else:
-            entry = entries.get(path)
-            told = entry is not None and entry.kind == "file" and entry.size == row["size"]
-        if told and row["checked_at"] < oldest:
-            return _reads_well(storage, row)
-        return told and (row["kind"] == PayloadKind.DIRECTORY or _opens(storage, path, row["size"]))
-
-    with ThreadPoolExecutor(storage.concurrency, "dlm-look") as pool:
-        return [row for row, is_good in zip(rows, pool.map(good, rows), strict=True) if not is_good]
-
-
-def _opens(storage: Storage, path: str, size: int) -> bool:
-    """A look may be answered from a cache that still has what is gone; opening asks again."""
-    try:
-        with storage.open_read(path) as stream:
-            return stream.size == size
-    except (PayloadNotFoundError, PathRefusedError):
-        return False
-
-
-def _listed_whole(storage: Storage, path: str, manifest: Sequence[Row]) -> bool:
-    """True if a directory payload has all files of its manifest with their sizes, and no others."""
-    try:
-        found = {entry.path: entry.size for entry in storage.walk(path)}
-    except (PayloadNotFoundError, PathRefusedError):
-        return False
-    return found == {f"{path}/{decode_path(one['path'])}": one["size"] for one in manifest}
-
-
-def _reads_well(storage: Storage, row: Row) -> bool:
-    try:
-        seen = observe(storage, decode_path(row["path"]), PayloadKind(row["kind"]))
-    except (PayloadNotFoundError, IntegrityError):
-        return False
-    return (seen.digest, seen.size) == (row["digest"], row["size"])
-
-
-def _suspect(connection: Connection, context: Context, rows: Sequence[Row]) -> None:
-    turned = replicas.mark_state(
-        connection,
-        [row["uid"] for row in rows],
-        ReplicaState.SUSPECT,
-        only_from=[ReplicaState.READY],
-    )
-    reason = "not found as catalogued when a purge looked at its survivors"
-    suspects = [row for row in rows if row["uid"] in turned]
-    _look_again(connection, context, suspects, reason, context.clock())
-
-
-def _look_again(
-    connection: Connection, context: Context, rows: Sequence[Row], reason: str, now: datetime
-) -> None:
-    queue.insert_operations(
-        connection,
-        [
-            queue.NewOperation(OperationKind.VERIFY, row["oid"], row["uid"], reason, now, None, -1)
-            for row in rows
-        ],
-        context.actor,
-        now,
-    )
 
 
 def _certify_purge(
@@ -502,6 +397,7 @@ def _run(
         report.note(operation, outcome, 0, 0.0)
     for storage_id, pairs in work.items():
         adapter = context.storages.open(storages[storage_id])
+        pairs = _readable(context, claim, adapter, pairs, reading is not None, report)
         for start in range(0, len(pairs), _CHUNK):
             if context.stop.is_set():
                 return report
@@ -510,6 +406,47 @@ def _run(
                 report,
             )  # fmt: skip
     return report
+
+
+def _readable(
+    context: Context,
+    claim: Claim,
+    adapter: Storage,
+    pairs: list[tuple[Row, Row]],
+    reading: bool,
+    report: Report,
+) -> list[tuple[Row, Row]]:
+    """Of work on a cold storage, what need not wait: a rename recalls nothing, but what comes back
+    is read, and on some storages a rename is a copy. The rest goes back to the queue."""
+    if not is_cold(adapter) or not pairs:
+        return pairs
+    wanted = []
+    for operation, row in pairs:
+        path, trashed = decode_path(row["path"]), trash_path(str(row["uid"]))
+        if operation["kind"] == OperationKind.PURGE or not row["managed"]:
+            places = []
+        elif reading or getattr(adapter, "renames_read", False):
+            places = [path, trashed]
+        else:
+            places = [path] if row["from_state"] in _WITHOUT_BYTES else []
+        paths = [file for place in places for file in _files_at(adapter, place, row)]
+        wanted.append(Wanted(operation["operation_id"], paths))
+    held = hold_back(context, adapter, pairs[0][1]["storage_id"], wanted)
+    outcomes = [
+        (operation, outcome_of_error(context, operation, error, context.clock()))
+        for operation, _ in pairs
+        if (error := held.get(operation["operation_id"])) is not None
+    ]
+    context.transact(
+        lambda c: queue.finish_operations(c, claim.token, [o for _, o in outcomes], context.clock())
+    )
+    for operation, outcome in outcomes:
+        report.note(operation, outcome, 0, 0.0)
+    return [pair for pair in pairs if pair[0]["operation_id"] not in held]
+
+
+def _files_at(adapter: Storage, place: str, row: Row) -> list[str]:
+    return [place] if row["kind"] == PayloadKind.FILE else files_below(adapter, place)
 
 
 def _idle_outcome(context: Context, operation: Row, row: Row, storage: Row) -> queue.Outcome | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -24,7 +24,21 @@ from dlm_core.errors import (
     StorageError,
 )
 from dlm_core.lifecycle.check import AUDIT, SCHEDULED
-from dlm_core.lifecycle.quarantine import bring_back, find_good, is_aside, set_aside
+from dlm_core.lifecycle.quarantine import (
+    bring_back,
+    find_good,
+    is_aside,
+    list_aside,
+    set_aside,
+)
+from dlm_core.lifecycle.staging import (
+    Wanted,
+    believed,
+    files_below,
+    files_of,
+    hold_back,
+    is_cold,
+)
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage
 from dlm_core.transfers.checksums import observe
@@ -136,6 +150,42 @@ def look_at(
             yield from looks
 
 
+def wanted_files(
+    context: Context, storage: Storage, targets: Sequence[Mapping[str, Any]]
+) -> dict[uuid.UUID, list[str]]:
+    """Of a cold storage, the files that a look at each target may have to read, by operation: those
+    of its payload, and what was set aside of it."""
+    if not is_cold(storage):
+        return {}
+    files = files_of(context, storage, targets)
+    try:
+        aside = list_aside(storage, {str(row["uid"]) for row in targets})
+    except StorageError:
+        return files  # an outage: the looks will tell
+    for row in targets:
+        for place in aside.get(str(row["uid"]), ()):
+            files[row["operation_id"]] += files_below(storage, place)
+    return files
+
+
+def look_when_online(
+    context: Context,
+    storage: Storage,
+    storage_id: uuid.UUID,
+    targets: Sequence[Mapping[str, Any]],
+    files: Mapping[uuid.UUID, Sequence[str]],
+    anew: Collection[uuid.UUID] = (),
+) -> Iterator[Look]:
+    """As :func:`look_at`; of a cold storage those whose ``files`` are offline come back at once,
+    with that error, and are asked for together."""
+    wanted = [Wanted(key, paths, key in anew) for key, paths in files.items()]
+    held = hold_back(context, storage, storage_id, wanted)
+    for row in targets:
+        if (error := held.get(row["operation_id"])) is not None:
+            yield Look(row["operation_id"], row["uid"], None, error, 0.0)
+    yield from look_at(storage, [r for r in targets if r["operation_id"] not in held], context)
+
+
 def _groups(
     targets: Sequence[Mapping[str, Any]], threads: int
 ) -> Iterator[list[Mapping[str, Any]]]:
@@ -194,9 +244,11 @@ def execute_verify(context: Context, claim: Claim) -> Report:
     for storage_id, targets in groups.items():
         storage = _paced(context, storages[storage_id])
         writable = storages[storage_id]["managed"] and storages[storage_id]["mode"] != "read_only"
-        looks = look_at(storage, targets, context)
+        files = wanted_files(context, storage, targets)
+        anew = {row["operation_id"] for row in targets if row["state"] == ReplicaState.SUSPECT}
+        looks = look_when_online(context, storage, storage_id, targets, files, anew)
         for batch in _batches(looks, 512):
-            _judge(context, claim, operations, details, batch, storage, writable, report)
+            _judge(context, claim, operations, details, batch, storage, writable, files, report)
     waived = [
         queue.Outcome(
             op["operation_id"], OperationState.CANCELLED, "DLM-503", "nothing to verify any more"
@@ -244,6 +296,7 @@ def _judge(
     looks: Sequence[Look],
     storage: Storage,
     writable: bool,
+    files: Mapping[uuid.UUID, Sequence[str]],
     report: Report,
 ) -> None:
     """Set damaged bytes aside, then write what was found in one transaction.
@@ -257,6 +310,10 @@ def _judge(
         verdict, error = _verdict(look, details[look.uid])
         if verdict == ReplicaState.MISSING:
             verdict, error = _unless_aside(look, verdict, error, storage)
+        if isinstance(error, IntegrityError) and look.operation_id in files:
+            error = believed(storage, files[look.operation_id], error)
+            # of a stub that was read nothing is known
+            verdict = verdict if isinstance(error, IntegrityError) else ""
         if verdict == ReplicaState.CORRUPTED and recovery.is_unproven(details[look.uid], floor):
             verdict = ""
         verdicts.append((look, verdict, error))

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from sqlalchemy import Connection, Engine
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.engine import rows, transact
 from dlm_core.clock import Clock, utc_now
-from dlm_core.errors import CatalogueError, DlmError, StorageUnavailableError
+from dlm_core.errors import CatalogueError, DlmError, NotOnlineError, StorageUnavailableError
 from dlm_core.settings import Settings
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
@@ -89,6 +89,7 @@ class _Unavailable:
     remote = False
     tells_content = False
     part_size = None
+    stager = None
     digest_many = write_many = rename_many = take_many = None
 
     def __init__(self, name: str, error: DlmError) -> None:
@@ -208,7 +209,16 @@ Guard = Callable[[Context, Report], None]
 def outcome_of_error(
     context: Context, operation: Mapping[str, Any], error: DlmError, now: datetime
 ) -> queue.Outcome:
-    """Classify a failure: retryable ones are due again after a back-off, others FAILED at once."""
+    """Classify a failure: retryable ones are due again after a back-off, others FAILED at once.
+
+    Waiting for files to be staged is no try, however long it lasts: its deadline ends it.
+    """
+    if isinstance(error, NotOnlineError) and error.poll_seconds is not None:
+        again = now + timedelta(seconds=error.poll_seconds)
+        queued, text = OperationState.QUEUED, str(error)[:2000]
+        return queue.Outcome(
+            operation["operation_id"], queued, error.code, text, again, counted=False
+        )  # fmt: skip
     due = context.backoff.next_due(operation["attempts"], now) if error.retryable else None
     state = OperationState.QUEUED if due else OperationState.FAILED
     return queue.Outcome(operation["operation_id"], state, error.code, str(error)[:2000], due)

@@ -6,13 +6,15 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dlm_core.errors import InvalidValueError
+from dlm_core.storages.cold import ColdStorage
 from dlm_core.storages.config import read_config
 from dlm_core.storages.port import Storage
+from dlm_core.storages.staging import Place, open_stager, split_config
 
 _CREDENTIALS = re.compile("://[^/]*@")
 
@@ -98,7 +100,8 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
     ----------
     root : absolute folder (posix), ``bucket/prefix`` (s3), ``user@host:port/folder`` (sftp), URL
         (webdav, http) or a path on the remote (rclone)
-    config : what the interface needs; secrets only by reference, never themselves
+    config : what the interface needs; secrets only by reference, never themselves. With ``stage``
+        the storage is cold (see :mod:`dlm_core.storages.staging`).
 
     Raises
     ------
@@ -112,8 +115,13 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
             expected="a place without user:password@; secrets are named in config",
         )
     known = interfaces()
+    adapters, staging = split_config(config)
     if interface not in known:
         raise InvalidValueError(
             what="interface", value=interface, expected=f"one of {', '.join(sorted(known))}"
         )
-    return known[interface](name, root, config)
+    storage = known[interface](name, root, adapters)
+    if not staging:
+        return storage
+    stager, terms = open_stager(Place(name, interface, root, adapters), staging)
+    return cast(Storage, ColdStorage(storage, stager, terms))

@@ -26,7 +26,7 @@ from dlm_core.errors import (
 )
 from dlm_core.storages.config import read_config
 from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage
-from dlm_core.storages.s3_keys import from_aws_chain, from_references
+from dlm_core.storages.s3_keys import KeyProvider, from_aws_chain, from_references
 from dlm_core.storages.secrets import SecretReference
 
 #: objects up to this size are one PUT with If-None-Match; larger ones are uploaded in such parts
@@ -64,6 +64,9 @@ class S3Config(BaseModel):
     secret_key: SecretReference | None = None
     session_token: SecretReference | None = None
     path_style: bool = Field(True, description="Bucket in the path rather than the host name.")
+    storage_class: str | None = Field(
+        None, pattern="^[A-Z_]{1,40}$", description="What objects are written as, e.g. GLACIER."
+    )
 
     @model_validator(mode="after")
     def _both_keys(self) -> Self:
@@ -96,10 +99,7 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
     options: dict[str, Any] = {"region": parsed.region}
     if parsed.endpoint:
         options["endpoint"] = parsed.endpoint
-    if parsed.access_key and parsed.secret_key:
-        keys = from_references(name, parsed.access_key, parsed.secret_key, parsed.session_token)
-    else:
-        keys = from_aws_chain(name)
+    keys = keys_of(name, parsed)
     store = S3Store(
         bucket,
         prefix=prefix or None,
@@ -116,7 +116,14 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
         credential_provider=keys,
         **options,
     )
-    return S3Storage(name, store)
+    return S3Storage(name, store, storage_class=parsed.storage_class)
+
+
+def keys_of(name: str, config: S3Config) -> KeyProvider:
+    """Where the keys of a storage come from: its references, or AWS's own chain."""
+    if config.access_key and config.secret_key:
+        return from_references(name, config.access_key, config.secret_key, config.session_token)
+    return from_aws_chain(name)
 
 
 class S3Storage:
@@ -132,8 +139,11 @@ class S3Storage:
     atomic_write = True
     tells_content = True
 
-    def __init__(self, name: str, store: S3Store, concurrency: int = 32) -> None:
+    def __init__(
+        self, name: str, store: S3Store, concurrency: int = 32, storage_class: str | None = None
+    ) -> None:
         self.name, self.concurrency = name, concurrency
+        self._attributes: Any = {"Storage-Class": storage_class} if storage_class else None
         self._store = store
         self._large = threading.BoundedSemaphore(_MULTIPARTS_AT_ONCE)
 
@@ -261,7 +271,9 @@ class S3Storage:
         if size <= PART_SIZE:
             body = b"".join(iter(lambda: source.read(PART_SIZE), b""))
             with self._translated_making(path):
-                return obstore.put(self._store, key, body, mode="create")["e_tag"]
+                return obstore.put(
+                    self._store, key, body, mode="create", attributes=self._attributes
+                )["e_tag"]
         if self.stat(path) is not None:
             raise PayloadExistsError(storage=self.name, path=path)
         return self._upload(path, source, size)
@@ -274,6 +286,7 @@ class S3Storage:
                 self._key(path),
                 iter(lambda: source.read(_BLOCK), b""),
                 use_multipart=True,
+                attributes=self._attributes,
                 chunk_size=part,
                 # what waits in memory stays within some hundred megabytes
                 max_concurrency=max(1, _PARTS_AT_ONCE * PART_SIZE // part),

@@ -149,4 +149,94 @@ GUARDS = (
             "::test_a_doubted_copy_whose_look_failed_is_looked_at_again_by_itself",
         ),
     ),
+    Mutant(
+        "offline-is-read",
+        "dlm_core/storages/cold.py",
+        "        if self._until.get(path, 0.0) > time.monotonic() or path in self.look([path]):\n",
+        "        if True:\n",
+        "a stub is read as if its zeros were the bytes",
+        ("storages/test_stage_command.py::test_any_name_is_staged_in_one_call",),
+    ),
+    Mutant(
+        "stub-is-online",
+        "dlm_core/storages/stage_command.py",
+        "status.st_blocks * 512 >= status.st_size",
+        "status.st_size >= 0",
+        "what a migration left behind counts as the file",
+        ("storages/test_stage_command.py::test_any_name_is_staged_in_one_call",),
+    ),
+    Mutant(
+        "staged-one-by-one",
+        "dlm_core/lifecycle/staging.py",
+        "        cold.stage(paths)\n",
+        "        for path in paths:\n            cold.stage([path])\n",
+        "a call a file: a tape goes to and fro",
+        (
+            "lifecycle/test_staging.py"
+            "::test_a_copy_from_tape_waits_for_one_call_and_is_made_when_all_is_there",
+        ),
+    ),
+    Mutant(
+        "asked-at-every-look",
+        "dlm_core/catalogue/staging.py",
+        'row["due"] or row["path"] in fresh',
+        "True",
+        "what is on its way is asked for again and again",
+        (
+            "lifecycle/test_staging.py"
+            "::test_a_copy_from_tape_waits_for_one_call_and_is_made_when_all_is_there",
+        ),
+    ),
+    Mutant(
+        "waiting-is-a-try",
+        "dlm_core/lifecycle/work.py",
+        "counted=False",
+        "counted=True",
+        "who waits for a tape runs out of tries",
+        (
+            "lifecycle/test_staging.py"
+            "::test_a_copy_from_tape_waits_for_one_call_and_is_made_when_all_is_there",
+        ),
+    ),
+    Mutant(
+        "stub-is-damage",
+        "dlm_core/lifecycle/verify.py",
+        "error = believed(storage, files[look.operation_id], error)",
+        "pass",
+        "a file that migrates while it is read is called damaged",
+        (
+            "lifecycle/test_staging.py"
+            "::test_a_file_that_goes_offline_while_it_is_read_is_not_taken_for_damaged",
+        ),
+    ),
+    Mutant(
+        "second-look-at-a-stub",
+        "dlm_core/lifecycle/verify.py",
+        'for row in targets if row["state"] == ReplicaState.SUSPECT}',
+        "for row in targets if False}",
+        "a storage that lies about what is online has a good copy condemned",
+        (
+            "lifecycle/test_staging.py"
+            "::test_a_storage_that_lies_makes_nothing_corrupted_before_it_was_staged_anew",
+        ),
+    ),
+    Mutant(
+        "old-word-of-a-tape",
+        "dlm_core/lifecycle/survivors.py",
+        'if row["uid"] in away and row["checked_at"] < oldest}',
+        "if False}",
+        "an offline survivor counts however long ago it was read",
+        (
+            "lifecycle/test_staging.py"
+            "::test_a_survivor_read_too_long_ago_stops_the_purge_until_it_is_read",
+        ),
+    ),
+    Mutant(
+        "tape-read-by-schedule",
+        "dlm_core/catalogue/checks.py",
+        "AND (verify_bytes_per_day IS NOT NULL OR NOT",
+        "AND (true OR NOT",
+        "scheduled checks recall a whole tape",
+        ("lifecycle/test_staging.py::test_scheduled_checks_recall_no_more_than_their_budget",),
+    ),
 )

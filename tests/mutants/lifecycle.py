@@ -91,7 +91,7 @@ LIFECYCLE = (
     ),
     Mutant(
         "outage-is-a-look",
-        "dlm_core/lifecycle/trash.py",
+        "dlm_core/lifecycle/survivors.py",
         '            unseen.update(row["uid"] for row in mine)\n',
         "",
         "survivors on a storage that is down count as seen",
@@ -105,7 +105,7 @@ LIFECYCLE = (
     ),
     Mutant(
         "survivor-not-read",
-        "dlm_core/lifecycle/trash.py",
+        "dlm_core/lifecycle/survivors.py",
         '        if told and row["checked_at"] < oldest:',
         "        if False:",
         "a survivor that was not read for long is believed by its size",

@@ -1,5 +1,6 @@
 """Jobs and sensors on a real catalogue and real files, without daemon."""
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,6 +25,7 @@ from dlm_pipelines.definitions import defs
 from dlm_pipelines.jobs import JOBS
 from dlm_pipelines.resources import Catalogue
 from tests.site import make_site
+from tests.tape import Tape
 
 
 @pytest.fixture
@@ -109,6 +111,19 @@ def test_the_jobs_take_an_item_through_its_life(site, instance):
     execute(instance, "expiry")
     states = site.query("SELECT uri, state FROM data_item ORDER BY uri")
     assert [tuple(row.values()) for row in states] == [("test:x", "DELETED"), ("test:y", "READY")]
+
+
+def test_what_waits_for_staging_is_in_the_runs_numbers(site, instance):
+    """A copy from tape that waits: how many files, by storage; none of it failed."""
+    register(site, {"x": b"one", "y": b"two"})
+    execute(instance, "registration")
+    tape = Tape(site.folder / "a", site.folder / "hsm")
+    tape.migrate()
+    site.set_storage("a", config=json.dumps(tape.config()))
+    told = metadata(execute(instance, "replication"), "replication")
+    assert (told["waiting_for_staging_a"], told["tried_again"], told["failed"]) == (2, 2, 0)
+    assert "| a | 2 | 2 |" in told["staging"] and tape.calls() == [["x", "y"]]
+    assert sensor(instance, "replication").skip_message == "nothing is due"
 
 
 @pytest.mark.parametrize("name", ["replication", "expiry", "rebalance"])

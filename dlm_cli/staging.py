@@ -1,0 +1,75 @@
+"""``dlm stage``: bring what lies on tape or in an archive online, ahead of need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from dlm_cli.session import catalogue, human, parse_pairs, plain_errors
+from dlm_core.errors import InvalidValueError
+
+
+@plain_errors
+def stage(
+    uris: Annotated[list[str], typer.Argument(help="Items, e.g. ska:eb-1/scan-3.ms")] = [],  # noqa: B006
+    collection: Annotated[str | None, typer.Option(help="It and all collections below.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Only copies there.")] = None,
+) -> None:
+    """Ask for items on tape or in an archive to be brought online, ahead of need."""
+    from dlm_core.catalogue.browse import get_item
+    from dlm_core.catalogue.places import get_storage
+    from dlm_core.lifecycle.staging import request_staging
+
+    def ask(connection: Any) -> int:
+        return request_staging(
+            connection,
+            oids=[get_item(connection, uri)["oid"] for uri in uris],
+            collection=collection,
+            storage_id=get_storage(connection, storage)["storage_id"] if storage else None,
+            actor=context.actor,
+            now=context.clock(),
+        )
+
+    with catalogue() as context:
+        print(f"{context.transact(ask)} copies will be staged; see: dlm status")
+
+
+def told(waiting: Mapping[str, Any]) -> str:
+    """One line about what a storage is to stage."""
+    line = (
+        f"storage {waiting['storage']}: {waiting['files']} files wait for staging, since "
+        f"{human(waiting['since'])}, {waiting['asked']} of them asked for"
+    )
+    return f"{line}; {waiting['error']}" if waiting["error"] else line
+
+
+def set_terms(name: str, pairs: list[str]) -> None:
+    """Change the staging part of a storage's config; ``key=`` takes a key away.
+
+    Raises
+    ------
+    NotFoundError
+    InvalidValueError
+        if a key is not about staging, or the storage cannot be opened with what comes out.
+    """
+    from dlm_core.catalogue.places import get_storage, set_config
+    from dlm_core.storages.open import open_storage
+    from dlm_core.storages.staging import split_config
+
+    changes = parse_pairs(pairs, "--config")
+    others = sorted(split_config(changes)[0])
+    if others:
+        raise InvalidValueError(
+            what="--config", value=", ".join(others), expected="keys about staging, such as stage"
+        )
+
+    def change(connection: Any) -> None:
+        row = get_storage(connection, name)
+        config = {key: value for key, value in (row["config"] | changes).items() if value != ""}
+        open_storage(name, row["interface"], row["root"], config)
+        set_config(connection, row["storage_id"], config)
+
+    with catalogue() as context:
+        context.transact(change)

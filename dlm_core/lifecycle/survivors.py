@@ -1,0 +1,166 @@
+"""A purge looks at the survivors on their storages before it removes anything.
+
+A survivor that is offline on a cold storage is not recalled for that: it has to be there with its
+size, and its bytes read within ``stage_proof_days``. One that was read longer ago proves nothing.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from typing import Any, cast
+
+from sqlalchemy import Connection
+
+from dlm_core.catalogue import deletions as catalogue
+from dlm_core.catalogue import operations as queue
+from dlm_core.catalogue import replicas
+from dlm_core.errors import DlmError, IntegrityError, PathRefusedError, PayloadNotFoundError
+from dlm_core.lifecycle.staging import is_cold
+from dlm_core.lifecycle.work import Context
+from dlm_core.storages.cold import ColdStorage
+from dlm_core.storages.port import Storage
+from dlm_core.transfers.checksums import observe
+from dlm_core.types import OperationKind, PayloadKind, ReplicaState, decode_path
+
+Row = Mapping[str, Any]
+Manifests = Mapping[uuid.UUID, Sequence[Row]]
+
+
+def look_at_survivors(context: Context, proofs: Sequence[catalogue.Proof]) -> set[uuid.UUID]:
+    """Look on their storages at the survivors that ``proofs`` name.
+
+    A survivor whose last check is older than ``proof_max_age_seconds`` is read whole. Of the others
+    a file must be told of and open with its size, a directory have the files of its manifest. One
+    that is not becomes SUSPECT, with a second look queued. Returns the uids that could not be seen,
+    an outage included: they prove nothing now.
+    """
+    wanted = {uid for p in proofs for uid in p.survivors}
+    if not wanted:
+        return set()
+    storages = context.transact(context.storages.load)
+    rows = context.transact(lambda c: catalogue.survivor_details(c, list(wanted)))
+    trees = [row["oid"] for row in rows if row["kind"] == PayloadKind.DIRECTORY]
+    manifests = context.transact(lambda c: replicas.manifests_of(c, trees)) if trees else {}
+    unseen: set[uuid.UUID] = set()
+    absent: list[Row] = []
+    for storage_id in {row["storage_id"] for row in rows}:
+        mine = [row for row in rows if row["storage_id"] == storage_id]
+        storage = context.storages.open(storages[storage_id])
+        try:
+            away, unproven = _offline(context, storage, mine, manifests)
+            wrong = _not_as_catalogued(context, storage, mine, manifests, away)
+        except DlmError:
+            unseen.update(row["uid"] for row in mine)
+            continue
+        unseen |= unproven
+        absent.extend(wrong)
+    if absent:
+        context.transact(lambda c: _suspect(c, context, absent))
+    return unseen | {row["uid"] for row in absent}
+
+
+def _offline(
+    context: Context, storage: Storage, rows: Sequence[Row], manifests: Manifests
+) -> tuple[set[uuid.UUID], set[uuid.UUID]]:
+    """The survivors that could be read only after staging; and those of them whose bytes were read
+    too long ago to be believed unread."""
+    if not is_cold(storage):
+        return set(), set()
+    cold = cast(ColdStorage, storage)
+    oldest = context.clock() - timedelta(days=cold.terms.stage_proof_days)
+    files = {row["uid"]: _files(row, manifests) for row in rows}
+    online = cold.look(sorted({path for paths in files.values() for path in paths}))
+    away = {uid for uid, paths in files.items() if not online.issuperset(paths)}
+    return away, {row["uid"] for row in rows if row["uid"] in away and row["checked_at"] < oldest}
+
+
+def _files(row: Row, manifests: Manifests) -> list[str]:
+    path = decode_path(row["path"])
+    if row["kind"] == PayloadKind.FILE:
+        return [path]
+    return [f"{path}/{decode_path(one['path'])}" for one in manifests.get(row["oid"], ())]
+
+
+def _not_as_catalogued(
+    context: Context,
+    storage: Storage,
+    rows: Sequence[Row],
+    manifests: Manifests,
+    away: Collection[uuid.UUID],
+) -> list[Row]:
+    """Those that do not look, or read, as they should; of those ``away`` nothing is read."""
+    oldest = context.clock() - timedelta(seconds=context.settings.proof_max_age_seconds)
+    files = [row for row in rows if row["kind"] == PayloadKind.FILE]
+    entries = storage.stat_many([decode_path(row["path"]) for row in files])
+
+    def good(row: Row) -> bool:
+        path = decode_path(row["path"])
+        if row["kind"] == PayloadKind.DIRECTORY:
+            told = _listed_whole(storage, path, manifests.get(row["oid"], ()))
+        else:
+            entry = entries.get(path)
+            told = entry is not None and entry.kind == "file" and entry.size == row["size"]
+        if row["uid"] in away:
+            return told
+        if told and row["checked_at"] < oldest:
+            return _reads_well(storage, row)
+        return told and (row["kind"] == PayloadKind.DIRECTORY or _opens(storage, path, row["size"]))
+
+    with ThreadPoolExecutor(storage.concurrency, "dlm-look") as pool:
+        return [row for row, is_good in zip(rows, pool.map(good, rows), strict=True) if not is_good]
+
+
+def _opens(storage: Storage, path: str, size: int) -> bool:
+    """A look may be answered from a cache that still has what is gone; opening asks again."""
+    try:
+        with storage.open_read(path) as stream:
+            return stream.size == size
+    except (PayloadNotFoundError, PathRefusedError):
+        return False
+
+
+def _listed_whole(storage: Storage, path: str, manifest: Sequence[Row]) -> bool:
+    """True if a directory payload has all files of its manifest with their sizes, and no others."""
+    try:
+        found = {entry.path: entry.size for entry in storage.walk(path)}
+    except (PayloadNotFoundError, PathRefusedError):
+        return False
+    return found == {f"{path}/{decode_path(one['path'])}": one["size"] for one in manifest}
+
+
+def _reads_well(storage: Storage, row: Row) -> bool:
+    try:
+        seen = observe(storage, decode_path(row["path"]), PayloadKind(row["kind"]))
+    except (PayloadNotFoundError, IntegrityError):
+        return False
+    return (seen.digest, seen.size) == (row["digest"], row["size"])
+
+
+def _suspect(connection: Connection, context: Context, rows: Sequence[Row]) -> None:
+    turned = replicas.mark_state(
+        connection,
+        [row["uid"] for row in rows],
+        ReplicaState.SUSPECT,
+        only_from=[ReplicaState.READY],
+    )
+    reason = "not found as catalogued when a purge looked at its survivors"
+    suspects = [row for row in rows if row["uid"] in turned]
+    look_again(connection, context, suspects, reason, context.clock())
+
+
+def look_again(
+    connection: Connection, context: Context, rows: Sequence[Row], reason: str, now: datetime
+) -> None:
+    """Queue a look at doubted replicas, before everything else."""
+    queue.insert_operations(
+        connection,
+        [
+            queue.NewOperation(OperationKind.VERIFY, row["oid"], row["uid"], reason, now, None, -1)
+            for row in rows
+        ],
+        context.actor,
+        now,
+    )

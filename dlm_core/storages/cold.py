@@ -1,0 +1,125 @@
+"""A storage whose files may be offline: nothing of it is read before it was asked for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from dlm_core.errors import NotOnlineError
+from dlm_core.storages.port import Readable, ReadStream, Storage
+from dlm_core.storages.staging import Stager, StageTerms
+
+#: what was online is taken to be so for this long, in seconds
+_TRUSTED_SECONDS = 600.0
+_MOST_REMEMBERED = 200_000
+
+
+class ColdStorage:
+    """An adapter with a stager; see :class:`dlm_core.storages.port.Storage` for the contract.
+
+    Reading a file that is not online raises ``NotOnlineError`` instead of recalling it by
+    accident, one by one; who has many to read asks :meth:`look` for all of them first. What this
+    process wrote a moment ago is online. All else goes through to the adapter.
+    """
+
+    def __init__(self, inner: Storage, stager: Stager, terms: StageTerms) -> None:
+        self.inner, self.stager, self.terms = inner, stager, terms
+        self._until: dict[str, float] = {}
+        self._lock = threading.Lock()
+        #: a rename here needs the bytes online
+        self.renames_read = bool(getattr(stager, "renames_read", False))
+
+    def __getattr__(self, attribute: str) -> Any:
+        found = getattr(self.inner, attribute)
+        return self._remembering(found) if attribute == "write_many" else found
+
+    @property
+    def concurrency(self) -> int:
+        """Transfers at once, those of the adapter."""
+        return self.inner.concurrency
+
+    @concurrency.setter
+    def concurrency(self, value: int) -> None:
+        self.inner.concurrency = value
+
+    def look(self, paths: Sequence[str]) -> set[str]:
+        """Those of ``paths`` that are online now.
+
+        Raises
+        ------
+        StorageUnavailableError, AccessDeniedError
+            if the storage cannot tell.
+        """
+        found: set[str] = set()
+        for batch in _batches(paths, self.terms.stage_batch):
+            found |= self.stager.online(batch) & set(batch)
+        with self._lock:
+            for path in set(paths) - found:
+                self._until.pop(path, None)
+        self._remember(found)
+        return found
+
+    def stage(self, paths: Sequence[str]) -> None:
+        """Ask for files to be brought online, in one call if ``stage_batch`` allows.
+
+        Raises
+        ------
+        StorageUnavailableError, AccessDeniedError
+            if the storage does not take the request.
+        """
+        order = getattr(self.stager, "order", None)
+        for batch in _batches(order(paths) if order else paths, self.terms.stage_batch):
+            self.stager.stage(batch)
+
+    def open_read(self, path: str) -> ReadStream:
+        self._must_be_online(path)
+        return self.inner.open_read(path)
+
+    def write(self, path: str, source: Readable, size: int) -> str | None:
+        etag = self.inner.write(path, source, size)
+        self._remember([path])
+        return etag
+
+    def rename(self, source: str, destination: str) -> None:
+        if self.renames_read:
+            self._must_be_online(source)
+        self.inner.rename(source, destination)
+        with self._lock:
+            until = self._until.pop(source, None)
+            if until is not None:
+                self._until[destination] = until
+
+    def remove(self, path: str) -> None:
+        self.inner.remove(path)
+        with self._lock:
+            self._until.pop(path, None)
+
+    def _must_be_online(self, path: str) -> None:
+        if self._until.get(path, 0.0) > time.monotonic() or path in self.look([path]):
+            return
+        entry = self.inner.stat(path)
+        if entry is not None and entry.kind == "file":
+            # what is not there, or no file, the adapter tells
+            raise NotOnlineError(self.inner.name, path, "nobody asked for it: 'dlm stage' does")
+
+    def _remembering(self, write_many: Callable[..., Any]) -> Callable[..., Any]:
+        def write(things: Sequence[tuple[str, bytes]]) -> Any:
+            errors = write_many(things)
+            pairs = zip(things, errors, strict=True)
+            self._remember([path for (path, _), error in pairs if error is None])
+            return errors
+
+        return write
+
+    def _remember(self, paths: Iterable[str]) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if len(self._until) > _MOST_REMEMBERED:
+                self._until = {p: until for p, until in self._until.items() if until > now}
+            self._until.update(dict.fromkeys(paths, now + _TRUSTED_SECONDS))
+
+
+def _batches(paths: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (paths[start : start + size] for start in range(0, len(paths), size))

@@ -115,6 +115,11 @@ def release_expired_leases(
     )
 
 
+_PICKY = """AND NOT EXISTS (
+  SELECT FROM replica r WHERE r.uid = o.uid AND (
+    r.storage_id = ANY(:avoid) OR r.size > CAST(:most AS bigint)))"""
+
+
 def claim_operations(
     connection: Connection,
     kinds: Sequence[OperationKind],
@@ -124,16 +129,20 @@ def claim_operations(
     limit: int,
     lease: timedelta,
     now: datetime,
+    avoid: Sequence[uuid.UUID] = (),
+    most_bytes: int | None = None,
 ) -> list[dict[str, Any]]:
     """Claim up to ``limit`` due operations until ``now + lease``; commit before doing the work.
 
-    ``token`` is new for every claim: only who holds it can extend or finish.
+    ``token`` is new for every claim: only who holds it can extend or finish. Left out are replicas
+    on the storages ``avoid`` and those of more than ``most_bytes``.
     """
+    picky = "" if not avoid and most_bytes is None else _PICKY
     return rows(
         connection,
-        """WITH due AS MATERIALIZED (
-             SELECT operation_id FROM operation
-              WHERE state = 'QUEUED' AND kind = ANY(:kinds) AND due_at <= :now
+        f"""WITH due AS MATERIALIZED (
+             SELECT operation_id FROM operation o
+              WHERE state = 'QUEUED' AND kind = ANY(:kinds) AND due_at <= :now {picky}
               ORDER BY priority, due_at LIMIT :limit FOR UPDATE SKIP LOCKED)
            UPDATE operation o SET state = 'RUNNING', attempts = attempts + 1, worker = :worker,
                   lease_token = :token, lease_until = :until
@@ -146,6 +155,7 @@ def claim_operations(
         limit=limit,
         until=now + lease,
         now=now,
+        **({"avoid": list(avoid), "most": most_bytes} if picky else {}),
     )
 
 

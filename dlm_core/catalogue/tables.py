@@ -135,6 +135,8 @@ storage = Table(
     Column("audit_after", Text),
     Column("drain_since", Moment),
     Column("drain_bytes", BigInteger),
+    Column("max_bytes_per_second", BigInteger),
+    Column("max_concurrency", Integer),
     UniqueConstraint("interface", "root", "config"),
 )
 
@@ -378,10 +380,16 @@ operation = Table(
     Column("error", Text),
     _created(),
     Column("finished_at", Moment),
+    Column("deadline", Moment),
     Index("operation_due", "kind", "priority", "due_at", postgresql_where=text("state = 'QUEUED'")),
     Index("operation_lease", "lease_until", postgresql_where=text("state = 'RUNNING'")),
     Index("operation_failed", "kind", "finished_at", postgresql_where=text("state = 'FAILED'")),
     Index("operation_uid", "uid"),
+    Index(
+        "operation_deadline",
+        "deadline",
+        postgresql_where=text("deadline IS NOT NULL AND state IN ('QUEUED', 'RUNNING')"),
+    ),
     postgresql_partition_by="RANGE (operation_id)",
 )
 
@@ -560,4 +568,32 @@ storage_export = Table(
     _required("next_xid", Xid8),
     _required("next_seq", BigInteger),
     _required("exported_at", Moment),
+)
+
+link = Table(
+    "link",
+    metadata,
+    _to("source_id", "storage", primary_key=True),
+    _to("destination_id", "storage", primary_key=True),
+    Column("max_bytes_per_second", BigInteger),
+    Column("max_concurrency", Integer),
+)
+
+drainer = Table(
+    "drainer",
+    metadata,
+    _key("drainer_id"),
+    _required("worker", Text),
+    _required("beat_at", Moment),
+    _required("uses", JSONB, "'{}'::jsonb"),
+    _required("running", JSONB, "'[]'::jsonb"),
+    prefixes=["UNLOGGED"],
+)
+
+urgency = Table(
+    "urgency",
+    metadata,
+    _to("oid", "data_item", primary_key=True),
+    _required("priority", SmallInteger, "0"),
+    Column("needed_by", Moment),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -15,6 +14,7 @@ from sqlalchemy import Connection
 
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas as catalogue
+from dlm_core.catalogue.traffic import limited_keys
 from dlm_core.errors import (
     DlmError,
     InvalidValueError,
@@ -22,6 +22,7 @@ from dlm_core.errors import (
     SourceDamagedError,
     StorageFullError,
 )
+from dlm_core.lifecycle.copying import Copies
 from dlm_core.lifecycle.decide import (
     Copy,
     Decision,
@@ -34,22 +35,18 @@ from dlm_core.lifecycle.decide import (
 from dlm_core.lifecycle.paths import place_of
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
-from dlm_core.storages.port import Storage
-from dlm_core.transfers.mover import CopyResult, CopyTask, copy_batch
+from dlm_core.transfers.mover import CopyResult
 from dlm_core.types import (
     ItemState,
-    ManifestEntry,
     OperationKind,
     OperationState,
     PayloadKind,
     ReplicaState,
     StorageMode,
-    decode_path,
     new_id,
 )
 
 _PLAN_BATCH = 2000
-_RECORDED_AT_ONCE = 512
 _IMPOSSIBLE_BASE = timedelta(seconds=30)
 _IMPOSSIBLE_CEILING = timedelta(hours=6)
 #: a storage that failed to take a copy of an item is not asked again for this long
@@ -326,16 +323,18 @@ def _look_again(
 
 
 def execute_copy(context: Context, claim: Claim) -> Report:
-    """Make the copies of a claim, grouped by source and destination; results in sub-batches."""
+    """Make the copies of a claim, by source and destination; results in sub-batches."""
     report = Report()
     operations = {op["operation_id"]: op for op in claim.operations}
-    details, manifests, storages = context.transact(lambda c: _load(c, context, claim))
-    groups: dict[tuple[uuid.UUID, uuid.UUID], list[Mapping[str, Any]]] = defaultdict(list)
+    details, manifests, storages, limited = context.transact(lambda c: _load(c, context, claim))
+    by_id = {row["operation_id"]: row for row in details}
+    record = partial(_write_copies, context, claim, operations, by_id)
+    copies = Copies(context, claim, storages, manifests, limited, record)
     settled: list[queue.Outcome] = []
     for row in details:
         refusal = _refuse(row, storages)
         if refusal is None:
-            groups[row["source_storage_id"], row["storage_id"]].append(row)
+            copies.links[row["source_storage_id"], row["storage_id"]].append(row)
         else:
             settled.append(
                 queue.Outcome(
@@ -347,20 +346,15 @@ def execute_copy(context: Context, claim: Claim) -> Report:
             )
     if settled:
         _write_refusals(context, claim, settled, operations, report)
-    for (source_id, destination_id), rows in groups.items():
-        if context.stop.is_set():
-            break
-        source = context.storages.open(storages[source_id])
-        destination = context.storages.open(storages[destination_id])
-        _copy_group(context, claim, operations, rows, manifests, source, destination, report)
+    report.add(copies.make())
     return report
 
 
-def _load(connection: Connection, context: Context, claim: Claim) -> tuple[Any, Any, Any]:
+def _load(connection: Connection, context: Context, claim: Claim) -> tuple[Any, Any, Any, Any]:
     details = catalogue.copy_details(connection, [op["operation_id"] for op in claim.operations])
     directories = [row["oid"] for row in details if row["kind"] == PayloadKind.DIRECTORY]
     manifests = catalogue.manifests_of(connection, directories) if directories else {}
-    return details, manifests, context.storages.load(connection)
+    return details, manifests, context.storages.load(connection), limited_keys(connection)
 
 
 def _refuse(row: Mapping[str, Any], storages: Mapping[uuid.UUID, Mapping[str, Any]]) -> str | None:
@@ -396,57 +390,6 @@ def _write_refusals(
     context.transact(write)
     for outcome in settled:
         report.note(operations[outcome.operation_id], outcome, 0, 0.0)
-
-
-def _copy_group(
-    context: Context,
-    claim: Claim,
-    operations: Mapping[uuid.UUID, Mapping[str, Any]],
-    rows: Sequence[Mapping[str, Any]],
-    manifests: Mapping[uuid.UUID, Sequence[Mapping[str, Any]]],
-    source: Storage,
-    destination: Storage,
-    report: Report,
-) -> None:
-    by_id = {row["operation_id"]: row for row in rows}
-    tasks = [_task(row, manifests, claim.token) for row in rows]
-    record = partial(_write_copies, context, claim, operations, by_id, report=report)
-    with ThreadPoolExecutor(1, "dlm-record") as recorder:
-        # what is copied is written down while the next files are copied
-        writing: Future[None] | None = None
-        waiting: list[CopyResult] = []
-        for result in copy_batch(source, destination, tasks, stop=context.stop):
-            waiting.append(result)
-            if len(waiting) >= _RECORDED_AT_ONCE:
-                if writing is not None:
-                    writing.result()
-                writing, waiting = recorder.submit(record, waiting), []
-        if writing is not None:
-            writing.result()
-        if waiting:
-            record(waiting)
-
-
-def _task(
-    row: Mapping[str, Any],
-    manifests: Mapping[uuid.UUID, Sequence[Mapping[str, Any]]],
-    token: uuid.UUID,
-) -> CopyTask:
-    manifest = tuple(
-        ManifestEntry(decode_path(entry["path"]), entry["size"], entry["digest"])
-        for entry in manifests.get(row["oid"], ())
-    )
-    return CopyTask(
-        row["operation_id"],
-        decode_path(row["source_path"]),
-        decode_path(row["path"]),
-        PayloadKind(row["kind"]),
-        row["size"],
-        row["digest"],
-        manifest,
-        # unique for every try: a worker whose lease ran out writes beside its successor
-        f"{row['uid'].hex}.{token.hex}",
-    )
 
 
 def _write_copies(

@@ -1,0 +1,90 @@
+"""What is to be copied, how it ended, and files on their way."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+from dlm_core.errors import DlmError
+from dlm_core.types import ManifestEntry, PayloadKind
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTask:
+    """One payload to copy. ``size`` in bytes and ``digest`` are what the catalogue says; ``token``
+    names the temporary file and is unique for every try."""
+
+    operation_id: uuid.UUID
+    source_path: str
+    destination_path: str
+    kind: PayloadKind
+    size: int
+    digest: str
+    manifest: tuple[ManifestEntry, ...]
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class CopyResult:
+    """How a task ended: ``error`` None means a verified, visible copy. ``seconds`` of work."""
+
+    task: CopyTask
+    error: DlmError | None
+    seconds: float
+
+
+@dataclass(slots=True)
+class File:
+    """One file on its way; a directory payload has several."""
+
+    operation_id: uuid.UUID
+    source: str
+    #: where it is written first, and where it becomes visible
+    written: str
+    final: str
+    size: int
+    digest: str
+    #: the ETag that an object store gives these bytes
+    etag: str = ""
+    #: this try made it
+    made: bool = False
+    #: the bytes at the destination have been compared
+    proven: bool = False
+    error: DlmError | None = None
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Copy:
+    """One payload on its way."""
+
+    task: CopyTask
+    written: str
+    files: list[File] = field(default_factory=list)
+    error: DlmError | None = None
+
+    def first_error(self) -> DlmError | None:
+        return self.error or next((file.error for file in self.files if file.error), None)
+
+
+def _anywhere(_: bool) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _unseen(_: uuid.UUID, __: str, ___: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """The limits that a copy keeps besides its bytes' pace, and who watches it; by default none.
+
+    ``places(back)`` is held while a file is copied, or while it is read back (``back``).
+    ``watch(operation_id, step, size)`` is told of bytes of files that are not small, by block;
+    ``step`` is copy or check.
+    """
+
+    places: Callable[[bool], AbstractContextManager[None]] = _anywhere
+    watch: Callable[[uuid.UUID, str, int], None] = _unseen

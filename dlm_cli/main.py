@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dlm_cli import auditing, backup, holds, items, places, plans, rebuilding, verifying
+from dlm_cli import auditing, backup, holds, items, places, plans, rebuilding, transfers, verifying
 from dlm_cli.session import catalogue, fail, parse_pairs, plain_errors, show_json, show_table
 from dlm_core.errors import DlmError, InputError, ServiceUnavailableError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 db_app = typer.Typer(no_args_is_help=True, help="The catalogue database.")
 app.add_typer(places.location_app, name="location")
 app.add_typer(places.storage_app, name="storage")
+app.add_typer(transfers.link_app, name="link")
 app.add_typer(items.item_app, name="item")
 app.add_typer(items.watch_app, name="watch")
 app.add_typer(holds.hold_app, name="hold")
@@ -35,6 +36,7 @@ app.command("expire")(items.expire)
 app.command("restore")(items.restore)
 app.command("verify")(items.verify)
 app.command("verification")(verifying.verification)
+app.command("operations")(transfers.operations)
 app.command("retry")(items.retry)
 app.command("backup")(backup.backup)
 app.command("rebuild")(rebuilding.rebuild)

@@ -32,7 +32,7 @@ def status(connection: Connection, now: datetime) -> dict[str, Any]:
             "items": _bytes(tally, "item", ("READY", "CORRUPTED", "EXPIRED")),
             "replicas": _bytes(tally, "replica", ("READY",)),
         },
-        "operations": _operations(connection, now),
+        "operations": count_operations(connection, now),
         "items_below_target_phase": _count(
             connection, "SELECT count(*) AS n FROM data_item WHERE shortfall IS NOT NULL"
         ),
@@ -58,7 +58,7 @@ def _count(connection: Connection, sql: str) -> int:
     return int(rows(connection, sql)[0]["n"])
 
 
-def _operations(connection: Connection, now: datetime) -> dict[str, dict[str, int]]:
+def count_operations(connection: Connection, now: datetime) -> dict[str, dict[str, int]]:
     """Numbers by kind and state: live ones from their partial indexes, ended ones of a day."""
     found = rows(
         connection,

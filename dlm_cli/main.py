@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dlm_cli import auditing, backup, holds, items, places, plans, rebuilding, transfers, verifying
-from dlm_cli.session import catalogue, fail, parse_pairs, plain_errors, show_json, show_table
+from dlm_cli.session import catalogue, fail, human, parse_pairs, plain_errors, show_json, show_table
 from dlm_core.errors import DlmError, InputError, ServiceUnavailableError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -93,6 +93,12 @@ def status(as_json: Json = False) -> None:
         told = ", ".join(f"{n} {state}" for state, n in found[noun].items()) or "none"
         print(f"{noun}: {told}")
     print(f"items below their target phase: {found['items_below_target_phase']}")
+    needed = found["deadlines"]
+    if needed["late"] or needed["near"]:
+        print(
+            f"copies missing at their deadline: of {needed['late']} items; of {needed['near']} "
+            f"more it is within a day; the earliest is {human(needed['earliest'])}"
+        )
     for kind, states in found["operations"].items():
         print(f"{kind}: " + ", ".join(f"{n} {state}" for state, n in states.items()))
     columns = {"name": "STORAGE", "location": "LOCATION", "phase": "PHASE", "mode": "MODE",

@@ -6,6 +6,7 @@ import dagster as dg
 
 from dlm_core.catalogue.housekeeping import ensure_partitions, fold_tally
 from dlm_core.catalogue.seals import newest_seals
+from dlm_core.catalogue.urgency import forget_met
 from dlm_core.errors import DlmError
 from dlm_core.lifecycle.export import export_due
 from dlm_core.lifecycle.seal import seal_log
@@ -15,6 +16,8 @@ from dlm_pipelines.resources import Catalogue
 
 #: longer than any copy may take
 _TEMP_AGE = timedelta(days=2)
+#: a deadline that was met is forgotten after this
+_DEADLINE_AGE = timedelta(days=7)
 _PRUNED_AT_ONCE = 500
 _REPORTED_DAYS = 90
 
@@ -28,6 +31,7 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     core = catalogue.context(f"run:{context.run_id}")
     core.transact(lambda c: ensure_partitions(c, core.clock()))
     core.transact(fold_tally)
+    core.transact(lambda c: forget_met(c, core.clock() - _DEADLINE_AGE))
     _tell(context, core)
     swept = 0
     for row in core.transact(core.storages.load).values():

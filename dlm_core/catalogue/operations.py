@@ -26,6 +26,7 @@ class NewOperation:
     due_at: datetime
     plan_id: uuid.UUID | None = None
     priority: int = 0
+    deadline: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ class Backoff:
 
 _NEW = {
     "operation_id": "uuid", "kind": "text", "oid": "uuid", "uid": "uuid", "reason": "text",
-    "due_at": "timestamptz", "plan_id": "uuid", "priority": "int2", "actor": "text",
-    "created_at": "timestamptz",
+    "due_at": "timestamptz", "plan_id": "uuid", "priority": "int2",
+    "deadline": "timestamptz", "actor": "text", "created_at": "timestamptz",
 }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def insert_operations(
     """Queue operations; the number queued."""
     records = [
         (new_id(), op.kind.value, op.oid, op.uid, op.reason, op.due_at, op.plan_id, op.priority,
-         actor, now)
+         op.deadline, actor, now)
         for op in operations
     ]  # fmt: skip
     copy_into(connection, "operation", _NEW, records)
@@ -134,11 +135,12 @@ def claim_operations(
 ) -> list[dict[str, Any]]:
     """Claim up to ``limit`` due operations until ``now + lease``; commit before doing the work.
 
-    ``token`` is new for every claim: only who holds it can extend or finish. Left out are replicas
+    What is first by priority, then by its due time, comes first. ``token`` is new for every claim:
+    only who holds it can extend or finish. Left out are replicas
     on the storages ``avoid`` and those of more than ``most_bytes``.
     """
     picky = "" if not avoid and most_bytes is None else _PICKY
-    return rows(
+    found = rows(
         connection,
         f"""WITH due AS MATERIALIZED (
              SELECT operation_id FROM operation o
@@ -148,7 +150,7 @@ def claim_operations(
                   lease_token = :token, lease_until = :until
              FROM due WHERE o.operation_id = due.operation_id
            RETURNING o.operation_id, o.kind, o.oid, o.uid, o.reason, o.attempts, o.plan_id,
-                     o.created_at, o.source_uid, o.error_code""",
+                     o.created_at, o.source_uid, o.error_code, o.priority, o.due_at""",
         kinds=[kind.value for kind in kinds],
         token=token,
         worker=worker,
@@ -157,6 +159,8 @@ def claim_operations(
         now=now,
         **({"avoid": list(avoid), "most": most_bytes} if picky else {}),
     )
+    # an UPDATE returns them in any order
+    return sorted(found, key=lambda one: (one["priority"], one["due_at"], one["operation_id"]))
 
 
 def extend_leases(connection: Connection, token: uuid.UUID, until: datetime) -> int:

@@ -203,7 +203,7 @@ def copy_details(
                          (rs.location_id <> ts.location_id), r.checked_at DESC, r.uid
                 LIMIT 1) s ON true
             WHERE o.operation_id = ANY(:ids)
-            ORDER BY o.operation_id""",
+            ORDER BY o.priority, o.due_at, o.operation_id""",
         ids=list(operation_ids),
     )
 

@@ -9,8 +9,10 @@ from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import rows
 from dlm_core.catalogue.places import list_storages
+from dlm_core.catalogue.urgency import deadlines
 
 _RECENT = timedelta(hours=24)
+_SOON = timedelta(hours=24)
 
 
 def status(connection: Connection, now: datetime) -> dict[str, Any]:
@@ -36,6 +38,8 @@ def status(connection: Connection, now: datetime) -> dict[str, Any]:
         "items_below_target_phase": _count(
             connection, "SELECT count(*) AS n FROM data_item WHERE shortfall IS NOT NULL"
         ),
+        # of the items that are needed by a time: those whose copies are not all there
+        "deadlines": deadlines(connection, now, now + _SOON),
         "items_to_evaluate": _count(connection, "SELECT count(*) AS n FROM evaluation"),
         "storages": [
             {

@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas as catalogue
 from dlm_core.catalogue.traffic import limited_keys
+from dlm_core.catalogue.urgency import STEP, Urgency, hasten, urgencies_of
 from dlm_core.errors import (
     DlmError,
     InvalidValueError,
@@ -51,6 +52,8 @@ _IMPOSSIBLE_BASE = timedelta(seconds=30)
 _IMPOSSIBLE_CEILING = timedelta(hours=6)
 #: a storage that failed to take a copy of an item is not asked again for this long
 _EXCLUSION = timedelta(hours=1)
+#: the first copy of what has but one goes before others of the same urgency
+_RISK = -5
 
 
 def storage_views(storage_rows: Iterable[Mapping[str, Any]]) -> dict[uuid.UUID, StorageView]:
@@ -100,6 +103,8 @@ def plan_replication(context: Context) -> int:
     the planned replicas and operations, and the phases all change together.
     """
     looked_at = 0
+    soon = context.clock() + context.settings.deadline_lead
+    context.transact(lambda c: hasten(c, soon))
     while not context.stop.is_set():
         batch = context.transact(lambda c: _plan_batch(c, context))
         looked_at += batch
@@ -223,15 +228,8 @@ def _apply(connection: Connection, context: Context, planning: _Planning) -> Non
         # again without the storages that have no place for them: so it ends
         todo = [item for item in todo if item["oid"] in without_place]
     if pairs:
-        queue.insert_operations(
-            connection,
-            [
-                queue.NewOperation(OperationKind.COPY, copy.oid, uid, copy.reason, planning.now)
-                for copy, uid in pairs
-            ],
-            context.actor,
-            planning.now,
-        )
+        operations = _operations(connection, planning, pairs)
+        queue.insert_operations(connection, operations, context.actor, planning.now)
     _write_phases(connection, [*decided.values()])
     lost = [oid for oid, (_, decision) in decided.items() if decision.search]
     if lost:
@@ -241,6 +239,31 @@ def _apply(connection: Connection, context: Context, planning: _Planning) -> Non
         )
     planned = {copy.oid for copy, _ in pairs}
     _look_again(connection, [*decided.values()], planned, planning.tries, planning.now)
+
+
+def _operations(
+    connection: Connection, planning: _Planning, pairs: Sequence[tuple[Copy, uuid.UUID]]
+) -> list[queue.NewOperation]:
+    """The copies to queue: by their items' urgency, and the first of an item that has only one
+    good copy, or none, before those that make it safer still."""
+    urgencies = urgencies_of(connection, [copy.oid for copy, _ in pairs])
+    safe = {
+        oid
+        for oid, views in planning.replicas.items()
+        if sum(view.state == ReplicaState.READY for view in views) > 1
+    }
+    operations = []
+    for copy, uid in pairs:
+        urgency = urgencies.get(copy.oid, Urgency())
+        risk = 0 if copy.oid in safe else _RISK
+        safe.add(copy.oid)
+        operations.append(
+            queue.NewOperation(
+                OperationKind.COPY, copy.oid, uid, copy.reason, planning.now,
+                priority=STEP * urgency.priority + risk, deadline=urgency.needed_by,
+            )
+        )  # fmt: skip
+    return operations
 
 
 def _announce(

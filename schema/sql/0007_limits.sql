@@ -45,17 +45,24 @@ COMMENT ON COLUMN urgency.oid IS 'The item.';
 COMMENT ON COLUMN urgency.priority IS '-9 (first) to 9 (last).';
 COMMENT ON COLUMN urgency.needed_by IS 'When its copies have to be there; what would miss it goes first and is told.';
 
+CREATE INDEX urgency_needed ON urgency (needed_by) WHERE needed_by IS NOT NULL;
+
 CREATE FUNCTION urgency_changed() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
   INSERT INTO event (noun, action, oid, actor, detail)
-    VALUES ('item', 'urgency', coalesce(NEW.oid, OLD.oid), dlm_actor(),
-            jsonb_build_object('priority', coalesce(NEW.priority, 0), 'needed_by', NEW.needed_by));
+    SELECT 'item', 'urgency', oid, dlm_actor(), CASE WHEN TG_OP = 'DELETE' THEN '{"priority": 0}'
+           ELSE jsonb_build_object('priority', priority, 'needed_by', needed_by) END
+      FROM changed ORDER BY oid;
   RETURN NULL;
 END $$;
-CREATE TRIGGER urgency_changed AFTER INSERT OR UPDATE OR DELETE ON urgency
-  FOR EACH ROW EXECUTE FUNCTION urgency_changed();
+CREATE TRIGGER urgency_inserted AFTER INSERT ON urgency
+  REFERENCING NEW TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION urgency_changed();
+CREATE TRIGGER urgency_updated AFTER UPDATE ON urgency
+  REFERENCING NEW TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION urgency_changed();
+CREATE TRIGGER urgency_deleted AFTER DELETE ON urgency
+  REFERENCING OLD TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION urgency_changed();
 
 ALTER TABLE operation ADD COLUMN deadline moment;
 COMMENT ON COLUMN operation.deadline IS 'When it has to be done; NULL: whenever.';
 CREATE INDEX operation_deadline ON operation (deadline)
-  WHERE deadline IS NOT NULL AND state IN ('QUEUED', 'RUNNING');
+  WHERE deadline IS NOT NULL AND state = 'QUEUED';

@@ -106,6 +106,11 @@ class Storage(Protocol):
         copies many files of another storage to their paths below ``folder`` (a temporary one) in
         one request, reads them back there, and tells their digests. What it leaves out was not
         copied or could not be read; the mover tries it alone.
+    ``copy_from(source, source_path, path, size, moved) -> bool``
+        copies a file of ``size`` bytes from another storage to a *new* file of this one without its
+        bytes passing through here, and calls ``moved(bytes)`` on the way, which may wait or raise.
+        False, and nothing is left, if these two cannot, or not this file. Errors are those of
+        :meth:`write`. Nothing is proven by it: the mover reads the copy back whole.
     """
 
     name: str

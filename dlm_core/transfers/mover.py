@@ -32,18 +32,22 @@ from dlm_core.storages.port import ReadStream, Storage, temp_path
 from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.pooled import MAX_CHUNK, each, in_chunks
 from dlm_core.transfers.reading import BLOCK, HashingReader, Interrupted, Progress, read_up_to
-from dlm_core.transfers.tasks import Copy, CopyResult, CopyTask, File, Lane
+from dlm_core.transfers.tasks import (
+    Copy,
+    CopyResult,
+    CopyTask,
+    File,
+    Lane,
+    can_be_listed,
+    groups,
+    sub_batches,
+)
 from dlm_core.types import PayloadKind
 
 __all__ = ["CopyResult", "CopyTask", "Lane", "copy_batch"]
 
 #: files up to this size are read whole: one read, one hash, one write
 _SMALL = 1 << 20
-# small files that are written in one call, where the destination has one
-_TOGETHER_FILES = 64
-_TOGETHER_BYTES = 4 << 20
-_SUB_BATCH_FILES = 512
-_SUB_BATCH_BYTES = 256 << 20
 # folders for temporary files: threads that make files in one folder wait for each other
 _SLOTS = 16
 
@@ -77,7 +81,7 @@ def copy_batch(
     finishing: Future[list[CopyResult]] | None = None
     with ThreadPoolExecutor(threads, "dlm-copy") as pool, ThreadPoolExecutor(1) as finisher:
         # a sub-batch is flushed and verified while the next one is written
-        for batch in _sub_batches(tasks):
+        for batch in sub_batches(tasks):
             copies = mover.write(batch, pool)
             if finishing is not None:
                 yield from finishing.result()
@@ -86,21 +90,6 @@ def copy_batch(
                 break
         if finishing is not None:
             yield from finishing.result()
-
-
-def _sub_batches(tasks: Sequence[CopyTask]) -> Iterator[list[CopyTask]]:
-    batch: list[CopyTask] = []
-    size = files = 0
-    for task in tasks:
-        more = len(task.manifest) or 1
-        if batch and (files + more > _SUB_BATCH_FILES or size + task.size > _SUB_BATCH_BYTES):
-            yield batch
-            batch, size, files = [], 0, 0
-        batch.append(task)
-        size += task.size
-        files += more
-    if batch:
-        yield batch
 
 
 class _Mover:
@@ -120,6 +109,7 @@ class _Mover:
         self.rename_many = getattr(destination, "rename_many", None)
         self.digest_many = getattr(destination, "digest_many", None)
         self.take_many = getattr(destination, "take_many", None)
+        self.copy_from = getattr(destination, "copy_from", None)
         self.read_back = getattr(destination, "read_back", destination.open_read)
         self.opened_ahead = MAX_CHUNK if hasattr(destination, "read_back") else 1
         self.outage: DlmError | None = None
@@ -145,7 +135,7 @@ class _Mover:
             files = [file for file in files if not file.made]
         if self.write_many is not None:
             small = [file for file in files if file.size <= _SMALL]
-            list(pool.map(self._write_together, _groups(small)))
+            list(pool.map(self._write_together, groups(small)))
             files = [file for file in files if file.size > _SMALL]
         each(pool, self._write, files)
         return copies
@@ -170,7 +160,7 @@ class _Mover:
 
     def _prepare(self, task: CopyTask, slot: int, folder: str | None) -> Copy:
         written = task.destination_path if self.atomic else temp_path(f"{slot:x}/{task.token}")
-        if folder is not None and _can_be_listed(task):
+        if folder is not None and can_be_listed(task):
             written = f"{folder}/{task.source_path}"
         copy = Copy(task, written)
         if task.kind is PayloadKind.FILE:
@@ -230,7 +220,7 @@ class _Mover:
         def work() -> None:
             if file.size <= _SMALL:
                 self._write_small(file)
-            else:
+            elif not self._copied_there(file):
                 self._write_large(file)
             file.made = True
 
@@ -322,6 +312,20 @@ class _Mover:
             )
             self.destination.write(file.written, reader, file.size)
         file.etag = reader.etag()
+
+    def _copied_there(self, file: File) -> bool:
+        """Whether the destination could copy the file by itself."""
+        tell = self._watching(file)
+
+        def moved(size: int) -> None:
+            if self.stop.is_set():
+                raise Interrupted
+            tell(size)
+
+        file.direct = self.copy_from is not None and self.copy_from(
+            self.source, file.source, file.written, file.size, moved
+        )
+        return file.direct
 
     def _watching(self, file: File) -> Progress:
         def moved(size: int) -> None:
@@ -428,7 +432,10 @@ class _Mover:
         try:
             size, found = self._digest_of(stream, file)
             if (found, size) != (file.digest, file.size):
-                file.error = self._damaged(file, f"{found} ({size} bytes)")
+                told = f"{found} ({size} bytes)"
+                file.error = (self._damaged_source(file) if file.direct else None) or self._damaged(
+                    file, told
+                )
         except PayloadNotFoundError:
             file.error = self._damaged(file, "nothing")
         except Interrupted:
@@ -449,6 +456,22 @@ class _Mover:
             if size < file.size and self.stop.is_set():
                 raise Interrupted
         return size, f"sha256:{hasher.hexdigest()}"
+
+    def _damaged_source(self, file: File) -> DlmError | None:
+        """What is wrong with the source of a copy that the destination made by itself, if it is."""
+        try:
+            seen = observe(self.source, file.source, stop=self.stop)
+        except DlmError as error:
+            return error
+        if self.stop.is_set():
+            raise Interrupted
+        if (seen.digest, seen.size) == (file.digest, file.size):
+            return None
+        return SourceDamagedError(
+            where=f"{self.source.name}:{file.source}",
+            expected=f"{file.digest} ({file.size} bytes)",
+            found=f"{seen.digest} ({seen.size} bytes)",
+        )
 
     def _damaged(self, file: File, found: str) -> DestinationDamagedError:
         return DestinationDamagedError(
@@ -538,12 +561,6 @@ class _Mover:
             pass  # the sweep finds it; the task's own error is the one to tell
 
 
-def _can_be_listed(task: CopyTask) -> bool:
-    """Whether all names stand for themselves in a list with one name a line."""
-    names = [task.source_path, *(one.path for one in task.manifest)]
-    return all(name.isprintable() and "\\" not in name for name in names)
-
-
 def _interrupted(storage: Storage) -> DlmError:
     return StorageUnavailableError(storage=storage.name, message="interrupted")
 
@@ -556,17 +573,3 @@ def _of_destination(error: DlmError, file: File) -> DlmError:
             storage=storage, message=f"{file.final} went while it was looked at"
         )
     return error
-
-
-def _groups(files: Sequence[File]) -> Iterator[list[File]]:
-    """In order, few enough at once to be held in memory by every thread."""
-    group: list[File] = []
-    size = 0
-    for file in files:
-        if group and (len(group) == _TOGETHER_FILES or size + file.size > _TOGETHER_BYTES):
-            yield group
-            group, size = [], 0
-        group.append(file)
-        size += file.size
-    if group:
-        yield group

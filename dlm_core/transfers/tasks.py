@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from dlm_core.errors import DlmError
 from dlm_core.types import ManifestEntry, PayloadKind
+
+# small files that are written in one call, where the destination has one
+_TOGETHER_FILES = 64
+_TOGETHER_BYTES = 4 << 20
+_SUB_BATCH_FILES = 512
+_SUB_BATCH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,8 @@ class File:
     digest: str
     #: the ETag that an object store gives these bytes
     etag: str = ""
+    #: the destination copied it: who is to blame for other bytes is not known
+    direct: bool = False
     #: this try made it
     made: bool = False
     #: the bytes at the destination have been compared
@@ -88,3 +96,39 @@ class Lane:
 
     places: Callable[[bool], AbstractContextManager[None]] = _anywhere
     watch: Callable[[uuid.UUID, str, int], None] = _unseen
+
+
+def sub_batches(tasks: Sequence[CopyTask]) -> Iterator[list[CopyTask]]:
+    """In order, few enough at once to be flushed and verified together."""
+    batch: list[CopyTask] = []
+    size = files = 0
+    for task in tasks:
+        more = len(task.manifest) or 1
+        if batch and (files + more > _SUB_BATCH_FILES or size + task.size > _SUB_BATCH_BYTES):
+            yield batch
+            batch, size, files = [], 0, 0
+        batch.append(task)
+        size += task.size
+        files += more
+    if batch:
+        yield batch
+
+
+def can_be_listed(task: CopyTask) -> bool:
+    """Whether all names stand for themselves in a list with one name a line."""
+    names = [task.source_path, *(one.path for one in task.manifest)]
+    return all(name.isprintable() and "\\" not in name for name in names)
+
+
+def groups(files: Sequence[File]) -> Iterator[list[File]]:
+    """In order, few enough at once to be held in memory by every thread."""
+    group: list[File] = []
+    size = 0
+    for file in files:
+        if group and (len(group) == _TOGETHER_FILES or size + file.size > _TOGETHER_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(file)
+        size += file.size
+    if group:
+        yield group

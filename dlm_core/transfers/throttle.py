@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, Self, cast
 
 from dlm_core.storages.port import Readable, ReadStream, Storage
@@ -177,6 +178,8 @@ class _Paced:
             # one request for many files cannot be held back
             limited = any(pace.limited for pace in (*self._reading, *self._writing))
             return None if limited or found is None else _unwrapping(found)
+        if attribute == "copy_from":
+            return found and partial(self._copy_from, found)
         if attribute == "read_back":
             return lambda path: _PacedStream(found(path), self._read)
         if attribute == "write_many" and found is not None:
@@ -194,6 +197,18 @@ class _Paced:
     ) -> Any:
         self._write(sum(len(data) for _, data in files))
         return write_many(files)
+
+    def _copy_from(
+        self, copy_from: Callable[..., bool], source: Storage, source_path: str, path: str,
+        size: int, moved: Callable[[int], None],
+    ) -> bool:  # fmt: skip
+        paces = [*(source._reading if isinstance(source, _Paced) else ()), *self._writing]
+
+        def held(size: int) -> None:
+            _take(paces, size)
+            moved(size)
+
+        return copy_from(bare(source), source_path, path, size, held)
 
     def _read(self, size: int) -> None:
         _take(self._reading, size)

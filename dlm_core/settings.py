@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     links_at_once: int = Field(
         4, ge=1, le=64, description="Links that a drainer copies over at a time; 1: no threads."
     )
+    resume_bytes: int = Field(
+        64 << 20, ge=0, description="Larger files, when interrupted, go on where they were."
+    )
     deadline_lead_seconds: float = Field(
         3600, ge=0, description="Copies that are needed within this time go first, and are told."
     )

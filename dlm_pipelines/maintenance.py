@@ -1,10 +1,12 @@
 """Housekeeping, once a day: partitions, the tally, the log's seals, temporary files, old runs."""
 
 from datetime import timedelta
+from functools import partial
 
 import dagster as dg
 
 from dlm_core.catalogue.housekeeping import ensure_partitions, fold_tally
+from dlm_core.catalogue.operations import partials_on
 from dlm_core.catalogue.seals import newest_seals
 from dlm_core.catalogue.urgency import forget_met
 from dlm_core.errors import DlmError
@@ -38,7 +40,8 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
         if not row["managed"] or row["mode"] not in ("read_write", "draining"):
             continue
         try:
-            swept += sweep_temp(core.storages.open(row), _TEMP_AGE, core.clock())
+            kept = core.transact(partial(partials_on, storage_id=row["storage_id"]))
+            swept += sweep_temp(core.storages.open(row), _TEMP_AGE, core.clock(), kept)
         except DlmError as error:
             context.log.warning(f"{error.code}: {error}")
     before = core.clock() - timedelta(days=core.settings.dagster_retention_days)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -183,6 +183,34 @@ def release_operations(connection: Connection, token: uuid.UUID, now: datetime) 
         token=token,
         now=now,
     )
+
+
+def note_partials(
+    connection: Connection, token: uuid.UUID, partials: Mapping[uuid.UUID, str]
+) -> int:
+    """Write which temporary files tries of copies left, by operation; said by who holds them, so
+    that nobody writes there any more."""
+    return run(
+        connection,
+        """UPDATE operation o SET partial = u.partial
+             FROM unnest(CAST(:ids AS uuid[]), CAST(:partials AS text[])) AS u(id, partial)
+            WHERE o.operation_id = u.id AND o.lease_token = :token AND o.state = 'RUNNING'""",
+        token=token,
+        ids=list(partials),
+        partials=list(partials.values()),
+    )
+
+
+def partials_on(connection: Connection, storage_id: uuid.UUID) -> set[str]:
+    """Temporary files on a storage from which copies that are queued will go on."""
+    found = rows(
+        connection,
+        """SELECT o.partial FROM operation o JOIN replica r USING (uid)
+            WHERE o.partial IS NOT NULL AND o.state IN ('QUEUED', 'RUNNING')
+              AND r.storage_id = :storage""",
+        storage=storage_id,
+    )
+    return {row["partial"] for row in found}
 
 
 def lock_claimed(

@@ -187,7 +187,7 @@ def copy_details(
     # OFFSET 0: while statistics are young, an index of all READY replicas looks smaller than it is
     return rows(
         connection,
-        """SELECT o.operation_id, t.uid, t.oid, t.state, t.path, t.storage_id, i.uri, i.kind,
+        """SELECT o.operation_id, o.partial, t.uid, t.oid, t.state, t.path, t.storage_id, i.uri, i.kind,
                   i.size, i.digest, i.state AS item_state, s.uid AS source_uid, s.path AS source_path,
                   s.storage_id AS source_storage_id
              FROM operation o

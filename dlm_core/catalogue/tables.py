@@ -335,10 +335,16 @@ operation = Table(
     _created(),
     Column("finished_at", Moment),
     Column("deadline", Moment),
+    Column("partial", Text),
     Index("operation_due", "kind", "priority", "due_at", postgresql_where=text("state = 'QUEUED'")),
     Index("operation_lease", "lease_until", postgresql_where=text("state = 'RUNNING'")),
     Index("operation_failed", "kind", "finished_at", postgresql_where=text("state = 'FAILED'")),
     Index("operation_uid", "uid"),
+    Index(
+        "operation_partial",
+        "uid",
+        postgresql_where=text("partial IS NOT NULL AND state IN ('QUEUED', 'RUNNING')"),
+    ),
     Index(
         "operation_deadline",
         "deadline",

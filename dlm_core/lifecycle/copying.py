@@ -106,6 +106,7 @@ class Copies:
             paced(destination, [writing], [writing, between]),
             [_task(row, self.manifests, self.claim.token) for row in rows],
             stop=self.context.stop,
+            resume_bytes=self.context.settings.resume_bytes,
             lane=self._lane(keys, {row["operation_id"]: row["size"] for row in rows}),
         )
         with ThreadPoolExecutor(1, "dlm-record") as recorder:
@@ -160,4 +161,5 @@ def _task(row: Row, manifests: Mapping[uuid.UUID, Sequence[Row]], token: uuid.UU
         manifest,
         # unique for every try: a worker whose lease ran out writes beside its successor
         f"{row['uid'].hex}.{token.hex}",
+        row["partial"],
     )

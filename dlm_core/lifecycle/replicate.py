@@ -445,16 +445,23 @@ def _write_copies_in(
     held = queue.lock_claimed(connection, claim.token, ids)
     written: list[tuple[CopyResult, queue.Outcome]] = []
     good: list[catalogue.Seen] = []
+    partials: dict[uuid.UUID, str] = {}
     for result in results:
         operation = operations.get(result.task.operation_id)
         if operation is None or result.task.operation_id not in held:
             continue
+        if result.partial is not None:
+            partials[result.task.operation_id] = result.partial
+        if result.stopped:
+            continue  # given back untried with all that was not begun
         if result.error is None:
             row = by_id[result.task.operation_id]
             good.append(catalogue.Seen(row["uid"], row["size"], row["digest"]))
             written.append((result, done(operation)))
         else:
             written.append((result, _copy_failed(context, operation, result.error, now)))
+    if partials:
+        queue.note_partials(connection, claim.token, partials)
     if good:
         catalogue.mark_ready(connection, good, now)
         oids = {by_id[outcome.operation_id]["oid"] for r, outcome in written if r.error is None}

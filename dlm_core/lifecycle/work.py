@@ -94,7 +94,7 @@ class _Unavailable:
     remote = False
     tells_content = False
     part_size = None
-    digest_many = write_many = rename_many = take_many = copy_from = None
+    digest_many = write_many = rename_many = take_many = copy_from = write_on = None
 
     def __init__(self, name: str, error: DlmError) -> None:
         self.name, self._error = name, error

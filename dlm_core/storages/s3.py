@@ -262,10 +262,14 @@ class S3Storage:
                 yield from map(_entry, batch)
 
     def open_read(self, path: str) -> S3Stream:
+        return self.open_read_at(path, 0)
+
+    def open_read_at(self, path: str, offset: int) -> S3Stream:
         key = self._key(path)
+        options: Any = {"range": {"offset": offset}} if offset else None
         try:
             with self._translated(path):
-                return S3Stream(self, path, obstore.get(self._store, key))
+                return S3Stream(self, path, obstore.get(self._store, key, options=options))
         except PayloadNotFoundError:
             if self._directory(path) is not None:
                 raise self._refused(path, "it is a directory, not a file") from None

@@ -9,6 +9,7 @@ to its final name; the upload fails if the source's digest turns out wrong.
 from __future__ import annotations
 
 import io
+import sys
 import threading
 import time
 import uuid
@@ -32,6 +33,7 @@ from dlm_core.storages.port import ReadStream, Storage, temp_path
 from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.pooled import MAX_CHUNK, each, in_chunks
 from dlm_core.transfers.reading import BLOCK, HashingReader, Interrupted, Progress, read_up_to
+from dlm_core.transfers.resuming import Resuming
 from dlm_core.transfers.tasks import (
     Copy,
     CopyResult,
@@ -60,6 +62,7 @@ def copy_batch(
     concurrency: int | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
+    resume_bytes: int | None = None,
     lane: Lane | None = None,
 ) -> Iterator[CopyResult]:
     """Copy payloads; yields a result for each task, a sub-batch at a time.
@@ -68,7 +71,8 @@ def copy_batch(
     destination is compared and adopted, anything else there is left alone
     (``PayloadExistsError``). Tasks not finished when ``stop`` is set are not yielded and leave
     nothing visible, but for files of a directory payload on an object store, which the next try
-    adopts.
+    adopts. Of a file above ``resume_bytes`` that was interrupted the next try need not copy again
+    what came through, where the destination lets it: it is yielded with its ``partial`` file.
 
     Parameters
     ----------
@@ -77,6 +81,8 @@ def copy_batch(
     lane : limits on files at once that others have a part in, and who watches.
     """
     mover = _Mover(source, destination, progress, stop, lane or Lane())
+    if resume_bytes is not None:
+        mover.resumed_above = resume_bytes
     threads = concurrency or mover.concurrency()
     finishing: Future[list[CopyResult]] | None = None
     with ThreadPoolExecutor(threads, "dlm-copy") as pool, ThreadPoolExecutor(1) as finisher:
@@ -112,6 +118,8 @@ class _Mover:
         self.copy_from = getattr(destination, "copy_from", None)
         self.read_back = getattr(destination, "read_back", destination.open_read)
         self.opened_ahead = MAX_CHUNK if hasattr(destination, "read_back") else 1
+        self.write_on = getattr(destination, "write_on", None)
+        self.resumed_above = sys.maxsize
         self.outage: DlmError | None = None
 
     def concurrency(self) -> int:
@@ -156,7 +164,11 @@ class _Mover:
         if not self.atomic:
             results = self._make_names_durable(results)
         self._clear_together(copies)
-        return [result for result in results if result.error is None or not stopped]
+        return [
+            replace(result, stopped=stopped and result.error is not None)
+            for result in results
+            if result.error is None or result.partial or not stopped
+        ]
 
     def _prepare(self, task: CopyTask, slot: int, folder: str | None) -> Copy:
         written = task.destination_path if self.atomic else temp_path(f"{slot:x}/{task.token}")
@@ -167,7 +179,7 @@ class _Mover:
             copy.files.append(
                 File(
                     task.operation_id, task.source_path, written, task.destination_path,
-                    task.size, task.digest,
+                    task.size, task.digest, partial=task.partial,
                 )
             )  # fmt: skip
         elif not task.manifest:
@@ -304,6 +316,9 @@ class _Mover:
             self.progress(len(data))
 
     def _write_large(self, file: File) -> None:
+        if self.write_on is not None and file.size > self.resumed_above:
+            Resuming(self.source, self.destination, self.stop, self._watching(file)).write(file)
+            return
         part = self.part_size(file.size) if self.part_size is not None else None
         with self.source.open_read(file.source) as stream:
             where = f"{self.source.name}:{file.source}"
@@ -442,6 +457,7 @@ class _Mover:
             file.error = _interrupted(self.destination)
         except DlmError as error:
             file.error = error
+        file.kept = file.resumable and isinstance(file.error, StorageUnavailableError)
         file.seconds += time.monotonic() - begun
 
     def _digest_of(self, stream: ReadStream, file: File) -> tuple[int, str]:
@@ -497,7 +513,8 @@ class _Mover:
             error = self._look_for_strangers(copy) if self.atomic else self._reveal(copy, renamed)
         if error is not None:
             self._clear(copy, error)
-        return CopyResult(copy.task, error, sum(file.seconds for file in copy.files))
+        kept = copy.written if copy.kept() else None
+        return CopyResult(copy.task, error, sum(file.seconds for file in copy.files), kept)
 
     def _reveal(self, copy: Copy, renamed: Mapping[str, DlmError | None]) -> DlmError | None:
         try:
@@ -548,6 +565,8 @@ class _Mover:
 
     def _clear(self, copy: Copy, error: DlmError) -> None:
         """Take back what was written by this try, and only that."""
+        if copy.kept():
+            return
         try:
             if not self.atomic:
                 self.destination.remove(copy.written)

@@ -20,7 +20,8 @@ _SUB_BATCH_BYTES = 256 << 20
 @dataclass(frozen=True, slots=True)
 class CopyTask:
     """One payload to copy. ``size`` in bytes and ``digest`` are what the catalogue says; ``token``
-    names the temporary file and is unique for every try."""
+    names the temporary file and is unique for every try; ``partial`` is the temporary file that an
+    earlier try left, and whose writer has ended."""
 
     operation_id: uuid.UUID
     source_path: str
@@ -30,15 +31,20 @@ class CopyTask:
     digest: str
     manifest: tuple[ManifestEntry, ...]
     token: str
+    partial: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CopyResult:
-    """How a task ended: ``error`` None means a verified, visible copy. ``seconds`` of work."""
+    """How a task ended: ``error`` None means a verified, visible copy. ``seconds`` of work.
+    ``partial`` is a temporary file from which the next try may go on."""
 
     task: CopyTask
     error: DlmError | None
     seconds: float
+    partial: str | None = None
+    #: it did not fail: it was asked to stop
+    stopped: bool = False
 
 
 @dataclass(slots=True)
@@ -56,6 +62,12 @@ class File:
     etag: str = ""
     #: the destination copied it: who is to blame for other bytes is not known
     direct: bool = False
+    #: where an earlier try left the first bytes
+    partial: str | None = None
+    #: it is written so that another try may go on
+    resumable: bool = False
+    #: this try left the first bytes
+    kept: bool = False
     #: this try made it
     made: bool = False
     #: the bytes at the destination have been compared
@@ -72,6 +84,10 @@ class Copy:
     written: str
     files: list[File] = field(default_factory=list)
     error: DlmError | None = None
+
+    def kept(self) -> bool:
+        """Whether the next try may go on from what was written."""
+        return any(file.kept and file.error is not None for file in self.files)
 
     def first_error(self) -> DlmError | None:
         return self.error or next((file.error for file in self.files if file.error), None)

@@ -180,8 +180,10 @@ class _Paced:
             return None if limited or found is None else _unwrapping(found)
         if attribute == "copy_from":
             return found and partial(self._copy_from, found)
-        if attribute == "read_back":
-            return lambda path: _PacedStream(found(path), self._read)
+        if attribute in ("read_back", "open_read_at"):
+            return lambda *where: _PacedStream(found(*where), self._read)
+        if attribute == "write_on":
+            return found and partial(self._write_on, found)
         if attribute == "write_many" and found is not None:
             return lambda files: self._write_many(found, files)
         return found
@@ -197,6 +199,11 @@ class _Paced:
     ) -> Any:
         self._write(sum(len(data) for _, data in files))
         return write_many(files)
+
+    def _write_on(
+        self, write_on: Callable[..., None], path: str, source: Readable, begun: int
+    ) -> None:
+        write_on(path, _PacedReader(source, self._write), begun)
 
     def _copy_from(
         self, copy_from: Callable[..., bool], source: Storage, source_path: str, path: str,

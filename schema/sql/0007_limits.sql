@@ -66,3 +66,8 @@ ALTER TABLE operation ADD COLUMN deadline moment;
 COMMENT ON COLUMN operation.deadline IS 'When it has to be done; NULL: whenever.';
 CREATE INDEX operation_deadline ON operation (deadline)
   WHERE deadline IS NOT NULL AND state = 'QUEUED';
+
+ALTER TABLE operation ADD COLUMN partial text;
+COMMENT ON COLUMN operation.partial IS 'Temporary file that a try of this copy left, and from which the next one goes on.';
+CREATE INDEX operation_partial ON operation (uid)
+  WHERE partial IS NOT NULL AND state IN ('QUEUED', 'RUNNING');

@@ -38,6 +38,8 @@ log = logging.getLogger("dlm")
 _HEARTBEAT_SHARE = 0.25
 _PROGRESS_SECONDS = 15.0
 _POLL_SECONDS = 0.5
+# while large copies go on, new work is looked for this often
+_BUSY_SECONDS = 2.0
 #: payloads above this many bytes are copied beside the others, each by itself
 LARGE = 256 << 20
 #: a claim of copies that takes longer is not waited for before the next one
@@ -327,7 +329,7 @@ class _Crew:
             future.add_done_callback(lambda _: claim.eased.set())
             claim.eased.wait(_PATIENCE_SECONDS)
         elif self._going:
-            wait(self._going, _POLL_SECONDS, FIRST_COMPLETED)
+            wait(self._going, _BUSY_SECONDS, FIRST_COMPLETED)
 
     def _ended(self) -> Report:
         report = Report()

@@ -26,6 +26,10 @@ from dlm_core.types import OperationKind
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Uri = Annotated[str, typer.Argument(help="e.g. ska:eb-1/scan-3.ms")]
 Version = Annotated[int | None, typer.Option(help="Another than the newest version.")]
+Priority = Annotated[int | None, typer.Option(help="-9 (first) to 9 (last); unset: 0.")]
+By = Annotated[
+    str | None, typer.Option(help="When all copies are needed: 12h, or a time with its zone.")
+]
 _PHASES = ("PLASMA", "GAS", "LIQUID", "SOLID")
 _KINDS = ", ".join(OperationKind)
 
@@ -52,6 +56,8 @@ def register(
     target_phase: Annotated[str, typer.Option(help="PLASMA, GAS, LIQUID or SOLID.")] = "SOLID",
     expires: Annotated[str | None, typer.Option(help="Of the items: 90d, or a time.")] = None,
     replica_expires: Annotated[str | None, typer.Option(help="Of these copies only.")] = None,
+    priority: Priority = None,
+    by: By = None,
     owner: Annotated[str | None, typer.Option()] = None,
     tag: Annotated[list[str], typer.Option(help="key=value")] = [],  # noqa: B006
     new_version: Annotated[
@@ -61,6 +67,7 @@ def register(
 ) -> None:
     """Announce payloads where they lie; the registration job reads and admits them."""
     from dlm_core.catalogue.items import Terms
+    from dlm_core.catalogue.urgency import Urgency
     from dlm_core.lifecycle.register import (
         Source,
         collection_id,
@@ -84,6 +91,7 @@ def register(
             parse_pairs(tag, "--tag"),
             parse_time(expires, now),
             parse_time(replica_expires, now),
+            Urgency(priority or 0, parse_time(by, now)),
         )
         source = Source(storage, scheme, prefix, tuple(as_directory), sums, new_version, terms)
         if paths is not None:
@@ -158,6 +166,46 @@ def item_list(
     if len(found) == limit:
         last = f"{found[-1]['uri']}#{found[-1]['version']}"
         print(f"there may be more: --after '{last}'", file=sys.stderr)
+
+
+@item_app.command("set")
+@plain_errors
+def item_set(
+    uri: Annotated[str | None, typer.Argument(help="An item.")] = None,
+    collection: Annotated[
+        str | None, typer.Option(help="All items of it, and of collections in it.")
+    ] = None,
+    priority: Priority = None,
+    by: Annotated[
+        str | None, typer.Option(help="When all copies are needed: 12h, a time; or never.")
+    ] = None,
+    version: Version = None,
+) -> None:
+    """Let copies of an item or a collection be made before or after others, or by a time."""
+    from dlm_core.catalogue.browse import get_item
+    from dlm_core.catalogue.urgency import Urgency, items_in, set_urgency
+
+    if (uri is None) == (collection is None):
+        raise EmptySelectorError(expected="name one item, or --collection")
+    changes: dict[str, Any] = {}
+    if priority is not None:
+        changes["priority"] = Urgency(priority).priority
+    with catalogue() as context:
+        if by is not None:
+            changes["needed_by"] = None if by == "never" else parse_time(by, context.clock())
+        if not changes:
+            raise InvalidValueError(what="changes", value="", expected="--priority or --by")
+
+        def change(connection: Any) -> int:
+            oids = (
+                items_in(connection, collection)
+                if collection is not None
+                else [get_item(connection, uri or "", version)["oid"]]
+            )
+            set_urgency(connection, oids, changes)
+            return len(oids)
+
+        print(f"{context.transact(change)} items changed")
 
 
 @item_app.command("show")

@@ -9,8 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from dlm_cli import auditing, backup, holds, items, places, plans, rebuilding, staging, verifying
-from dlm_cli.session import catalogue, fail, parse_pairs, plain_errors, show_json, show_table
+from dlm_cli import (
+    auditing,
+    backup,
+    holds,
+    items,
+    places,
+    plans,
+    rebuilding,
+    staging,
+    transfers,
+    verifying,
+)
+from dlm_cli.session import catalogue, fail, human, parse_pairs, plain_errors, show_json, show_table
 from dlm_core.errors import DlmError, InputError, ServiceUnavailableError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -24,6 +35,7 @@ app = typer.Typer(
 db_app = typer.Typer(no_args_is_help=True, help="The catalogue database.")
 app.add_typer(places.location_app, name="location")
 app.add_typer(places.storage_app, name="storage")
+app.add_typer(transfers.link_app, name="link")
 app.add_typer(items.item_app, name="item")
 app.add_typer(items.watch_app, name="watch")
 app.add_typer(holds.hold_app, name="hold")
@@ -35,6 +47,7 @@ app.command("expire")(items.expire)
 app.command("restore")(items.restore)
 app.command("verify")(items.verify)
 app.command("verification")(verifying.verification)
+app.command("operations")(transfers.operations)
 app.command("retry")(items.retry)
 app.command("stage")(staging.stage)
 app.command("backup")(backup.backup)
@@ -92,6 +105,12 @@ def status(as_json: Json = False) -> None:
         told = ", ".join(f"{n} {state}" for state, n in found[noun].items()) or "none"
         print(f"{noun}: {told}")
     print(f"items below their target phase: {found['items_below_target_phase']}")
+    needed = found["deadlines"]
+    if needed["late"] or needed["near"]:
+        print(
+            f"copies missing at their deadline: of {needed['late']} items; of {needed['near']} "
+            f"more it is within a day; the earliest is {human(needed['earliest'])}"
+        )
     for kind, states in found["operations"].items():
         print(f"{kind}: " + ", ".join(f"{n} {state}" for state, n in states.items()))
     for one in found["staging"]:

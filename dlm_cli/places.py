@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ from dlm_core.errors import InvalidValueError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="Name of the storage.")]
+_NO_LIMIT = ("0", "unlimited", "none")
 _PHASES = ("PLASMA", "GAS", "LIQUID", "SOLID")
 
 Every = Annotated[
@@ -35,6 +37,16 @@ PerSecond = Annotated[
 ]
 PerDay = Annotated[
     str | None, typer.Option("--verify-per-day", help="Read at most 2TB a day; or unlimited.")
+]
+MaxRate = Annotated[
+    str | None,
+    typer.Option(
+        "--max-bytes-per-second", help="All drainers together read and write at most 100M; or 0."
+    ),
+]
+MaxFiles = Annotated[
+    str | None,
+    typer.Option("--max-concurrency", help="All drainers together: files at once; or 0."),
 ]
 
 location_app = typer.Typer(no_args_is_help=True, help="Places with a failure domain of their own.")
@@ -104,6 +116,8 @@ def storage_add(
     verify_every: Every = None,
     verify_per_second: PerSecond = None,
     verify_per_day: PerDay = None,
+    max_bytes_per_second: MaxRate = None,
+    max_concurrency: MaxFiles = None,
     unmanaged: Annotated[
         bool, typer.Option("--unmanaged", help="Others' files: only read, never changed.")
     ] = False,
@@ -115,6 +129,7 @@ def storage_add(
 
     options = _options(capacity, high_watermark, low_watermark, trash_grace, concurrency)
     terms = _verify_options(verify_every, verify_per_second, verify_per_day)
+    terms |= limit_options(max_bytes_per_second, max_concurrency)
     options |= terms
     chosen = parse_pairs(config, "--config")
     default_class = "object" if interface == "s3" else "disk"
@@ -174,6 +189,45 @@ def _verify_options(
         if text is not None:
             found[key] = None if text == "unlimited" else parse_size(text)
     return found
+
+
+def limit_options(rate: str | None, files: str | None) -> dict[str, int | None]:
+    """What was given of limits; 0 and unlimited are None."""
+    found: dict[str, int | None] = {}
+    if rate is not None:
+        found["max_bytes_per_second"] = None if rate in _NO_LIMIT else parse_rate(rate)
+    if files is not None:
+        found["max_concurrency"] = None if files in _NO_LIMIT else parse_count(files)
+    return found
+
+
+def parse_rate(text: str) -> int | None:
+    """Bytes a second from ``100M``, ``100MB`` or ``100MB/s``; None for 0.
+
+    Raises
+    ------
+    InvalidValueError
+    """
+    rate = parse_size(text.removesuffix("/s"))
+    if rate == 0 and not re.fullmatch(r"0+(\.0+)?\s*[kMGTPE]?i?B?", text.removesuffix("/s")):
+        raise InvalidValueError(
+            what="max_bytes_per_second", value=text, expected="a whole number of bytes, or 0"
+        )
+    return rate or None
+
+
+def parse_count(text: str) -> int | None:
+    """A whole number; None for 0.
+
+    Raises
+    ------
+    InvalidValueError
+    """
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise InvalidValueError(
+            what="max_concurrency", value=text, expected="a whole number, or 0 for no limit"
+        )
+    return int(text) or None
 
 
 @storage_app.command("list")
@@ -293,6 +347,8 @@ def storage_set(
     verify_every: Every = None,
     verify_per_second: PerSecond = None,
     verify_per_day: PerDay = None,
+    max_bytes_per_second: MaxRate = None,
+    max_concurrency: MaxFiles = None,
     path_rules: Annotated[
         str | None,
         typer.Option("--path-rules", help="TOML or YAML file of rules for paths; or none."),
@@ -310,6 +366,7 @@ def storage_set(
     options["phase"] = parse_choice("phase", phase, _PHASES)
     changes = {key: value for key, value in options.items() if value is not None}
     changes |= _verify_options(verify_every, verify_per_second, verify_per_day)
+    changes |= limit_options(max_bytes_per_second, max_concurrency)
     if dry_run and (changes or config or path_rules is None):
         raise InvalidValueError(what="--dry-run", value="", expected="--path-rules, and only that")
     if path_rules is not None:

@@ -39,6 +39,15 @@ class Settings(BaseSettings):
 
     batch_size: int = Field(1000, ge=1, le=10_000, description="Operations claimed at a time.")
     lease_seconds: float = Field(300, ge=1, description="Lease of a claimed operation, seconds.")
+    links_at_once: int = Field(
+        4, ge=1, le=64, description="Links that a drainer copies over at a time; 1: no threads."
+    )
+    resume_bytes: int = Field(
+        64 << 20, ge=0, description="Larger files, when interrupted, go on where they were."
+    )
+    deadline_lead_seconds: float = Field(
+        3600, ge=0, description="Copies that are needed within this time go first, and are told."
+    )
     linger_seconds: float = Field(20, ge=0, description="A dry drainer waits this long for work.")
     max_drainers: int = Field(2, ge=1, le=64, description="Runs of one job at a time.")
     sensor_interval_seconds: int = Field(5, ge=1, description="Shortest time between ticks.")
@@ -104,6 +113,10 @@ class Settings(BaseSettings):
     @cached_property
     def lease(self) -> timedelta:
         return timedelta(seconds=self.lease_seconds)
+
+    @cached_property
+    def deadline_lead(self) -> timedelta:
+        return timedelta(seconds=self.deadline_lead_seconds)
 
     @cached_property
     def trash_grace(self) -> timedelta:

@@ -25,6 +25,7 @@ from dlm_core.lifecycle.work import Context, Executor, Guard, Planner, Report, d
 from dlm_core.settings import Settings
 from dlm_core.types import OperationKind
 from dlm_pipelines.metadata import (
+    deadline_metadata,
     drain_metadata,
     overview_metadata,
     proposals_metadata,
@@ -166,6 +167,8 @@ def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: C
         told = report_metadata(core, report) | staging_metadata(core)
         if name == "verification":
             told |= overview_metadata(core)
+        if name == "replication":
+            told |= deadline_metadata(core)
         if name in ("rebalance", "expiry"):
             told |= drain_metadata(core)
         return dg.Output(report.total, metadata=told)

@@ -1,12 +1,15 @@
 """Housekeeping, once a day: partitions, the tally, the log's seals, temporary files, old runs."""
 
 from datetime import timedelta
+from functools import partial
 
 import dagster as dg
 
 from dlm_core.catalogue.housekeeping import ensure_partitions, fold_tally
+from dlm_core.catalogue.operations import partials_on
 from dlm_core.catalogue.seals import newest_seals
 from dlm_core.catalogue.staging import forget_waits
+from dlm_core.catalogue.urgency import forget_met
 from dlm_core.errors import DlmError
 from dlm_core.lifecycle.export import export_due
 from dlm_core.lifecycle.seal import seal_log
@@ -16,6 +19,8 @@ from dlm_pipelines.resources import Catalogue
 
 #: longer than any copy may take
 _TEMP_AGE = timedelta(days=2)
+#: a deadline that was met is forgotten after this
+_DEADLINE_AGE = timedelta(days=7)
 _PRUNED_AT_ONCE = 500
 _REPORTED_DAYS = 90
 
@@ -30,13 +35,15 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     core.transact(lambda c: ensure_partitions(c, core.clock()))
     core.transact(fold_tally)
     core.transact(lambda c: forget_waits(c, core.clock()))
+    core.transact(lambda c: forget_met(c, core.clock() - _DEADLINE_AGE))
     _tell(context, core)
     swept = 0
     for row in core.transact(core.storages.load).values():
         if not row["managed"] or row["mode"] not in ("read_write", "draining"):
             continue
         try:
-            swept += sweep_temp(core.storages.open(row), _TEMP_AGE, core.clock())
+            kept = core.transact(partial(partials_on, storage_id=row["storage_id"]))
+            swept += sweep_temp(core.storages.open(row), _TEMP_AGE, core.clock(), kept)
         except DlmError as error:
             context.log.warning(f"{error.code}: {error}")
     before = core.clock() - timedelta(days=core.settings.dagster_retention_days)

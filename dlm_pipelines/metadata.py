@@ -12,6 +12,7 @@ from dlm_core.catalogue.browse import uris_of
 from dlm_core.catalogue.checks import check_overview
 from dlm_core.catalogue.places import drains
 from dlm_core.catalogue.staging import waiting_overview
+from dlm_core.catalogue.urgency import deadlines
 from dlm_core.lifecycle.work import Context, Report
 
 _SHOWN = 50
@@ -82,6 +83,16 @@ def drain_metadata(context: Context) -> dict[str, Any]:
     found = context.transact(lambda c: drains(c, context.clock()))
     told: dict[str, Any] = {f"left_bytes_{row['storage']}": row["left_bytes"] for row in found}
     return told | ({"drains": _table(found, list(found[0]))} if found else {})
+
+
+def deadline_metadata(context: Context) -> dict[str, Any]:
+    """Items that miss their deadline, or are near it: these plot across runs."""
+    now = context.clock()
+    needed = context.transact(lambda c: deadlines(c, now, now + context.settings.deadline_lead))
+    told = {"deadlines_missed": needed["late"], "deadlines_near": needed["near"]}
+    if needed["earliest"] is not None:
+        told["earliest_deadline"] = needed["earliest"].isoformat()
+    return told
 
 
 def verification_metadata(report: Mapping[str, Any]) -> dict[str, Any]:

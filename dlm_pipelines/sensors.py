@@ -16,6 +16,7 @@ from dlm_core.catalogue.lost import storages_in_audit
 from dlm_core.catalogue.operations import count_due
 from dlm_core.catalogue.plans import approved_plans, waiting_plans
 from dlm_core.catalogue.replicas import count_evaluations_due
+from dlm_core.catalogue.urgency import deadlines
 from dlm_core.errors import DlmError
 from dlm_core.lifecycle.rebalance import ASK_AGAIN
 from dlm_core.lifecycle.watch import count_registration_due
@@ -55,11 +56,15 @@ def registration_due(connection: Connection, _: Settings, now: datetime) -> Due:
     return Due(due, f"{due} admissions and watched folders")
 
 
-def replication_due(connection: Connection, _: Settings, now: datetime) -> Due:
+def replication_due(connection: Connection, settings: Settings, now: datetime) -> Due:
     """Items to plan, and copies to make or to stage."""
     items = count_evaluations_due(connection, now)
     copies = count_due(connection, [OperationKind.COPY, OperationKind.STAGE], now)
-    return Due(items + copies, f"{items} items to plan, {copies} copies to make or stage")
+    words = f"{items} items to plan, {copies} copies to make or stage"
+    needed = deadlines(connection, now, now + settings.deadline_lead)
+    if needed["late"] or needed["near"]:
+        words += f"; {needed['late']} items miss their deadline, {needed['near']} are near it"
+    return Due(items + copies, words)
 
 
 def verification_due(connection: Connection, _: Settings, now: datetime) -> Due:

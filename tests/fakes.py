@@ -25,8 +25,8 @@ class Wrapped:
 
 
 def refuse_batches(attribute: str) -> None:
-    """A wrapper that changes single calls must not be gone round by those that do many."""
-    if attribute in ("write_many", "rename_many"):
+    """A wrapper that changes single calls must not be gone round by those that do without."""
+    if attribute in ("write_many", "rename_many", "copy_from", "write_on"):
         raise AttributeError(attribute)
 
 

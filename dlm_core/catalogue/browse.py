@@ -21,12 +21,13 @@ _LAST_VERSION = 2**31 - 1
 _ITEM = text(
     """SELECT i.oid, i.uri, i.version, i.name, i.state, i.kind, i.size, i.digest, i.content_type,
               i.target_phase, i.phase_weight, i.shortfall, i.collection_id, i.owner, i.metadata,
-              i.tags, i.created_at, i.expires_at, i.expiry_reason,
+              i.tags, i.created_at, i.expires_at, i.expiry_reason, coalesce(u.priority, 0) AS priority,
+              u.needed_by,
               (SELECT coalesce(json_agg(json_build_object('uid', r.uid, 'storage', s.name,
                  'state', r.state, 'path', r.path, 'size', r.size, 'phase', s.phase,
                  'checked_at', r.checked_at, 'expires_at', r.expires_at) ORDER BY r.uid), '[]')
                  FROM replica r JOIN storage s USING (storage_id) WHERE r.oid = i.oid) AS replicas
-         FROM data_item i
+         FROM data_item i LEFT JOIN urgency u USING (oid)
         WHERE i.uri = :uri AND (CAST(:version AS integer) IS NULL OR i.version = :version)
         ORDER BY i.version DESC LIMIT 1"""
 )
@@ -200,6 +201,7 @@ def explain_item(connection: Connection, uri: str, version: int | None = None) -
         "operations": rows(
             connection,
             """SELECT o.kind, o.state, s.name AS storage, o.reason, o.attempts, o.due_at, o.actor,
+                      o.priority, o.deadline,
                       o.error_code, o.error, o.finished_at
                  FROM replica r JOIN storage s USING (storage_id) JOIN operation o ON o.uid = r.uid
                 WHERE r.oid = :oid ORDER BY o.operation_id DESC LIMIT 50""",

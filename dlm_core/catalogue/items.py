@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,6 +12,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import copy_rows, rows, run
+from dlm_core.catalogue.urgency import STEP, Urgency, set_urgency
 from dlm_core.errors import IllegalTransitionError, NotFoundError
 from dlm_core.types import Observation, PayloadKind, encode_path, new_id, uri_bucket
 
@@ -46,6 +47,7 @@ class Terms:
     tags: dict[str, Any] | None = None
     item_expires_at: datetime | None = None
     replica_expires_at: datetime | None = None
+    urgency: Urgency = field(default_factory=Urgency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +112,21 @@ def announce(
              SELECT uid, oid, :storage, path, size, mtime, CAST(:expires AS timestamptz), :now, :now
                FROM announced ON CONFLICT DO NOTHING RETURNING uid),
            queued AS (
-             INSERT INTO operation (operation_id, kind, oid, uid, reason, actor, due_at, created_at)
-             SELECT a.operation_id, 'admit', a.oid, a.uid, 'announced', :actor, :now, :now
-               FROM announced a JOIN made USING (uid))
+             INSERT INTO operation (operation_id, kind, oid, uid, reason, actor, due_at, created_at,
+                                    priority, deadline)
+             SELECT a.operation_id, 'admit', a.oid, a.uid, 'announced', :actor, :now, :now,
+                    :priority * :step, :needed_by
+               FROM announced a JOIN made USING (uid)),
+           urgent AS (
+             INSERT INTO urgency (oid, priority, needed_by)
+             SELECT DISTINCT a.oid, CAST(:priority AS int2), CAST(:needed_by AS timestamptz)
+               FROM announced a JOIN made USING (uid)
+              WHERE :priority <> 0 OR CAST(:needed_by AS timestamptz) IS NOT NULL
+             ON CONFLICT DO NOTHING)
            SELECT count(*) AS n FROM made""",
+        priority=terms.urgency.priority,
+        needed_by=terms.urgency.needed_by,
+        step=STEP,
         storage=storage_id,
         expires=terms.replica_expires_at,
         actor=actor,
@@ -251,6 +264,9 @@ def add_version(
         actor=actor,
         now=now,
     )
+    if terms.urgency != Urgency():
+        given = {"priority": terms.urgency.priority, "needed_by": terms.urgency.needed_by}
+        set_urgency(connection, [oid], given)
     return int(version)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -26,6 +26,7 @@ class NewOperation:
     due_at: datetime
     plan_id: uuid.UUID | None = None
     priority: int = 0
+    deadline: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ class Backoff:
 
 _NEW = {
     "operation_id": "uuid", "kind": "text", "oid": "uuid", "uid": "uuid", "reason": "text",
-    "due_at": "timestamptz", "plan_id": "uuid", "priority": "int2", "actor": "text",
-    "created_at": "timestamptz",
+    "due_at": "timestamptz", "plan_id": "uuid", "priority": "int2",
+    "deadline": "timestamptz", "actor": "text", "created_at": "timestamptz",
 }  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def insert_operations(
     """Queue operations; the number queued."""
     records = [
         (new_id(), op.kind.value, op.oid, op.uid, op.reason, op.due_at, op.plan_id, op.priority,
-         actor, now)
+         op.deadline, actor, now)
         for op in operations
     ]  # fmt: skip
     copy_into(connection, "operation", _NEW, records)
@@ -117,6 +118,11 @@ def release_expired_leases(
     )
 
 
+_PICKY = """AND NOT EXISTS (
+  SELECT FROM replica r WHERE r.uid = o.uid AND (
+    r.storage_id = ANY(:avoid) OR r.size > CAST(:most AS bigint)))"""
+
+
 def claim_operations(
     connection: Connection,
     kinds: Sequence[OperationKind],
@@ -126,29 +132,37 @@ def claim_operations(
     limit: int,
     lease: timedelta,
     now: datetime,
+    avoid: Sequence[uuid.UUID] = (),
+    most_bytes: int | None = None,
 ) -> list[dict[str, Any]]:
     """Claim up to ``limit`` due operations until ``now + lease``; commit before doing the work.
 
-    ``token`` is new for every claim: only who holds it can extend or finish.
+    What is first by priority, then by its due time, comes first. ``token`` is new for every claim:
+    only who holds it can extend or finish. Left out are replicas
+    on the storages ``avoid`` and those of more than ``most_bytes``.
     """
-    return rows(
+    picky = "" if not avoid and most_bytes is None else _PICKY
+    found = rows(
         connection,
-        """WITH due AS MATERIALIZED (
-             SELECT operation_id FROM operation
-              WHERE state = 'QUEUED' AND kind = ANY(:kinds) AND due_at <= :now
+        f"""WITH due AS MATERIALIZED (
+             SELECT operation_id FROM operation o
+              WHERE state = 'QUEUED' AND kind = ANY(:kinds) AND due_at <= :now {picky}
               ORDER BY priority, due_at LIMIT :limit FOR UPDATE SKIP LOCKED)
            UPDATE operation o SET state = 'RUNNING', attempts = attempts + 1, worker = :worker,
                   lease_token = :token, lease_until = :until
              FROM due WHERE o.operation_id = due.operation_id
            RETURNING o.operation_id, o.kind, o.oid, o.uid, o.reason, o.attempts, o.plan_id,
-                     o.created_at, o.source_uid, o.error_code""",
+                     o.created_at, o.source_uid, o.error_code, o.priority, o.due_at""",
         kinds=[kind.value for kind in kinds],
         token=token,
         worker=worker,
         limit=limit,
         until=now + lease,
         now=now,
+        **({"avoid": list(avoid), "most": most_bytes} if picky else {}),
     )
+    # an UPDATE returns them in any order
+    return sorted(found, key=lambda one: (one["priority"], one["due_at"], one["operation_id"]))
 
 
 def extend_leases(connection: Connection, token: uuid.UUID, until: datetime) -> int:
@@ -171,6 +185,34 @@ def release_operations(connection: Connection, token: uuid.UUID, now: datetime) 
         token=token,
         now=now,
     )
+
+
+def note_partials(
+    connection: Connection, token: uuid.UUID, partials: Mapping[uuid.UUID, str]
+) -> int:
+    """Write which temporary files tries of copies left, by operation; said by who holds them, so
+    that nobody writes there any more."""
+    return run(
+        connection,
+        """UPDATE operation o SET partial = u.partial
+             FROM unnest(CAST(:ids AS uuid[]), CAST(:partials AS text[])) AS u(id, partial)
+            WHERE o.operation_id = u.id AND o.lease_token = :token AND o.state = 'RUNNING'""",
+        token=token,
+        ids=list(partials),
+        partials=list(partials.values()),
+    )
+
+
+def partials_on(connection: Connection, storage_id: uuid.UUID) -> set[str]:
+    """Temporary files on a storage from which copies that are queued will go on."""
+    found = rows(
+        connection,
+        """SELECT o.partial FROM operation o JOIN replica r USING (uid)
+            WHERE o.partial IS NOT NULL AND o.state IN ('QUEUED', 'RUNNING')
+              AND r.storage_id = :storage""",
+        storage=storage_id,
+    )
+    return {row["partial"] for row in found}
 
 
 def lock_claimed(

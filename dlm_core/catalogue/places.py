@@ -36,6 +36,8 @@ CHANGEABLE = (
     "verify_every_days",
     "verify_bytes_per_second",
     "verify_bytes_per_day",
+    "max_bytes_per_second",
+    "max_concurrency",
 )
 
 
@@ -175,6 +177,8 @@ def _check(row: Mapping[str, Any]) -> None:
         ("verify_every_days", 1, 36500),
         ("verify_bytes_per_second", 1, 2**63 - 1),
         ("verify_bytes_per_day", 1, 2**63 - 1),
+        ("max_bytes_per_second", 1, 2**63 - 1),
+        ("max_concurrency", 1, 100_000),
     ):
         value = row.get(key)
         if value is not None and not lowest <= value <= highest:
@@ -199,7 +203,7 @@ def list_storages(connection: Connection) -> list[dict[str, Any]]:
         """SELECT s.storage_id, s.name, l.name AS location, s.interface, s.class, s.root, s.config,
                   s.phase, s.mode, s.managed, s.high_watermark, s.low_watermark, s.concurrency,
                   s.trash_grace, s.verify_every_days, s.verify_bytes_per_second,
-                  s.verify_bytes_per_day, s.created_at, s.retired_at, s.path_rules, s.mode_reason,
+                  s.verify_bytes_per_day, s.max_bytes_per_second, s.max_concurrency, s.created_at, s.retired_at, s.path_rules, s.mode_reason,
                   s.drain_since, s.drain_bytes, u.replicas, u.trashed_bytes,
                   u.used_bytes AS replica_bytes,
                   CASE WHEN s.capacity_bytes IS NULL AND s.observed_total_bytes IS NOT NULL

@@ -190,7 +190,7 @@ def copy_details(
     # OFFSET 0: while statistics are young, an index of all READY replicas looks smaller than it is
     return rows(
         connection,
-        f"""SELECT o.operation_id, t.uid, t.oid, t.state, t.path, t.storage_id, i.uri, i.kind,
+        f"""SELECT o.operation_id, o.partial, t.uid, t.oid, t.state, t.path, t.storage_id, i.uri, i.kind,
                   i.size, i.digest, i.state AS item_state, s.uid AS source_uid, s.path AS source_path,
                   s.storage_id AS source_storage_id, s.sources
              FROM operation o
@@ -206,7 +206,7 @@ def copy_details(
                          (rs.class = 'tape'), (rs.location_id <> ts.location_id), r.checked_at DESC, r.uid
                 LIMIT 1) s ON true
             WHERE o.operation_id = ANY(:ids)
-            ORDER BY o.operation_id""",
+            ORDER BY o.priority, o.due_at, o.operation_id""",
         ids=list(operation_ids),
     )
 

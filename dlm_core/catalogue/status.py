@@ -10,8 +10,10 @@ from sqlalchemy import Connection
 from dlm_core.catalogue.engine import rows
 from dlm_core.catalogue.places import list_storages
 from dlm_core.catalogue.staging import waiting_overview
+from dlm_core.catalogue.urgency import deadlines
 
 _RECENT = timedelta(hours=24)
+_SOON = timedelta(hours=24)
 
 
 def status(connection: Connection, now: datetime) -> dict[str, Any]:
@@ -34,11 +36,13 @@ def status(connection: Connection, now: datetime) -> dict[str, Any]:
             "items": _bytes(tally, "item", ("READY", "CORRUPTED", "EXPIRED")),
             "replicas": _bytes(tally, "replica", ("READY",)),
         },
-        "operations": _operations(connection, now),
+        "operations": count_operations(connection, now),
         "items_below_target_phase": _count(
             connection, "SELECT count(*) AS n FROM data_item WHERE shortfall IS NOT NULL"
         ),
         "staging": waiting_overview(connection, now),
+        # of the items that are needed by a time: those whose copies are not all there
+        "deadlines": deadlines(connection, now, now + _SOON),
         "items_to_evaluate": _count(connection, "SELECT count(*) AS n FROM evaluation"),
         "storages": [
             {
@@ -61,7 +65,7 @@ def _count(connection: Connection, sql: str) -> int:
     return int(rows(connection, sql)[0]["n"])
 
 
-def _operations(connection: Connection, now: datetime) -> dict[str, dict[str, int]]:
+def count_operations(connection: Connection, now: datetime) -> dict[str, dict[str, int]]:
     """Numbers by kind and state: live ones from their partial indexes, ended ones of a day."""
     found = rows(
         connection,

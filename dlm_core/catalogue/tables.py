@@ -6,8 +6,6 @@ columns, types, keys, unique constraints and indexes. CHECKs, triggers and funct
 
 from __future__ import annotations
 
-from typing import Any
-
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -15,11 +13,9 @@ from sqlalchemy import (
     Computed,
     Date,
     Double,
-    ForeignKey,
     Identity,
     Index,
     Integer,
-    MetaData,
     Numeric,
     PrimaryKeyConstraint,
     Sequence,
@@ -30,64 +26,22 @@ from sqlalchemy import (
     Uuid,
     text,
 )
-from sqlalchemy.dialects.postgresql import DOMAIN, INTERVAL, JSONB, TIMESTAMP
-from sqlalchemy.types import UserDefinedType
+from sqlalchemy.dialects.postgresql import INTERVAL, JSONB, TIMESTAMP
 
-
-class Xid8(UserDefinedType[int]):
-    """A transaction id that does not wrap (PostgreSQL's xid8)."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **_: Any) -> str:
-        return "XID8"
-
-
-#: the names PostgreSQL itself gives
-metadata = MetaData(
-    naming_convention={
-        "pk": "%(table_name)s_pkey",
-        "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
-        "uq": "%(table_name)s_%(column_0_N_name)s_key",
-    }
+from dlm_core.catalogue.columns import (
+    Digest,
+    Label,
+    Moment,
+    PhaseName,
+    Xid8,
+    metadata,
 )
+from dlm_core.catalogue.columns import created as _created
+from dlm_core.catalogue.columns import key as _key
+from dlm_core.catalogue.columns import required as _required
+from dlm_core.catalogue.columns import to as _to
 
-Moment = DOMAIN("moment", TIMESTAMP(timezone=True), metadata=metadata)
-Label = DOMAIN("label", Text(), metadata=metadata)
-PhaseName = DOMAIN("phase", Text(), metadata=metadata)
-Digest = DOMAIN("sha256_digest", Text(), metadata=metadata)
-
-_NOW = text("now()")
-
-
-def _key(name: str) -> Column[Any]:
-    return Column(name, Uuid, primary_key=True)
-
-
-def _to(name: str, table: str, **options: Any) -> Column[Any]:
-    cascade = options.pop("ondelete", None)
-    return Column(name, Uuid, ForeignKey(f"{table}.{_KEYS[table]}", ondelete=cascade), **options)
-
-
-_KEYS = {
-    "location": "location_id",
-    "storage": "storage_id",
-    "collection": "collection_id",
-    "data_item": "oid",
-    "replica": "uid",
-    "policy_version": "policy_version_id",
-    "plan": "plan_id",
-    "principal": "principal_id",
-    "watch": "watch_id",
-}
-
-
-def _required(name: str, kind: Any, default: str | None = None) -> Column[Any]:
-    return Column(name, kind, nullable=False, server_default=text(default) if default else None)
-
-
-def _created() -> Column[Any]:
-    return Column("created_at", Moment, nullable=False, server_default=_NOW)
+__all__ = ["Xid8", "metadata"]
 
 
 location = Table(
@@ -136,6 +90,8 @@ storage = Table(
     Column("drain_since", Moment),
     Column("drain_bytes", BigInteger),
     Column("mode_before", Text),
+    Column("max_bytes_per_second", BigInteger),
+    Column("max_concurrency", Integer),
     UniqueConstraint("interface", "root", "config"),
 )
 
@@ -379,10 +335,22 @@ operation = Table(
     Column("error", Text),
     _created(),
     Column("finished_at", Moment),
+    Column("deadline", Moment),
+    Column("partial", Text),
     Index("operation_due", "kind", "priority", "due_at", postgresql_where=text("state = 'QUEUED'")),
     Index("operation_lease", "lease_until", postgresql_where=text("state = 'RUNNING'")),
     Index("operation_failed", "kind", "finished_at", postgresql_where=text("state = 'FAILED'")),
     Index("operation_uid", "uid"),
+    Index(
+        "operation_partial",
+        "uid",
+        postgresql_where=text("partial IS NOT NULL AND state IN ('QUEUED', 'RUNNING')"),
+    ),
+    Index(
+        "operation_deadline",
+        "deadline",
+        postgresql_where=text("deadline IS NOT NULL AND state = 'QUEUED'"),
+    ),
     postgresql_partition_by="RANGE (operation_id)",
 )
 
@@ -573,4 +541,33 @@ storage_export = Table(
     _required("next_xid", Xid8),
     _required("next_seq", BigInteger),
     _required("exported_at", Moment),
+)
+
+link = Table(
+    "link",
+    metadata,
+    _to("source_id", "storage", primary_key=True),
+    _to("destination_id", "storage", primary_key=True),
+    Column("max_bytes_per_second", BigInteger),
+    Column("max_concurrency", Integer),
+)
+
+drainer = Table(
+    "drainer",
+    metadata,
+    _key("drainer_id"),
+    _required("worker", Text),
+    _required("beat_at", Moment),
+    _required("uses", JSONB, "'{}'::jsonb"),
+    _required("running", JSONB, "'[]'::jsonb"),
+    prefixes=["UNLOGGED"],
+)
+
+urgency = Table(
+    "urgency",
+    metadata,
+    _to("oid", "data_item", primary_key=True),
+    _required("priority", SmallInteger, "0"),
+    Column("needed_by", Moment),
+    Index("urgency_needed", "needed_by", postgresql_where=text("needed_by IS NOT NULL")),
 )

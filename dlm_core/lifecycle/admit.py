@@ -17,6 +17,7 @@ from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas
 from dlm_core.errors import DlmError, IntegrityError
 from dlm_core.lifecycle.staging import files_of, is_cold
+from dlm_core.lifecycle.traffic import reading_from
 from dlm_core.lifecycle.verify import Look, look_when_online
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.metadata import extract_all
@@ -68,10 +69,10 @@ def execute_admit(context: Context, claim: Claim) -> Report:
         context.transact(lambda c: queue.finish_operations(c, claim.token, over, context.clock()))
     with ThreadPoolExecutor(1, "dlm-write") as writer:
         for storage_id, targets in waiting.items():
-            storage = context.storages.open(storages[storage_id])
-            files = files_of(context, storage, targets) if is_cold(storage) else {}
-            looks = look_when_online(context, storage, storage_id, targets, files)
-            _admit_storage(context, claim, storage, looks, operations, details, writer, report)
+            with reading_from(context, storages[storage_id]) as storage:
+                files = files_of(context, storage, targets) if is_cold(storage) else {}
+                looks = look_when_online(context, storage, storage_id, targets, files)
+                _admit_storage(context, claim, storage, looks, operations, details, writer, report)
     return report
 
 

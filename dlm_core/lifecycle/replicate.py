@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -15,6 +14,8 @@ from sqlalchemy import Connection
 
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas as catalogue
+from dlm_core.catalogue.traffic import limited_keys
+from dlm_core.catalogue.urgency import STEP, Urgency, hasten, urgencies_of
 from dlm_core.errors import (
     DlmError,
     InvalidValueError,
@@ -23,6 +24,7 @@ from dlm_core.errors import (
     StagingFailedError,
     StorageFullError,
 )
+from dlm_core.lifecycle.copying import Copies
 from dlm_core.lifecycle.decide import (
     Copy,
     Decision,
@@ -33,29 +35,26 @@ from dlm_core.lifecycle.decide import (
     decide_copies,
 )
 from dlm_core.lifecycle.paths import place_of
-from dlm_core.lifecycle.staging import hold_back_copies, looked_at_again
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
-from dlm_core.storages.port import Storage
-from dlm_core.transfers.mover import CopyResult, CopyTask, copy_batch
+from dlm_core.transfers.mover import CopyResult
 from dlm_core.types import (
     ItemState,
-    ManifestEntry,
     OperationKind,
     OperationState,
     PayloadKind,
     ReplicaState,
     StorageMode,
-    decode_path,
     new_id,
 )
 
 _PLAN_BATCH = 2000
-_RECORDED_AT_ONCE = 512
 _IMPOSSIBLE_BASE = timedelta(seconds=30)
 _IMPOSSIBLE_CEILING = timedelta(hours=6)
 #: a storage that failed to take a copy of an item is not asked again for this long
 _EXCLUSION = timedelta(hours=1)
+#: the first copy of what has but one goes before others of the same urgency
+_RISK = -5
 
 
 def storage_views(storage_rows: Iterable[Mapping[str, Any]]) -> dict[uuid.UUID, StorageView]:
@@ -105,6 +104,8 @@ def plan_replication(context: Context) -> int:
     the planned replicas and operations, and the phases all change together.
     """
     looked_at = 0
+    soon = context.clock() + context.settings.deadline_lead
+    context.transact(lambda c: hasten(c, soon))
     while not context.stop.is_set():
         batch = context.transact(lambda c: _plan_batch(c, context))
         looked_at += batch
@@ -228,15 +229,8 @@ def _apply(connection: Connection, context: Context, planning: _Planning) -> Non
         # again without the storages that have no place for them: so it ends
         todo = [item for item in todo if item["oid"] in without_place]
     if pairs:
-        queue.insert_operations(
-            connection,
-            [
-                queue.NewOperation(OperationKind.COPY, copy.oid, uid, copy.reason, planning.now)
-                for copy, uid in pairs
-            ],
-            context.actor,
-            planning.now,
-        )
+        operations = _operations(connection, planning, pairs)
+        queue.insert_operations(connection, operations, context.actor, planning.now)
     _write_phases(connection, [*decided.values()])
     lost = [oid for oid, (_, decision) in decided.items() if decision.search]
     if lost:
@@ -246,6 +240,31 @@ def _apply(connection: Connection, context: Context, planning: _Planning) -> Non
         )
     planned = {copy.oid for copy, _ in pairs}
     _look_again(connection, [*decided.values()], planned, planning.tries, planning.now)
+
+
+def _operations(
+    connection: Connection, planning: _Planning, pairs: Sequence[tuple[Copy, uuid.UUID]]
+) -> list[queue.NewOperation]:
+    """The copies to queue: by their items' urgency, and the first of an item that has only one
+    good copy, or none, before those that make it safer still."""
+    urgencies = urgencies_of(connection, [copy.oid for copy, _ in pairs])
+    safe = {
+        oid
+        for oid, views in planning.replicas.items()
+        if sum(view.state == ReplicaState.READY for view in views) > 1
+    }
+    operations = []
+    for copy, uid in pairs:
+        urgency = urgencies.get(copy.oid, Urgency())
+        risk = 0 if copy.oid in safe else _RISK
+        safe.add(copy.oid)
+        operations.append(
+            queue.NewOperation(
+                OperationKind.COPY, copy.oid, uid, copy.reason, planning.now,
+                priority=STEP * urgency.priority + risk, deadline=urgency.needed_by,
+            )
+        )  # fmt: skip
+    return operations
 
 
 def _announce(
@@ -328,16 +347,18 @@ def _look_again(
 
 
 def execute_copy(context: Context, claim: Claim) -> Report:
-    """Make the copies of a claim, grouped by source and destination; results in sub-batches."""
+    """Make the copies of a claim, by source and destination; results in sub-batches."""
     report = Report()
     operations = {op["operation_id"]: op for op in claim.operations}
-    details, manifests, storages = context.transact(lambda c: _load(c, context, claim))
-    groups: dict[tuple[uuid.UUID, uuid.UUID], list[Mapping[str, Any]]] = defaultdict(list)
+    details, manifests, storages, limited = context.transact(lambda c: _load(c, context, claim))
+    by_id = {row["operation_id"]: row for row in details}
+    record = partial(_write_copies, context, claim, operations, by_id)
+    copies = Copies(context, claim, storages, manifests, limited, record)
     settled: list[queue.Outcome] = []
     for row in details:
         refusal = _refuse(row, storages)
         if refusal is None:
-            groups[row["source_storage_id"], row["storage_id"]].append(row)
+            copies.links[row["source_storage_id"], row["storage_id"]].append(row)
         else:
             settled.append(
                 queue.Outcome(
@@ -349,20 +370,15 @@ def execute_copy(context: Context, claim: Claim) -> Report:
             )
     if settled:
         _write_refusals(context, claim, settled, operations, report)
-    for (source_id, destination_id), rows in groups.items():
-        if context.stop.is_set():
-            break
-        source = context.storages.open(storages[source_id])
-        destination = context.storages.open(storages[destination_id])
-        _copy_group(context, claim, operations, rows, manifests, source, destination, report)
+    report.add(copies.make())
     return report
 
 
-def _load(connection: Connection, context: Context, claim: Claim) -> tuple[Any, Any, Any]:
+def _load(connection: Connection, context: Context, claim: Claim) -> tuple[Any, Any, Any, Any]:
     details = catalogue.copy_details(connection, [op["operation_id"] for op in claim.operations])
     directories = [row["oid"] for row in details if row["kind"] == PayloadKind.DIRECTORY]
     manifests = catalogue.manifests_of(connection, directories) if directories else {}
-    return details, manifests, context.storages.load(connection)
+    return details, manifests, context.storages.load(connection), limited_keys(connection)
 
 
 def _refuse(row: Mapping[str, Any], storages: Mapping[uuid.UUID, Mapping[str, Any]]) -> str | None:
@@ -400,61 +416,6 @@ def _write_refusals(
         report.note(operations[outcome.operation_id], outcome, 0, 0.0)
 
 
-def _copy_group(
-    context: Context,
-    claim: Claim,
-    operations: Mapping[uuid.UUID, Mapping[str, Any]],
-    rows: Sequence[Mapping[str, Any]],
-    manifests: Mapping[uuid.UUID, Sequence[Mapping[str, Any]]],
-    source: Storage,
-    destination: Storage,
-    report: Report,
-) -> None:
-    by_id = {row["operation_id"]: row for row in rows}
-    tasks = [_task(row, manifests, claim.token) for row in rows]
-    held = hold_back_copies(context, source, destination, rows[0], tasks)
-    ready = [task for task in tasks if task.operation_id not in held]
-    record = partial(_write_copies, context, claim, operations, by_id, report=report)
-    with ThreadPoolExecutor(1, "dlm-record") as recorder:
-        # what is copied is written down while the next files are copied
-        writing: Future[None] | None = None
-        waiting = [
-            CopyResult(t, held[t.operation_id], 0.0) for t in tasks if t.operation_id in held
-        ]
-        for result in copy_batch(source, destination, ready, stop=context.stop):
-            waiting.append(looked_at_again(source, result))
-            if len(waiting) >= _RECORDED_AT_ONCE:
-                if writing is not None:
-                    writing.result()
-                writing, waiting = recorder.submit(record, waiting), []
-        if writing is not None:
-            writing.result()
-        if waiting:
-            record(waiting)
-
-
-def _task(
-    row: Mapping[str, Any],
-    manifests: Mapping[uuid.UUID, Sequence[Mapping[str, Any]]],
-    token: uuid.UUID,
-) -> CopyTask:
-    manifest = tuple(
-        ManifestEntry(decode_path(entry["path"]), entry["size"], entry["digest"])
-        for entry in manifests.get(row["oid"], ())
-    )
-    return CopyTask(
-        row["operation_id"],
-        decode_path(row["source_path"]),
-        decode_path(row["path"]),
-        PayloadKind(row["kind"]),
-        row["size"],
-        row["digest"],
-        manifest,
-        # unique for every try: a worker whose lease ran out writes beside its successor
-        f"{row['uid'].hex}.{token.hex}",
-    )
-
-
 def _write_copies(
     context: Context,
     claim: Claim,
@@ -485,10 +446,15 @@ def _write_copies_in(
     held = queue.lock_claimed(connection, claim.token, ids)
     written: list[tuple[CopyResult, queue.Outcome]] = []
     good: list[catalogue.Seen] = []
+    partials: dict[uuid.UUID, str] = {}
     for result in results:
         operation = operations.get(result.task.operation_id)
         if operation is None or result.task.operation_id not in held:
             continue
+        if result.partial is not None:
+            partials[result.task.operation_id] = result.partial
+        if result.stopped:
+            continue  # given back untried with all that was not begun
         if result.error is None:
             row = by_id[result.task.operation_id]
             good.append(catalogue.Seen(row["uid"], row["size"], row["digest"]))
@@ -496,6 +462,8 @@ def _write_copies_in(
         else:
             several = by_id[result.task.operation_id]["sources"] > 1
             written.append((result, _copy_failed(context, operation, result.error, now, several)))
+    if partials:
+        queue.note_partials(connection, claim.token, partials)
     if good:
         catalogue.mark_ready(connection, good, now)
         oids = {by_id[outcome.operation_id]["oid"] for r, outcome in written if r.error is None}

@@ -39,10 +39,12 @@ from dlm_core.lifecycle.staging import (
     hold_back,
     is_cold,
 )
+from dlm_core.lifecycle.traffic import looking_at, reading_from
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage
 from dlm_core.transfers.checksums import observe
-from dlm_core.transfers.throttle import paced
+from dlm_core.transfers.reading import Interrupted
+from dlm_core.transfers.throttle import Pace
 from dlm_core.types import (
     Observation,
     OperationKind,
@@ -118,9 +120,9 @@ def look_at(
 ) -> Iterator[Look]:
     """Read payloads on one storage with its concurrency; nothing more once ``stop`` is set.
 
-    ``targets`` are rows with operation_id, uid, path (as catalogued) and kind. Where they say
-    ``tellable``, the storage's stamp is noted; if that is true and the stamp is still told_stamp,
-    the payload is not read.
+    ``targets`` are rows with operation_id, uid, storage_id, size, path (as catalogued) and kind.
+    Where they say ``tellable``, the storage's stamp is noted; if that is true and the stamp is
+    still told_stamp, the payload is not read.
     """
 
     def read(target: Mapping[str, Any]) -> Look | None:
@@ -134,9 +136,12 @@ def look_at(
                 stamp = _stamp(storage, target)
                 told = target["tellable"] and stamp is not None and stamp == target["told_stamp"]
             if not told:
-                seen = observe(storage, decode_path(target["path"]), kind, context.stop)
+                with looking_at(context, storage, target) as paced:
+                    seen = observe(paced, decode_path(target["path"]), kind, context.stop)
         except DlmError as error:
             failure = error
+        except Interrupted:
+            return None
         if context.stop.is_set():
             return None
         took = time.monotonic() - begun
@@ -242,13 +247,15 @@ def execute_verify(context: Context, claim: Claim) -> Report:
         if row["state"] in _CHECKABLE and storages[row["storage_id"]]["mode"] in _READABLE:
             groups[row["storage_id"]].append(row)
     for storage_id, targets in groups.items():
-        storage = _paced(context, storages[storage_id])
         writable = storages[storage_id]["managed"] and storages[storage_id]["mode"] != "read_only"
-        files = wanted_files(context, storage, targets)
         anew = {row["operation_id"] for row in targets if row["state"] == ReplicaState.SUSPECT}
-        looks = look_when_online(context, storage, storage_id, targets, files, anew)
-        for batch in _batches(looks, 512):
-            _judge(context, claim, operations, details, batch, storage, writable, files, report)
+        with reading_from(
+            context, storages[storage_id], *_budget(context, storages[storage_id])
+        ) as storage:
+            files = wanted_files(context, storage, targets)
+            looks = look_when_online(context, storage, storage_id, targets, files, anew)
+            for batch in _batches(looks, 512):
+                _judge(context, claim, operations, details, batch, storage, writable, files, report)
     waived = [
         queue.Outcome(
             op["operation_id"], OperationState.CANCELLED, "DLM-503", "nothing to verify any more"
@@ -270,11 +277,11 @@ def _tellable(context: Context, claim: Claim) -> set[uuid.UUID]:
     return found
 
 
-def _paced(context: Context, row: Mapping[str, Any]) -> Storage:
-    storage = context.storages.open(row)
+def _budget(context: Context, row: Mapping[str, Any]) -> list[Pace]:
+    """The pace of all verification on a storage, beside the limit of everything there."""
     rate = row["verify_bytes_per_second"]
     # each drainer has its share: none knows of the others
-    return paced(storage, rate / context.settings.max_drainers, context.stop) if rate else storage
+    return [Pace(rate / context.settings.max_drainers, context.stop)] if rate else []
 
 
 def _batches(looks: Iterator[Look], size: int) -> Iterator[list[Look]]:

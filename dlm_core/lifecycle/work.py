@@ -14,11 +14,11 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from sqlalchemy import Connection, Engine
 
@@ -26,6 +26,7 @@ from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.engine import rows, transact
 from dlm_core.clock import Clock, utc_now
 from dlm_core.errors import CatalogueError, DlmError, NotOnlineError, StorageUnavailableError
+from dlm_core.lifecycle.traffic import Traffic
 from dlm_core.settings import Settings
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
@@ -37,6 +38,12 @@ log = logging.getLogger("dlm")
 _HEARTBEAT_SHARE = 0.25
 _PROGRESS_SECONDS = 15.0
 _POLL_SECONDS = 0.5
+# while large copies go on, new work is looked for this often
+_BUSY_SECONDS = 2.0
+#: payloads above this many bytes are copied beside the others, each by itself
+LARGE = 256 << 20
+#: a claim of copies that takes longer is not waited for before the next one
+_PATIENCE_SECONDS = 5.0
 #: slowest and first failed operations that a report names
 _SLOWEST = 10
 
@@ -90,7 +97,7 @@ class _Unavailable:
     tells_content = False
     part_size = None
     stager = None
-    digest_many = write_many = rename_many = take_many = None
+    digest_many = write_many = rename_many = take_many = copy_from = write_on = None
 
     def __init__(self, name: str, error: DlmError) -> None:
         self.name, self._error = name, error
@@ -120,6 +127,11 @@ class Context:
     storages: StoragePool = field(default_factory=StoragePool)
     stop: threading.Event = field(default_factory=threading.Event)
     worker: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
+    #: what its drainer reads and writes now
+    traffic: Traffic = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.traffic = Traffic(self.stop)
 
     def transact(self, work: Callable[[Connection], Any]) -> Any:
         """Run ``work(connection)`` in one transaction at this context's time."""
@@ -147,10 +159,12 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A batch of operations that ``token`` holds."""
+    """A batch of operations that ``token`` holds; ``eased`` is set when part of the work has ended
+    and others' could go on beside the rest."""
 
     token: uuid.UUID
     operations: Sequence[Mapping[str, Any]]
+    eased: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(slots=True)
@@ -247,23 +261,25 @@ def drain(
     """
     report, begun = Report(), time.monotonic()
     last_work = last_log = begun
-    while not context.stop.is_set():
-        planned = planner(context) if planner else 0
-        batch = _claim_and_execute(context, executors)
-        report.planned += planned
-        report.add(batch)
-        if guard is not None:
-            guard(context, report)
-        now = time.monotonic()
-        if planned or batch.total:
-            last_work = now
-        elif now - last_work >= linger_seconds:
-            break
-        else:
-            context.stop.wait(min(_POLL_SECONDS, linger_seconds))
-        if now - last_log >= _PROGRESS_SECONDS:
-            last_log = now
-            log.info(progress_line(report, now - begun))
+    with context.traffic.telling(context), _Crew(context, executors) as crew:
+        while not context.stop.is_set():
+            planned = planner(context) if planner else 0
+            batch = crew.work()
+            report.planned += planned
+            report.add(batch)
+            if guard is not None:
+                guard(context, report)
+            now = time.monotonic()
+            if planned or batch.total or crew.busy:
+                last_work = now
+            elif now - last_work >= linger_seconds:
+                break
+            else:
+                context.stop.wait(min(_POLL_SECONDS, linger_seconds))
+            if now - last_log >= _PROGRESS_SECONDS:
+                last_log = now
+                log.info(progress_line(report, now - begun))
+        report.add(crew.rest())
     report.seconds = last_work - begun
     return report
 
@@ -278,33 +294,97 @@ def progress_line(report: Report, seconds: float) -> str:
     )
 
 
-def _claim_and_execute(context: Context, executors: Mapping[OperationKind, Executor]) -> Report:
-    report = Report()
-    kinds = list(executors)
-    context.transact(lambda c: queue.release_expired_leases(c, kinds, context.clock()))
-    for kind, execute in executors.items():
-        token = new_id()
-        operations = context.transact(partial(_claim, context=context, kind=kind, token=token))
-        if operations:
-            with _holding(context, token):
-                report.add(execute(context, Claim(token, operations)))
-        if context.stop.is_set():
-            break
-    return report
+class _Crew:
+    """Claims and executes, kind by kind; copies of several claims go on beside each other.
 
+    While a claim takes long (one huge file, a slow storage), others are taken beside it: nothing
+    more for the storages that have work in hand, and the last of them no large payloads, so that
+    small ones always find a way.
+    """
 
-def _claim(
-    connection: Connection, context: Context, kind: OperationKind, token: uuid.UUID
-) -> list[dict[str, Any]]:
-    return queue.claim_operations(
-        connection,
-        [kind],
-        token=token,
-        worker=context.worker,
-        limit=context.settings.batch_size,
-        lease=context.settings.lease,
-        now=context.clock(),
-    )
+    def __init__(self, context: Context, executors: Mapping[OperationKind, Executor]) -> None:
+        self._context, self._executors = context, executors
+        self._at_once = context.settings.links_at_once
+        self._pool = ThreadPoolExecutor(self._at_once, "dlm-claim")
+        self._going: set[Future[Report]] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether claims are still being worked on."""
+        return bool(self._going)
+
+    def work(self) -> Report:
+        """A claim of each kind; what is returned is of claims that have ended."""
+        report, kinds, context = self._ended(), list(self._executors), self._context
+        context.transact(lambda c: queue.release_expired_leases(c, kinds, context.clock()))
+        for kind, execute in self._executors.items():
+            if kind is OperationKind.COPY and self._at_once > 1:
+                self._take_on(execute)
+                report.add(self._ended())
+            elif claim := self._claim(kind):
+                report.add(self._execute(claim, execute))
+            if context.stop.is_set():
+                break
+        return report
+
+    def rest(self) -> Report:
+        """Of the claims that go on, once they have ended."""
+        wait(self._going)
+        return self._ended()
+
+    def _take_on(self, execute: Executor) -> None:
+        if len(self._going) < self._at_once and (claim := self._claim(OperationKind.COPY)):
+            future = self._pool.submit(self._execute, claim, execute)
+            self._going.add(future)
+            future.add_done_callback(lambda _: claim.eased.set())
+            claim.eased.wait(_PATIENCE_SECONDS)
+        elif self._going:
+            wait(self._going, _BUSY_SECONDS, FIRST_COMPLETED)
+
+    def _ended(self) -> Report:
+        report = Report()
+        ended = {future for future in self._going if future.done()}
+        self._going -= ended
+        for future in ended:
+            report.add(future.result())
+        return report
+
+    def _claim(self, kind: OperationKind) -> Claim | None:
+        context, token = self._context, new_id()
+        last = self._at_once > 1 and len(self._going) == self._at_once - 1
+
+        def claim(connection: Connection) -> list[dict[str, Any]]:
+            return queue.claim_operations(
+                connection,
+                [kind],
+                token=token,
+                worker=context.worker,
+                limit=context.settings.batch_size,
+                lease=context.settings.lease,
+                now=context.clock(),
+                avoid=context.traffic.filled(),
+                most_bytes=LARGE if last else None,
+            )
+
+        operations = context.transact(claim)
+        return Claim(token, operations) if operations else None
+
+    def _execute(self, claim: Claim, execute: Executor) -> Report:
+        with _holding(self._context, claim.token):
+            return execute(self._context, claim)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What goes on is waited for; it is asked to stop if this ends with an error."""
+        stop = self._context.stop
+        ask = kind is not None and not stop.is_set()
+        if ask:
+            stop.set()
+        self._pool.shutdown()
+        if ask:
+            stop.clear()
 
 
 @contextmanager

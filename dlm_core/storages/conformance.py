@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -239,6 +240,32 @@ def it_is_well_and_tells_its_capacity(storage: Storage, folder: str) -> None:
     _want(storage, sane, f"its usage is told as {usage}")
 
 
+def a_copy_that_the_storage_makes_itself_is_whole_and_new(storage: Storage, folder: str) -> None:
+    """Where there is copy_from: the same bytes, the source untouched, all told on the way; or False
+    and nothing left. What is there is not overwritten, and no source is no file."""
+    copy_from = getattr(storage, "copy_from", None)
+    if copy_from is None:
+        return
+    source, path, data = f"{folder}/source", f".dlm/tmp/{uuid.uuid4().hex}", os.urandom(3 << 20)
+    put(storage, source, data)
+    moved: list[int] = []
+    try:
+        done = copy_from(storage, source, path, len(data), moved.append)
+        _want(storage, get(storage, source) == data, "the source of a copy was changed")
+        if not done:
+            _want(storage, storage.stat(path) is None, "what was not copied left something")
+            return
+        _want(storage, get(storage, path) == data, "a copy has other bytes")
+        _want(storage, sum(moved) == len(data), f"{sum(moved)} bytes of {len(data)} were told")
+        _refuses(
+            storage, lambda: copy_from(storage, source, path, len(data), moved.append),
+            PayloadExistsError, "a copy to a name that is taken",
+        )  # fmt: skip
+        _want(storage, get(storage, path) == data, "a copy was overwritten")
+    finally:
+        storage.remove(path)
+
+
 CHECKS: tuple[Check, ...] = (
     it_is_well_and_tells_its_capacity,
     any_name_is_written_read_listed_and_removed,
@@ -255,6 +282,7 @@ CHECKS: tuple[Check, ...] = (
     own_files_are_hidden,
     a_directory_is_told_as_one,
     a_file_being_read_tells_its_size_and_stays,
+    a_copy_that_the_storage_makes_itself_is_whole_and_new,
 )
 
 

@@ -106,6 +106,18 @@ class Storage(Protocol):
         copies many files of another storage to their paths below ``folder`` (a temporary one) in
         one request, reads them back there, and tells their digests. What it leaves out was not
         copied or could not be read; the mover tries it alone.
+    ``copy_from(source, source_path, path, size, moved) -> bool``
+        copies a file of ``size`` bytes from another storage to a *new* file of this one without its
+        bytes passing through here, and calls ``moved(bytes)`` on the way, which may wait or raise.
+        False, and nothing is left, if these two cannot, or not this file. Errors are those of
+        :meth:`write`. Nothing is proven by it: the mover reads the copy back whole.
+    ``write_on(path, source, begun)`` and ``left_of(path) -> int``
+        as :meth:`write` of a large file, from byte ``begun`` on: of a new file if that is 0, else
+        of one that an earlier ``write_on`` made, nobody else writes to, and has so many bytes at
+        least. If it fails, what was written stays; ``left_of`` tells how much of it is sure to be
+        the file's beginning. The mover reads that again, and all of it once it is whole.
+    ``open_read_at(path, offset) -> ReadStream``
+        as :meth:`open_read`, from that byte on; its size and stamp are the whole file's.
     """
 
     name: str

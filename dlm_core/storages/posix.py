@@ -10,6 +10,7 @@ import shutil
 import stat as stat_module
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import groupby
+from typing import Any
 
 from dlm_core.errors import (
     AccessDeniedError,
@@ -26,6 +27,9 @@ from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage
 _BLOCK = 1 << 20
 # a large file begins its way to the medium while the rest is written: flushing waits less
 _WRITEBACK = 32 << 20
+# bytes that the kernel copies in one call: a limit and a stop are looked at in between
+_KERNEL_BLOCK = 8 << 20
+_NOT_BY_KERNEL = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
 # a fifo must not keep us waiting for somebody to write into it
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -211,6 +215,11 @@ class PosixStorage:
             raise self._refused(path, "not a regular file")
         return PosixStream(self, path, descriptor, status)
 
+    def open_read_at(self, path: str, offset: int) -> PosixStream:
+        stream = self.open_read(path)
+        stream.seek(offset)
+        return stream
+
     def read_back(self, path: str) -> PosixStream:
         """As :meth:`open_read`, but from the medium where the kernel lets go of its cache; the
         reading begins at once, in the background."""
@@ -238,6 +247,70 @@ class PosixStorage:
             _quietly(os.unlink, full)
             raise self._translate_making(error, path) from error
         return None
+
+    def write_on(self, path: str, source: Readable, begun: int) -> None:
+        full = self._full(path)
+        try:
+            again = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = open_without_links(full, again) if begun else self._create(full, path)
+        except OSError as error:
+            raise self._translate_making(error, path) from error
+        try:
+            os.ftruncate(descriptor, begun)
+            os.lseek(descriptor, begun, os.SEEK_SET)
+            self._pour(source, descriptor, path)
+        finally:
+            try:
+                os.close(descriptor)  # where NFS tells that the quota is used up
+            except OSError as error:
+                raise self._translate_making(error, path) from error
+
+    def left_of(self, path: str) -> int:
+        entry = self.stat(path)
+        return entry.size if entry is not None and entry.kind == "file" else 0
+
+    def copy_from(
+        self, source: Any, source_path: str, path: str, size: int, moved: Callable[[int], None]
+    ) -> bool:
+        """A copy within one file system, by the kernel, which may share the blocks."""
+        if not isinstance(source, PosixStorage) or not hasattr(os, "copy_file_range"):
+            return False
+        full = self._full(path)
+        with source.open_read(source_path) as stream:
+            descriptor = self._create(full, path)
+            try:
+                done = stream.size == size and self._by_kernel(stream, descriptor, path, moved)
+            except BaseException:
+                _quietly(os.close, descriptor)
+                _quietly(os.unlink, full)
+                raise
+        try:
+            os.close(descriptor)
+            if not done:
+                os.unlink(full)
+        except OSError as error:
+            raise self._translate_making(error, path) from error
+        return done
+
+    def _by_kernel(
+        self, stream: PosixStream, descriptor: int, path: str, moved: Callable[[int], None]
+    ) -> bool:
+        source, left, offset = stream.fileno(), stream.size, 0
+        if os.fstat(source).st_dev != os.fstat(descriptor).st_dev:
+            return False
+        while left:
+            try:
+                copied = os.copy_file_range(source, descriptor, min(left, _KERNEL_BLOCK))
+            except OSError as error:
+                if error.errno in _NOT_BY_KERNEL and not offset:
+                    return False
+                raise self._translate_making(error, path) from error
+            if not copied:
+                return False  # the source became shorter
+            _let_go(descriptor, offset, copied)
+            offset, left = offset + copied, left - copied
+            moved(copied)
+        return True
 
     def _create(self, full: str, path: str) -> int:
         try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import posixpath
 import re
 import threading
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache, partial
 from typing import Any, Self
 
 import obstore
@@ -100,9 +102,9 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
     if parsed.endpoint:
         options["endpoint"] = parsed.endpoint
     keys = keys_of(name, parsed)
-    store = S3Store(
+    build = partial(
+        S3Store,
         bucket,
-        prefix=prefix or None,
         virtual_hosted_style_request=not parsed.path_style,
         checksum_algorithm="crc64nvme",
         client_options={
@@ -116,7 +118,13 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
         credential_provider=keys,
         **options,
     )
-    return S3Storage(name, store, storage_class=parsed.storage_class)
+    storage = S3Storage(name, build(prefix=prefix or None), storage_class=parsed.storage_class)
+    if parsed.storage_class is None:  # a copy by the server has the bucket's own class
+        # who says the same of these reaches the same bucket with the same rights
+        bucket_of = (bucket, parsed.model_dump_json())
+        whole = cache(lambda: build(prefix=None))
+        storage.within = Within(bucket_of, f"{prefix}/" if prefix else "", whole)
+    return storage
 
 
 def keys_of(name: str, config: S3Config) -> KeyProvider:
@@ -124,6 +132,15 @@ def keys_of(name: str, config: S3Config) -> KeyProvider:
     if config.access_key and config.secret_key:
         return from_references(name, config.access_key, config.secret_key, config.session_token)
     return from_aws_chain(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """Where in which bucket a storage lies, and how to reach all of it."""
+
+    bucket: tuple[str, str]
+    prefix: str
+    whole: Callable[[], S3Store]
 
 
 class S3Storage:
@@ -138,6 +155,7 @@ class S3Storage:
 
     atomic_write = True
     tells_content = True
+    within: Within | None = None
 
     def __init__(
         self, name: str, store: S3Store, concurrency: int = 32, storage_class: str | None = None
@@ -255,10 +273,14 @@ class S3Storage:
                 yield from map(_entry, batch)
 
     def open_read(self, path: str) -> S3Stream:
+        return self.open_read_at(path, 0)
+
+    def open_read_at(self, path: str, offset: int) -> S3Stream:
         key = self._key(path)
+        options: Any = {"range": {"offset": offset}} if offset else None
         try:
             with self._translated(path):
-                return S3Stream(self, path, obstore.get(self._store, key))
+                return S3Stream(self, path, obstore.get(self._store, key, options=options))
         except PayloadNotFoundError:
             if self._directory(path) is not None:
                 raise self._refused(path, "it is a directory, not a file") from None
@@ -291,6 +313,26 @@ class S3Storage:
                 # what waits in memory stays within some hundred megabytes
                 max_concurrency=max(1, _PARTS_AT_ONCE * PART_SIZE // part),
             )["e_tag"]
+
+    def copy_from(
+        self, source: Any, source_path: str, path: str, size: int, moved: Callable[[int], None]
+    ) -> bool:
+        """CopyObject within one bucket; the key is looked at just before."""
+        here, there = self.within, getattr(source, "within", None)
+        if here is None or not isinstance(there, Within) or here.bucket != there.bucket:
+            return False
+        if size > _COPY_LIMIT:
+            return False
+        if self.stat(path) is not None:
+            raise PayloadExistsError(storage=self.name, path=path)
+        keys = there.prefix + source._key(source_path), here.prefix + self._key(path)
+        try:
+            with self._translated(path):
+                obstore.copy(here.whole(), *keys)
+        except PayloadNotFoundError:
+            return False  # the source is gone: reading it tells so
+        moved(size)
+        return True
 
     @contextmanager
     def _translated_making(self, path: str) -> Iterator[None]:

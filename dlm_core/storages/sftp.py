@@ -12,9 +12,7 @@ import posixpath
 import stat as stat_module
 import threading
 import weakref
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
 from contextlib import suppress
 from functools import partial
@@ -42,11 +40,12 @@ from dlm_core.storages.sftp_files import (
     LARGE_WEIGHT,
     SILENCE_SECONDS,
     SftpStream,
-    Upload,
     digests_there,
     entry_of,
     every,
+    pour,
     raise_first,
+    surely_written,
     synced,
     take,
     writes,
@@ -58,8 +57,6 @@ _P = TypeVar("_P")
 
 _READ = asyncssh.FXF_READ
 _CREATE = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
-# blocks of an upload that are under way at once
-_BLOCKS_AHEAD = 4
 _LARGE_AT_ONCE = 4
 _LOOKED_AT_ONCE = 64
 _LOOKED_IN_ONE_CALL = 1024
@@ -325,8 +322,17 @@ class SftpStorage:
             raise_first(self.write_many([(path, first)]))
         else:
             with self._large:
-                self._pour(path, first, source)
+                pour(self, path, first, source, 0, keep=False)
         return None
+
+    def write_on(self, path: str, source: Readable, begun: int) -> None:
+        self._octets(path)
+        with self._large:
+            pour(self, path, take(source), source, begun, keep=True)
+
+    def left_of(self, path: str) -> int:
+        entry = self.stat(path)
+        return surely_written(entry.size) if entry is not None and entry.kind == "file" else 0
 
     def write_many(self, files: Sequence[tuple[str, bytes]]) -> list[DlmError | None]:
         return self._each_of(files, self._put)
@@ -379,6 +385,12 @@ class SftpStorage:
             if await self._lstat(session, path) is not None:
                 raise PayloadExistsError(storage=self.name, path=path) from None
             raise
+
+    async def reopen(self, session: Session, path: str, looked: set[str]) -> SFTPClientFile:
+        """Open a file that is there for writing."""
+        full = self._full(session, path)
+        again = partial(session.sftp.open, full, asyncssh.FXF_WRITE, encoding=None, block_size=None)
+        return await self._in_folder(session, path, looked, again)
 
     async def _create_in(self, session: Session, full: bytes) -> SFTPClientFile:
         attributes = SFTPAttrs(permissions=0o644)
@@ -433,26 +445,6 @@ class SftpStorage:
         with suppress(asyncssh.Error, OSError, TimeoutError):
             async with asyncio.timeout(SILENCE_SECONDS):
                 await session.sftp.remove(self._full(session, path))
-
-    def _pour(self, path: str, first: bytes, source: Readable) -> None:
-        """A large file, a few blocks ahead of what the far side has answered for."""
-        upload = ssh.run(Upload.begun(self, path))
-        waiting: deque[Future[None]] = deque()
-        try:
-            block = first
-            while block:
-                waiting.append(ssh.submit(upload.write(block)))
-                if len(waiting) > _BLOCKS_AHEAD:
-                    waiting.popleft().result()
-                block = take(source)
-            while waiting:
-                waiting.popleft().result()
-            ssh.run(upload.finish())
-        except BaseException:
-            for one in waiting:
-                one.cancel()
-            ssh.run(upload.abandon())
-            raise
 
     def flush(self) -> None:
         with self._lock:

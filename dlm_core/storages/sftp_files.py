@@ -7,6 +7,7 @@ import posixpath
 import stat as stat_module
 from collections import deque
 from collections.abc import Awaitable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ LARGE_WEIGHT = 8
 _REQUEST = 255 << 10
 #: bytes that go over in one call from thread to loop
 BLOCK = 4 * _REQUEST
+# blocks of an upload that are under way at once
+_BLOCKS_AHEAD = 4
 # a file of some hundred terabytes takes so long
 _HASH_SECONDS = 86_400
 # no name stands on a command line: no shell looks at any, and csh and sh read this alike
@@ -41,22 +44,22 @@ class Upload:
     """A large file on its way; one session has it from its first byte to its last."""
 
     def __init__(
-        self, storage: SftpStorage, path: str, session: Session, file: SFTPClientFile
+        self, storage: SftpStorage, path: str, session: Session, file: SFTPClientFile, offset: int
     ) -> None:
         self._storage, self._path = storage, path
-        self._session, self._file, self._offset = session, file, 0
+        self._session, self._file, self._offset = session, file, offset
 
     @classmethod
-    async def begun(cls, storage: SftpStorage, path: str) -> Upload:
+    async def begun(cls, storage: SftpStorage, path: str, offset: int = 0) -> Upload:
+        """Of a new file, or from ``offset`` on of one that is there."""
         session = await storage.connections.borrow(LARGE_WEIGHT)
+        opening = storage.reopen if offset else storage.create
         try:
-            file = await storage.told(
-                session, path, storage.create(session, path, set()), making=True
-            )
+            file = await storage.told(session, path, opening(session, path, set()), making=True)
         except BaseException:
             session.busy -= LARGE_WEIGHT
             raise
-        return cls(storage, path, session, file)
+        return cls(storage, path, session, file, offset)
 
     async def write(self, block: bytes) -> None:
         requests = writes(self._session, self._file, block, self._offset)
@@ -70,12 +73,43 @@ class Upload:
         )
         self._session.busy -= LARGE_WEIGHT
 
-    async def abandon(self) -> None:
+    async def abandon(self, *, keep: bool) -> None:
         self._session.busy -= LARGE_WEIGHT
         with suppress(asyncssh.Error, OSError, TimeoutError, ValueError):
             async with asyncio.timeout(SILENCE_SECONDS):
                 await self._file.close()
-        await self._storage.discard(self._session, self._path)
+        if not keep:
+            await self._storage.discard(self._session, self._path)
+
+
+def pour(
+    storage: SftpStorage, path: str, first: bytes, source: Readable, begun: int, *, keep: bool
+) -> None:
+    """A large file from ``begun`` on, a few blocks ahead of what the far side has answered for;
+    what was written stays if it fails and ``keep`` is set."""
+    upload = ssh.run(Upload.begun(storage, path, begun))
+    waiting: deque[Future[None]] = deque()
+    try:
+        block = first
+        while block:
+            waiting.append(ssh.submit(upload.write(block)))
+            if len(waiting) > _BLOCKS_AHEAD:
+                waiting.popleft().result()
+            block = take(source)
+        while waiting:
+            waiting.popleft().result()
+        ssh.run(upload.finish())
+    except BaseException:
+        for one in waiting:
+            one.cancel()
+        ssh.run(upload.abandon(keep=keep))
+        raise
+
+
+def surely_written(size: int) -> int:
+    """Of a file of ``size`` bytes whose upload was cut off, those that are there: later blocks may
+    have come before earlier ones."""
+    return max(0, size - (_BLOCKS_AHEAD + 2) * BLOCK)
 
 
 class SftpStream:

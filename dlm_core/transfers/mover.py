@@ -9,13 +9,14 @@ to its final name; the upload fails if the source's digest turns out wrong.
 from __future__ import annotations
 
 import io
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import md5, sha256
 from typing import Any, cast
 
@@ -32,72 +33,25 @@ from dlm_core.storages.port import ReadStream, Storage, temp_path
 from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.pooled import MAX_CHUNK, each, in_chunks
 from dlm_core.transfers.reading import BLOCK, HashingReader, Interrupted, Progress, read_up_to
-from dlm_core.types import ManifestEntry, PayloadKind
+from dlm_core.transfers.resuming import Resuming
+from dlm_core.transfers.tasks import (
+    Copy,
+    CopyResult,
+    CopyTask,
+    File,
+    Lane,
+    can_be_listed,
+    groups,
+    sub_batches,
+)
+from dlm_core.types import PayloadKind
+
+__all__ = ["CopyResult", "CopyTask", "Lane", "copy_batch"]
 
 #: files up to this size are read whole: one read, one hash, one write
 _SMALL = 1 << 20
-# small files that are written in one call, where the destination has one
-_TOGETHER_FILES = 64
-_TOGETHER_BYTES = 4 << 20
-_SUB_BATCH_FILES = 512
-_SUB_BATCH_BYTES = 256 << 20
 # folders for temporary files: threads that make files in one folder wait for each other
 _SLOTS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class CopyTask:
-    """One payload to copy. ``size`` in bytes and ``digest`` are what the catalogue says; ``token``
-    names the temporary file and is unique for every try."""
-
-    operation_id: uuid.UUID
-    source_path: str
-    destination_path: str
-    kind: PayloadKind
-    size: int
-    digest: str
-    manifest: tuple[ManifestEntry, ...]
-    token: str
-
-
-@dataclass(frozen=True, slots=True)
-class CopyResult:
-    """How a task ended: ``error`` None means a verified, visible copy. ``seconds`` of work."""
-
-    task: CopyTask
-    error: DlmError | None
-    seconds: float
-
-
-@dataclass(slots=True)
-class _File:
-    """One file on its way; a directory payload has several."""
-
-    source: str
-    #: where it is written first, and where it becomes visible
-    written: str
-    final: str
-    size: int
-    digest: str
-    #: the ETag that an object store gives these bytes
-    etag: str = ""
-    #: this try made it
-    made: bool = False
-    #: the bytes at the destination have been compared
-    proven: bool = False
-    error: DlmError | None = None
-    seconds: float = 0.0
-
-
-@dataclass(slots=True)
-class _Copy:
-    task: CopyTask
-    written: str
-    files: list[_File] = field(default_factory=list)
-    error: DlmError | None = None
-
-    def first_error(self) -> DlmError | None:
-        return self.error or next((file.error for file in self.files if file.error), None)
 
 
 def copy_batch(
@@ -108,6 +62,8 @@ def copy_batch(
     concurrency: int | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
+    resume_bytes: int | None = None,
+    lane: Lane | None = None,
 ) -> Iterator[CopyResult]:
     """Copy payloads; yields a result for each task, a sub-batch at a time.
 
@@ -115,19 +71,23 @@ def copy_batch(
     destination is compared and adopted, anything else there is left alone
     (``PayloadExistsError``). Tasks not finished when ``stop`` is set are not yielded and leave
     nothing visible, but for files of a directory payload on an object store, which the next try
-    adopts.
+    adopts. Of a file above ``resume_bytes`` that was interrupted the next try need not copy again
+    what came through, where the destination lets it: it is yielded with its ``partial`` file.
 
     Parameters
     ----------
     concurrency : files at once; by default what suits the storages.
     progress : told the bytes of each block that was read, from several threads.
+    lane : limits on files at once that others have a part in, and who watches.
     """
-    mover = _Mover(source, destination, progress, stop)
+    mover = _Mover(source, destination, progress, stop, lane or Lane())
+    if resume_bytes is not None:
+        mover.resumed_above = resume_bytes
     threads = concurrency or mover.concurrency()
     finishing: Future[list[CopyResult]] | None = None
     with ThreadPoolExecutor(threads, "dlm-copy") as pool, ThreadPoolExecutor(1) as finisher:
         # a sub-batch is flushed and verified while the next one is written
-        for batch in _sub_batches(tasks):
+        for batch in sub_batches(tasks):
             copies = mover.write(batch, pool)
             if finishing is not None:
                 yield from finishing.result()
@@ -138,21 +98,6 @@ def copy_batch(
             yield from finishing.result()
 
 
-def _sub_batches(tasks: Sequence[CopyTask]) -> Iterator[list[CopyTask]]:
-    batch: list[CopyTask] = []
-    size = files = 0
-    for task in tasks:
-        more = len(task.manifest) or 1
-        if batch and (files + more > _SUB_BATCH_FILES or size + task.size > _SUB_BATCH_BYTES):
-            yield batch
-            batch, size, files = [], 0, 0
-        batch.append(task)
-        size += task.size
-        files += more
-    if batch:
-        yield batch
-
-
 class _Mover:
     def __init__(
         self,
@@ -160,8 +105,9 @@ class _Mover:
         destination: Storage,
         progress: Progress | None,
         stop: threading.Event | None,
+        lane: Lane,
     ) -> None:
-        self.source, self.destination = source, destination
+        self.source, self.destination, self.lane = source, destination, lane
         self.progress, self.stop = progress, stop or threading.Event()
         self.atomic = bool(getattr(destination, "atomic_write", False))
         self.part_size: Callable[[int], int] | None = getattr(destination, "part_size", None)
@@ -169,8 +115,11 @@ class _Mover:
         self.rename_many = getattr(destination, "rename_many", None)
         self.digest_many = getattr(destination, "digest_many", None)
         self.take_many = getattr(destination, "take_many", None)
+        self.copy_from = getattr(destination, "copy_from", None)
         self.read_back = getattr(destination, "read_back", destination.open_read)
         self.opened_ahead = MAX_CHUNK if hasattr(destination, "read_back") else 1
+        self.write_on = getattr(destination, "write_on", None)
+        self.resumed_above = sys.maxsize
         self.outage: DlmError | None = None
 
     def concurrency(self) -> int:
@@ -182,7 +131,7 @@ class _Mover:
         chosen = [one.concurrency for one in both]
         return max(chosen) if remote else max(1, min(chosen))
 
-    def write(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[_Copy]:
+    def write(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[Copy]:
         """Bring the bytes of one sub-batch over; errors are kept beside the files."""
         folder = temp_path(f"b/{uuid.uuid4().hex}") if self.take_many else None
         copies = [
@@ -194,12 +143,12 @@ class _Mover:
             files = [file for file in files if not file.made]
         if self.write_many is not None:
             small = [file for file in files if file.size <= _SMALL]
-            list(pool.map(self._write_together, _groups(small)))
+            list(pool.map(self._write_together, groups(small)))
             files = [file for file in files if file.size > _SMALL]
         each(pool, self._write, files)
         return copies
 
-    def finish(self, copies: Sequence[_Copy], pool: ThreadPoolExecutor) -> list[CopyResult]:
+    def finish(self, copies: Sequence[Copy], pool: ThreadPoolExecutor) -> list[CopyResult]:
         """Make durable, verify, show; fewer results than copies only if ``stop`` is set."""
         files = [file for copy in copies for file in copy.files]
         if self.atomic:
@@ -215,17 +164,24 @@ class _Mover:
         if not self.atomic:
             results = self._make_names_durable(results)
         self._clear_together(copies)
-        return [result for result in results if result.error is None or not stopped]
+        return [
+            replace(result, stopped=stopped and result.error is not None)
+            for result in results
+            if result.error is None or result.partial or not stopped
+        ]
 
-    def _prepare(self, task: CopyTask, slot: int, folder: str | None) -> _Copy:
+    def _prepare(self, task: CopyTask, slot: int, folder: str | None) -> Copy:
         written = task.destination_path if self.atomic else temp_path(f"{slot:x}/{task.token}")
-        if folder is not None and _can_be_listed(task):
+        if folder is not None and can_be_listed(task):
             written = f"{folder}/{task.source_path}"
-        copy = _Copy(task, written)
+        copy = Copy(task, written)
         if task.kind is PayloadKind.FILE:
             copy.files.append(
-                _File(task.source_path, written, task.destination_path, task.size, task.digest)
-            )
+                File(
+                    task.operation_id, task.source_path, written, task.destination_path,
+                    task.size, task.digest, partial=task.partial,
+                )
+            )  # fmt: skip
         elif not task.manifest:
             copy.error = PathRefusedError(
                 storage=self.source.name, path=task.source_path, message="its manifest is empty"
@@ -233,12 +189,12 @@ class _Mover:
         for one in task.manifest if task.kind is PayloadKind.DIRECTORY else ():
             names = (task.source_path, written, task.destination_path)
             source, first, final = (f"{name}/{one.path}" for name in names)
-            copy.files.append(_File(source, first, final, one.size, one.digest))
+            copy.files.append(File(task.operation_id, source, first, final, one.size, one.digest))
         return copy
 
     # --- write -----------------------------------------------------------------------------------
 
-    def _take_together(self, folder: str, files: Sequence[_File]) -> None:
+    def _take_together(self, folder: str, files: Sequence[File]) -> None:
         """Have the destination take what it can in one go; what reads back right is proven.
 
         The rest is cleared and tried file by file, which tells whose fault it is.
@@ -262,7 +218,7 @@ class _Mover:
         except DlmError:
             pass  # the sweep finds it
 
-    def _clear_together(self, copies: Sequence[_Copy]) -> None:
+    def _clear_together(self, copies: Sequence[Copy]) -> None:
         """The folder that a sub-batch was taken to has only empty ones by now, or leftovers."""
         top = temp_path("b/")
         written = [copy.written for copy in copies if copy.written.startswith(top)]
@@ -272,17 +228,17 @@ class _Mover:
             except DlmError:
                 pass  # the sweep finds it
 
-    def _write(self, file: _File) -> None:
+    def _write(self, file: File) -> None:
         def work() -> None:
             if file.size <= _SMALL:
                 self._write_small(file)
-            else:
+            elif not self._copied_there(file):
                 self._write_large(file)
             file.made = True
 
         self._attempt(file, work)
 
-    def _attempt(self, file: _File, work: Callable[[], None]) -> None:
+    def _attempt(self, file: File, work: Callable[[], None]) -> None:
         """Do ``work``; what it raises is kept beside the file."""
         if self.outage is not None:
             file.error = self.outage
@@ -291,14 +247,15 @@ class _Mover:
         try:
             if self.stop.is_set():
                 raise Interrupted
-            work()
+            with self.lane.places(False):
+                work()
         except Interrupted:
-            file.error = StorageUnavailableError(storage=self.source.name, message="interrupted")
+            file.error = _interrupted(self.source)
         except DlmError as error:
             self._note(file, error)
         file.seconds += time.monotonic() - begun
 
-    def _note(self, file: _File, error: DlmError) -> None:
+    def _note(self, file: File, error: DlmError) -> None:
         if isinstance(error, PayloadExistsError):
             self._adopt(file, error)
             return
@@ -306,7 +263,7 @@ class _Mover:
         if isinstance(error, StorageUnavailableError):
             self._look_for_outage()
 
-    def _write_together(self, files: Sequence[_File]) -> None:
+    def _write_together(self, files: Sequence[File]) -> None:
         """Small files that the destination takes many of at once."""
         data: dict[str, bytes] = {}
         for file in files:
@@ -315,7 +272,13 @@ class _Mover:
         if not read or self.write_many is None:
             return
         begun = time.monotonic()
-        errors = self._together(self.write_many, [(f.written, data[f.written]) for f in read])
+        try:
+            with self.lane.places(False):
+                errors = self._together(
+                    self.write_many, [(f.written, data[f.written]) for f in read]
+                )
+        except Interrupted:
+            errors = [_interrupted(self.source)] * len(read)
         for file, error in zip(read, errors, strict=True):
             file.seconds += (time.monotonic() - begun) / len(read)
             if error is not None:
@@ -332,7 +295,7 @@ class _Mover:
         except DlmError as error:
             return [error] * len(things)
 
-    def _read(self, file: _File) -> bytes:
+    def _read(self, file: File) -> bytes:
         with self.source.open_read(file.source) as stream:
             data = read_up_to(stream, file.size + 1)
         found = f"sha256:{sha256(data).hexdigest()}"
@@ -344,7 +307,7 @@ class _Mover:
             )
         return data
 
-    def _write_small(self, file: _File) -> None:
+    def _write_small(self, file: File) -> None:
         data = self._read(file)
         if self.part_size is not None:
             file.etag = md5(data, usedforsecurity=False).hexdigest()
@@ -352,15 +315,40 @@ class _Mover:
         if self.progress is not None:
             self.progress(len(data))
 
-    def _write_large(self, file: _File) -> None:
+    def _write_large(self, file: File) -> None:
+        if self.write_on is not None and file.size > self.resumed_above:
+            Resuming(self.source, self.destination, self.stop, self._watching(file)).write(file)
+            return
         part = self.part_size(file.size) if self.part_size is not None else None
         with self.source.open_read(file.source) as stream:
             where = f"{self.source.name}:{file.source}"
             reader = HashingReader(
-                stream, file.size, file.digest, where, part, self.stop, self.progress
+                stream, file.size, file.digest, where, part, self.stop, self._watching(file)
             )
             self.destination.write(file.written, reader, file.size)
         file.etag = reader.etag()
+
+    def _copied_there(self, file: File) -> bool:
+        """Whether the destination could copy the file by itself."""
+        tell = self._watching(file)
+
+        def moved(size: int) -> None:
+            if self.stop.is_set():
+                raise Interrupted
+            tell(size)
+
+        file.direct = self.copy_from is not None and self.copy_from(
+            self.source, file.source, file.written, file.size, moved
+        )
+        return file.direct
+
+    def _watching(self, file: File) -> Progress:
+        def moved(size: int) -> None:
+            self.lane.watch(file.operation_id, "copy", size)
+            if self.progress is not None:
+                self.progress(size)
+
+        return moved
 
     def _look_for_outage(self) -> None:
         """One look at both ends tells an outage from one file's trouble; the rest need not try."""
@@ -372,7 +360,7 @@ class _Mover:
             except DlmError:
                 pass  # of another kind: each file's own error tells
 
-    def _adopt(self, file: _File, error: PayloadExistsError) -> None:
+    def _adopt(self, file: File, error: PayloadExistsError) -> None:
         """What an earlier try left complete is as good as a new copy; anything else stays."""
         try:
             seen = observe(self.destination, file.written)
@@ -384,7 +372,7 @@ class _Mover:
         else:
             file.error = error
 
-    def _flush(self, files: Sequence[_File]) -> None:
+    def _flush(self, files: Sequence[File]) -> None:
         if not any(file.made for file in files):
             return
         try:
@@ -395,7 +383,7 @@ class _Mover:
 
     # --- verify ----------------------------------------------------------------------------------
 
-    def _compare_etags(self, files: Sequence[_File]) -> None:
+    def _compare_etags(self, files: Sequence[File]) -> None:
         """One listing tells the ETags of the whole sub-batch; they are digests of the bytes there.
 
         A file whose ETag is of another kind (encrypted by a key service, say) is read back.
@@ -411,7 +399,7 @@ class _Mover:
             entry = entries.get(path)
             file.proven = entry is not None and (entry.size, entry.etag) == (file.size, file.etag)
 
-    def _ask_for_digests(self, files: Sequence[_File]) -> None:
+    def _ask_for_digests(self, files: Sequence[File]) -> None:
         """The far side reads what it has just made durable and tells digests of the sub-batch.
 
         Another machine's word proves these bytes: it was not told what we expect, and only who has
@@ -427,21 +415,25 @@ class _Mover:
         for path, digest in told.items():
             waiting[path].proven = digest == waiting[path].digest
 
-    def _verify(self, files: Sequence[_File]) -> list[None]:
+    def _verify(self, files: Sequence[File]) -> list[None]:
         """Read files back; all are opened first, so that the medium is at work on the next ones."""
-        with ExitStack() as opened:
-            for file, stream in self._opened(files, opened):
-                self._verify_one(file, stream)
+        try:
+            with self.lane.places(True), ExitStack() as opened:
+                for file, stream in self._opened(files, opened):
+                    self._verify_one(file, stream)
+        except Interrupted:
+            for file in files:
+                file.error = file.error or _interrupted(self.destination)
         return []
 
-    def _opened(self, files: Sequence[_File], opened: ExitStack) -> list[tuple[_File, ReadStream]]:
+    def _opened(self, files: Sequence[File], opened: ExitStack) -> list[tuple[File, ReadStream]]:
         return [
             (file, opened.enter_context(stream))
             for file in files
             if (stream := self._open_back(file)) is not None
         ]
 
-    def _open_back(self, file: _File) -> ReadStream | None:
+    def _open_back(self, file: File) -> ReadStream | None:
         try:
             return self.read_back(file.written)
         except PayloadNotFoundError:
@@ -450,34 +442,54 @@ class _Mover:
             file.error = error
         return None
 
-    def _verify_one(self, file: _File, stream: ReadStream) -> None:
+    def _verify_one(self, file: File, stream: ReadStream) -> None:
         begun = time.monotonic()
         try:
             size, found = self._digest_of(stream, file)
             if (found, size) != (file.digest, file.size):
-                file.error = self._damaged(file, f"{found} ({size} bytes)")
+                told = f"{found} ({size} bytes)"
+                file.error = (self._damaged_source(file) if file.direct else None) or self._damaged(
+                    file, told
+                )
         except PayloadNotFoundError:
             file.error = self._damaged(file, "nothing")
         except Interrupted:
-            file.error = StorageUnavailableError(
-                storage=self.destination.name, message="interrupted"
-            )
+            file.error = _interrupted(self.destination)
         except DlmError as error:
             file.error = error
+        file.kept = file.resumable and isinstance(file.error, StorageUnavailableError)
         file.seconds += time.monotonic() - begun
 
-    def _digest_of(self, stream: ReadStream, file: _File) -> tuple[int, str]:
+    def _digest_of(self, stream: ReadStream, file: File) -> tuple[int, str]:
         hasher, size = sha256(), 0
         while block := stream.read(min(BLOCK, file.size - size + 1)):
             hasher.update(block)
             size += len(block)
+            if file.size > _SMALL:
+                self.lane.watch(file.operation_id, "check", len(block))
             if size > file.size:
                 break
             if size < file.size and self.stop.is_set():
                 raise Interrupted
         return size, f"sha256:{hasher.hexdigest()}"
 
-    def _damaged(self, file: _File, found: str) -> DestinationDamagedError:
+    def _damaged_source(self, file: File) -> DlmError | None:
+        """What is wrong with the source of a copy that the destination made by itself, if it is."""
+        try:
+            seen = observe(self.source, file.source, stop=self.stop)
+        except DlmError as error:
+            return error
+        if self.stop.is_set():
+            raise Interrupted
+        if (seen.digest, seen.size) == (file.digest, file.size):
+            return None
+        return SourceDamagedError(
+            where=f"{self.source.name}:{file.source}",
+            expected=f"{file.digest} ({file.size} bytes)",
+            found=f"{seen.digest} ({seen.size} bytes)",
+        )
+
+    def _damaged(self, file: File, found: str) -> DestinationDamagedError:
         return DestinationDamagedError(
             where=f"{self.destination.name}:{file.final}",
             expected=f"{file.digest} ({file.size} bytes)",
@@ -486,7 +498,7 @@ class _Mover:
 
     # --- publish ---------------------------------------------------------------------------------
 
-    def _rename_together(self, copies: Sequence[_Copy]) -> dict[str, DlmError | None]:
+    def _rename_together(self, copies: Sequence[Copy]) -> dict[str, DlmError | None]:
         """How the renaming of each verified copy ended, by temporary name; or nothing."""
         if self.rename_many is None:
             return {}
@@ -495,15 +507,16 @@ class _Mover:
         errors = self._together(self.rename_many, pairs)
         return {copy.written: error for copy, error in zip(good, errors, strict=True)}
 
-    def _settle(self, copy: _Copy, renamed: Mapping[str, DlmError | None]) -> CopyResult:
+    def _settle(self, copy: Copy, renamed: Mapping[str, DlmError | None]) -> CopyResult:
         error = copy.first_error()
         if error is None:
             error = self._look_for_strangers(copy) if self.atomic else self._reveal(copy, renamed)
         if error is not None:
             self._clear(copy, error)
-        return CopyResult(copy.task, error, sum(file.seconds for file in copy.files))
+        kept = copy.written if copy.kept() else None
+        return CopyResult(copy.task, error, sum(file.seconds for file in copy.files), kept)
 
-    def _reveal(self, copy: _Copy, renamed: Mapping[str, DlmError | None]) -> DlmError | None:
+    def _reveal(self, copy: Copy, renamed: Mapping[str, DlmError | None]) -> DlmError | None:
         try:
             if (failure := renamed.get(copy.written)) is not None:
                 raise failure
@@ -515,7 +528,7 @@ class _Mover:
             return _of_destination(error, copy.files[0])
         return None
 
-    def _same_already(self, copy: _Copy, error: DlmError) -> DlmError | None:
+    def _same_already(self, copy: Copy, error: DlmError) -> DlmError | None:
         task = copy.task
         try:
             seen = observe(self.destination, task.destination_path, task.kind)
@@ -528,7 +541,7 @@ class _Mover:
             return _of_destination(failure, copy.files[0])
         return None
 
-    def _look_for_strangers(self, copy: _Copy) -> DlmError | None:
+    def _look_for_strangers(self, copy: Copy) -> DlmError | None:
         """On an object store a directory is what begins with its name: nothing else may."""
         if copy.task.kind is PayloadKind.FILE:
             return None
@@ -550,8 +563,10 @@ class _Mover:
             return [replace(result, error=result.error or error) for result in results]
         return results
 
-    def _clear(self, copy: _Copy, error: DlmError) -> None:
+    def _clear(self, copy: Copy, error: DlmError) -> None:
         """Take back what was written by this try, and only that."""
+        if copy.kept():
+            return
         try:
             if not self.atomic:
                 self.destination.remove(copy.written)
@@ -565,13 +580,11 @@ class _Mover:
             pass  # the sweep finds it; the task's own error is the one to tell
 
 
-def _can_be_listed(task: CopyTask) -> bool:
-    """Whether all names stand for themselves in a list with one name a line."""
-    names = [task.source_path, *(one.path for one in task.manifest)]
-    return all(name.isprintable() and "\\" not in name for name in names)
+def _interrupted(storage: Storage) -> DlmError:
+    return StorageUnavailableError(storage=storage.name, message="interrupted")
 
 
-def _of_destination(error: DlmError, file: _File) -> DlmError:
+def _of_destination(error: DlmError, file: File) -> DlmError:
     """ "Not found" is said of sources only: the catalogue would suspect a good one."""
     if isinstance(error, PayloadNotFoundError):
         storage = error.details["storage"]
@@ -579,17 +592,3 @@ def _of_destination(error: DlmError, file: _File) -> DlmError:
             storage=storage, message=f"{file.final} went while it was looked at"
         )
     return error
-
-
-def _groups(files: Sequence[_File]) -> Iterator[list[_File]]:
-    """In order, few enough at once to be held in memory by every thread."""
-    group: list[_File] = []
-    size = 0
-    for file in files:
-        if group and (len(group) == _TOGETHER_FILES or size + file.size > _TOGETHER_BYTES):
-            yield group
-            group, size = [], 0
-        group.append(file)
-        size += file.size
-    if group:
-        yield group

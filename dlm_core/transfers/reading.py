@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from hashlib import md5, sha256
+from typing import Any
 
 from dlm_core.errors import SourceDamagedError
 from dlm_core.storages.port import Readable
@@ -35,6 +36,7 @@ class HashingReader:
     ----------
     size, digest : what the catalogue says, bytes and ``sha256:<hex>``; ``size`` is above 0.
     where : how errors call the source.
+    hasher, begun : of bytes of the file that came before ``stream``'s, and how many they are.
     part_size : bytes; the MD5 of each part is kept, for comparison with an object store's ETag.
     """
 
@@ -47,10 +49,12 @@ class HashingReader:
         part_size: int | None,
         stop: threading.Event,
         progress: Progress | None,
+        hasher: Any = None,
+        begun: int = 0,
     ) -> None:
         self._stream, self._size, self._digest, self._where = stream, size, digest, where
         self._stop, self._progress = stop, progress
-        self._sha, self._left = sha256(), size
+        self._sha, self._left = hasher or sha256(), size - begun
         self._part_size = part_size or 0
         self._parts: list[bytes] = []
         self._part, self._part_left = md5(usedforsecurity=False), self._part_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import datetime, timedelta
 
 from dlm_core.storages.port import PRIVATE, Storage
@@ -9,8 +10,11 @@ from dlm_core.storages.port import PRIVATE, Storage
 _TMP = f"{PRIVATE}/tmp"
 
 
-def sweep_temp(storage: Storage, older_than: timedelta, now: datetime) -> int:
-    """Remove what lies below ``.dlm/tmp`` and was untouched for ``older_than``; how many files.
+def sweep_temp(
+    storage: Storage, older_than: timedelta, now: datetime, keep: Collection[str] = ()
+) -> int:
+    """Remove what lies below ``.dlm/tmp`` and was untouched for ``older_than``, but for the paths
+    ``keep``; how many files.
 
     ``older_than`` must be longer than any copy may take: a younger file may belong to one, and so
     may an older one of the same directory payload.
@@ -29,7 +33,7 @@ def sweep_temp(storage: Storage, older_than: timedelta, now: datetime) -> int:
         copy = "/".join(entry.path.split("/")[:4])
         youngest[copy] = max(entry.mtime, youngest.get(copy, 0.0))
         files[copy] = files.get(copy, 0) + 1
-    old = [copy for copy, mtime in youngest.items() if mtime < limit]
+    old = [copy for copy, mtime in youngest.items() if mtime < limit and copy not in keep]
     for copy in old:
         storage.remove(copy)
     return sum(files[copy] for copy in old)

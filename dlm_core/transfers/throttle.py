@@ -1,51 +1,163 @@
-"""Reading no faster than a budget allows, by however many threads."""
+"""Limits that may change at any time, for all threads together: bytes a second, files at once."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Hashable
-from typing import Any, Self, cast
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol, Self, cast
 
-from dlm_core.storages.port import ReadStream, Storage
+from dlm_core.storages.port import Readable, ReadStream, Storage
+from dlm_core.transfers.reading import Interrupted
 
 #: at most so many bytes are read in one go, so that the pace is even
 _BLOCK = 1 << 20
+# what is not used within this time is lost: no burst makes up for a pause
+_SAVED_SECONDS = 0.2
+# a waiting thread looks this often whether its limit was changed
+_LOOK_SECONDS = 0.25
 
 
 class Pace:
-    """Lets ``bytes_per_second`` pass, for all threads together; ``stop`` ends every wait."""
+    """Lets ``bytes_per_second`` pass (None: any), for all threads together.
 
-    def __init__(self, bytes_per_second: float, stop: threading.Event) -> None:
+    ``stop`` ends every wait. :meth:`set` takes effect at once, for those that wait too.
+    """
+
+    def __init__(self, bytes_per_second: float | None, stop: threading.Event) -> None:
         self._rate, self._stop = bytes_per_second, stop
-        self._lock, self._free_at = threading.Lock(), time.monotonic()
+        self._lock, self._credit, self._at = threading.Lock(), 0.0, time.monotonic()
+
+    @property
+    def limited(self) -> bool:
+        return self._rate is not None
+
+    def set(self, bytes_per_second: float | None) -> None:
+        """Another rate from now on."""
+        with self._lock:
+            if bytes_per_second != self._rate:
+                self._earn()
+                self._rate = bytes_per_second
 
     def take(self, size: int) -> None:
         """Wait until ``size`` bytes have had their time."""
-        with self._lock:
-            now = time.monotonic()
-            self._free_at = max(self._free_at, now) + size / self._rate
-            wait = self._free_at - now
-        self._stop.wait(wait)
+        left = float(size)
+        while left > 0 and self._rate is not None and not self._stop.is_set():
+            with self._lock:
+                self._earn()
+                granted = min(left, self._credit)
+                self._credit -= granted
+                left -= granted
+                rate = self._rate
+            if left > 0 and rate is not None:
+                self._stop.wait(min(_LOOK_SECONDS, left / rate))
+
+    def _earn(self) -> None:
+        now = time.monotonic()
+        rate = self._rate or 0.0
+        # a block must fit in: who waits for another limit loses nothing of this one meanwhile
+        most = max(rate * _SAVED_SECONDS, _BLOCK)
+        self._credit = min(self._credit + (now - self._at) * rate, most)
+        self._at = now
 
 
-class _PacedStream:
-    """A stream whose bytes come no faster than the pace."""
+class Taker(Protocol):
+    """Is asked before bytes go on."""
 
-    def __init__(self, inner: ReadStream, pace: Pace) -> None:
-        self._inner, self._pace = inner, pace
-        self.size, self.opened = inner.size, inner.opened
+    @property
+    def limited(self) -> bool: ...
+
+    def take(self, size: int) -> None: ...
+
+
+class Watched:
+    """Lets everything pass, and tells how much."""
+
+    limited = False
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self.take = tell
+
+
+class Slots:
+    """How many may be at work under each of several keys; a key without a number has no limit.
+
+    One who needs several keys gets all of them or waits for all, so that no two can wait for each
+    other.
+    """
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop, self._changed = stop, threading.Condition()
+        self._most: dict[str, int] = {}
+        self._used: dict[str, int] = {}
+
+    def set(self, most: Mapping[str, int]) -> None:
+        """Other numbers from now on; who is at work goes on."""
+        with self._changed:
+            self._most = dict(most)
+            self._changed.notify_all()
+
+    def used(self) -> dict[str, int]:
+        """How many are at work, by key."""
+        with self._changed:
+            return {key: count for key, count in self._used.items() if count}
+
+    @contextmanager
+    def held(self, keys: Sequence[str]) -> Iterator[None]:
+        """One place under each of ``keys``.
+
+        Raises
+        ------
+        Interrupted
+            if ``stop`` is set while waiting.
+        """
+        with self._changed:
+            while not all(self._free(key) for key in keys):
+                if self._stop.is_set():
+                    raise Interrupted
+                self._changed.wait(_LOOK_SECONDS)
+            for key in keys:
+                self._used[key] = self._used.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                for key in keys:
+                    self._used[key] -= 1
+                self._changed.notify_all()
+
+    def _free(self, key: str) -> bool:
+        return key not in self._most or self._used.get(key, 0) < self._most[key]
+
+
+class _PacedReader:
+    """Bytes that come no faster than the paces."""
+
+    def __init__(self, inner: Readable, take: Callable[[int], None]) -> None:
+        self._inner, self._take = inner, take
 
     def read(self, size: int = -1, /) -> bytes:
         block = self._inner.read(min(size, _BLOCK) if size >= 0 else size)
-        self._pace.take(len(block))
+        if block:
+            self._take(len(block))
         return block
 
+
+class _PacedStream(_PacedReader):
+    """A stream whose bytes come no faster than the paces."""
+
+    def __init__(self, inner: ReadStream, take: Callable[[int], None]) -> None:
+        super().__init__(inner, take)
+        self._stream = inner
+        self.size, self.opened = inner.size, inner.opened
+
     def stamp(self) -> Hashable:
-        return self._inner.stamp()
+        return self._stream.stamp()
 
     def close(self) -> None:
-        self._inner.close()
+        self._stream.close()
 
     def __enter__(self) -> Self:
         return self
@@ -55,18 +167,85 @@ class _PacedStream:
 
 
 class _Paced:
-    """A storage whose payloads are read at a pace; all else goes through."""
+    """A storage whose payloads are read and written at a pace; all else goes through."""
 
-    def __init__(self, inner: Storage, pace: Pace) -> None:
-        self._inner, self._pace = inner, pace
+    def __init__(self, inner: Storage, reading: Sequence[Taker], writing: Sequence[Taker]) -> None:
+        self._inner, self._reading, self._writing = inner, reading, writing
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._inner, attribute)
+        found = getattr(self._inner, attribute)
+        if attribute == "take_many":
+            # one request for many files cannot be held back
+            limited = any(pace.limited for pace in (*self._reading, *self._writing))
+            return None if limited or found is None else _unwrapping(found)
+        if attribute == "copy_from":
+            return found and partial(self._copy_from, found)
+        if attribute in ("read_back", "open_read_at"):
+            return lambda *where: _PacedStream(found(*where), self._read)
+        if attribute == "write_on":
+            return found and partial(self._write_on, found)
+        if attribute == "write_many" and found is not None:
+            return lambda files: self._write_many(found, files)
+        return found
 
     def open_read(self, path: str) -> ReadStream:
-        return _PacedStream(self._inner.open_read(path), self._pace)
+        return _PacedStream(self._inner.open_read(path), self._read)
+
+    def write(self, path: str, source: Readable, size: int) -> str | None:
+        return self._inner.write(path, _PacedReader(source, self._write), size)
+
+    def _write_many(
+        self, write_many: Callable[..., Any], files: Sequence[tuple[str, bytes]]
+    ) -> Any:
+        self._write(sum(len(data) for _, data in files))
+        return write_many(files)
+
+    def _write_on(
+        self, write_on: Callable[..., None], path: str, source: Readable, begun: int
+    ) -> None:
+        write_on(path, _PacedReader(source, self._write), begun)
+
+    def _copy_from(
+        self, copy_from: Callable[..., bool], source: Storage, source_path: str, path: str,
+        size: int, moved: Callable[[int], None],
+    ) -> bool:  # fmt: skip
+        paces = [*(source._reading if isinstance(source, _Paced) else ()), *self._writing]
+
+        def held(size: int) -> None:
+            _take(paces, size)
+            moved(size)
+
+        return copy_from(bare(source), source_path, path, size, held)
+
+    def _read(self, size: int) -> None:
+        _take(self._reading, size)
+
+    def _write(self, size: int) -> None:
+        _take(self._writing, size)
 
 
-def paced(storage: Storage, bytes_per_second: float, stop: threading.Event) -> Storage:
-    """``storage``, read no faster than ``bytes_per_second`` by all its readers together."""
-    return cast(Storage, _Paced(storage, Pace(bytes_per_second, stop)))
+def _take(paces: Iterable[Taker], size: int) -> None:
+    for pace in paces:
+        pace.take(size)
+
+
+def _unwrapping(take_many: Callable[..., Any]) -> Callable[..., Any]:
+    """It may look at what the source is: hand over that, not what stands around it."""
+    return lambda source, *rest: take_many(bare(source), *rest)
+
+
+def bare(storage: Storage) -> Storage:
+    """The adapter itself."""
+    while isinstance(storage, _Paced):
+        storage = storage._inner
+    return storage
+
+
+def paced(
+    storage: Storage, reading: Sequence[Taker], writing: Sequence[Taker] | None = None
+) -> Storage:
+    """``storage``, read (and written) no faster than all of the paces let.
+
+    Bytes that a far side reads by itself (``digest_many``) are not counted.
+    """
+    return cast(Storage, _Paced(storage, reading, reading if writing is None else writing))

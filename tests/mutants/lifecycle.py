@@ -8,8 +8,8 @@ LIFECYCLE = (
     Mutant(
         "token-used-again",
         "dlm_core/lifecycle/work.py",
-        "        token = new_id()\n",
-        "        token = uuid.UUID(int=7)\n",
+        "context, token = self._context, new_id()",
+        "context, token = self._context, uuid.UUID(int=7)",
         "all claims have the same token",
         ("catalogue/test_operations.py::test_every_claim_has_a_token_of_its_own",),
         "SKA DLM 7: rclone job-id reuse",
@@ -393,8 +393,8 @@ LIFECYCLE = (
     Mutant(
         "sweep-of-everything",
         "dlm_core/transfers/sweep.py",
-        "if mtime < limit]",
-        "if True]",
+        "if mtime < limit and",
+        "if True and",
         "the sweep clears what a copy is writing",
         ("transfers/test_sweep.py::test_only_what_nobody_writes_any_more_is_swept",),
         "Kyoto: a cleaning step removed 77 TB",

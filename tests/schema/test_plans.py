@@ -24,6 +24,8 @@ from dlm_core.catalogue import (
     embedded,
     operations,
     replicas,
+    traffic,
+    urgency,
 )
 from dlm_core.catalogue import items as catalogue_items
 from dlm_core.catalogue import plans as approval
@@ -186,6 +188,29 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         ),
         {"operation_due"},
     ),
+    "what is not for a busy storage is claimed": (
+        lambda c: operations.claim_operations(
+            c, [OperationKind.COPY], token=new_id(), worker="w", limit=100,
+            lease=timedelta(seconds=60), now=LATER, avoid=[new_id()], most_bytes=1,
+        ),
+        {"operation_due"},
+    ),
+    "what would be late is put first": (
+        lambda c: urgency.hasten(c, LATER),
+        {"operation_deadline"},
+    ),
+    "missed deadlines are counted": (lambda c: urgency.deadlines(c, NOW, LATER), set()),
+    "an item's urgency is changed": (
+        lambda c: urgency.set_urgency(
+            c, [rows(c, "SELECT oid FROM data_item ORDER BY oid LIMIT 1")[0]["oid"]],
+            {"priority": 1},
+        ),
+        {"replica_oid", "operation_uid"},
+    ),
+    "a drainer tells what it does": (
+        lambda c: traffic.beat(c, new_id(), "w", {"x": 1}, [], LATER), set(),
+    ),
+    "what is at work is listed": (lambda c: traffic.list_running(c, LATER), set()),
     "leases that ran out are released": (
         lambda c: operations.release_expired_leases(c, KINDS, LATER),
         {"operation_lease"},

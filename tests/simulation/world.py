@@ -275,6 +275,8 @@ class World:
             # every survivor is read again before a purge
             proof_max_age_seconds=0.001,
             lease_seconds=300,
+            # a story is told again by its seed: one thing after the other
+            links_at_once=1,
         )
         self.eyes = Eyes(engine)
         self.faults: dict[str, str] = {}

@@ -1,5 +1,6 @@
 """Only whole, verified copies become visible."""
 
+import errno
 import hashlib
 import os
 import threading
@@ -7,7 +8,7 @@ import uuid
 
 import pytest
 
-from dlm_core.errors import StorageFullError
+from dlm_core.errors import DestinationDamagedError, SourceDamagedError, StorageFullError
 from dlm_core.storages.open import open_storage
 from dlm_core.transfers.checksums import manifest_digest, observe
 from dlm_core.transfers.mover import CopyTask, copy_batch
@@ -158,3 +159,71 @@ def test_stopping_leaves_the_rest_untouched(source, tmp_path):
     assert all(r.error is None for r in results)
     assert len(list(inner.walk())) == len(results) == 512
     assert leftovers(inner) == []
+
+
+@pytest.fixture
+def beside(tmp_path):
+    """Another storage on the source's file system."""
+    root = tmp_path / "beside"
+    root.mkdir()
+    return open_storage("beside", "posix", str(root), {})
+
+
+def test_the_kernel_copies_within_a_file_system(source, beside, monkeypatch):
+    """The bytes don't pass through us, but are read back; the progress tells all of them."""
+    data = os.urandom(20 << 20)
+    one = task(source, "x", data)
+    told = []
+    monkeypatch.setattr(type(beside), "write", None)
+    (result,) = copy_batch(source, beside, [one], progress=told.append)
+    assert result.error is None
+    assert sum(told) == len(data)
+    assert observe(beside, "copy/x").digest == one.digest
+
+
+def test_a_file_system_that_cannot_is_read_and_written(source, beside, monkeypatch):
+    """What the kernel refuses is copied as any other file."""
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    one = task(source, "x", os.urandom(3 << 20))
+    (result,) = copy_batch(source, beside, [one])
+    assert result.error is None
+    assert observe(beside, "copy/x").digest == one.digest
+
+
+def test_a_copy_by_the_kernel_that_differs_is_the_fault_of_who_has_other_bytes(
+    source, beside, monkeypatch
+):
+    """A damaged source is told as such, a damaged destination too; nothing becomes visible."""
+    bad = task(source, "bad", os.urandom(2 << 20), digest="sha256:" + "0" * 64)
+    (result,) = copy_batch(source, beside, [bad])
+    assert isinstance(result.error, SourceDamagedError)
+    copy = os.copy_file_range
+
+    def flip(source, destination, size):
+        copied = copy(source, destination, size)
+        os.pwrite(destination, b"flipped", 100)
+        return copied
+
+    monkeypatch.setattr(os, "copy_file_range", flip)
+    (result,) = copy_batch(source, beside, [task(source, "good", os.urandom(2 << 20))])
+    assert isinstance(result.error, DestinationDamagedError)
+    assert list(beside.walk()) == leftovers(beside) == []
+
+
+def test_a_copy_by_the_kernel_stops_in_the_middle(source, beside):
+    """Between two of the kernel's calls; nothing stays."""
+    stop = threading.Event()
+    tasks = [task(source, "x", os.urandom(40 << 20))]
+    told = []
+
+    def moved(size):
+        told.append(size)
+        stop.set()
+
+    assert list(copy_batch(source, beside, tasks, progress=moved, stop=stop)) == []
+    assert sum(told) < 40 << 20
+    assert leftovers(beside) == []

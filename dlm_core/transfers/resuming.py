@@ -1,0 +1,119 @@
+"""Large files that go on where an earlier try was interrupted."""
+
+from __future__ import annotations
+
+import io
+import threading
+from hashlib import sha256
+from typing import Any
+
+from dlm_core.errors import (
+    DestinationDamagedError,
+    PayloadNotFoundError,
+    SourceDamagedError,
+    StorageUnavailableError,
+)
+from dlm_core.storages.port import ReadStream, Storage
+from dlm_core.transfers.reading import BLOCK, HashingReader, Interrupted, Progress
+from dlm_core.transfers.tasks import File
+
+
+class Resuming:
+    """Writes one file; the destination has ``write_on``.
+
+    What an earlier try left is renamed to this try's own name first: only one can have it, and who
+    wrote it has ended, so nobody else writes there. It is read again for the digest of the whole.
+    """
+
+    def __init__(
+        self, source: Storage, destination: Storage, stop: threading.Event, moved: Progress
+    ) -> None:
+        self._source, self._destination, self._stop = source, destination, stop
+        self._moved = moved
+
+    def write(self, file: File) -> None:
+        """Raises as ``write``, and Interrupted; ``file.kept`` tells if what was written stays.
+
+        DestinationDamagedError
+            if the whole is not what it should be: whether the fault is that of the bytes which were
+            there is not known, so the next try begins anew.
+        """
+        file.resumable = True
+        begun, hasher = self._taken_over(file)
+        if begun == file.size:
+            self._destination.write_on(file.written, io.BytesIO(), begun)  # type: ignore[attr-defined]
+            file.kept = False
+            return
+        where = f"{self._source.name}:{file.source}"
+        try:
+            with self._opened(file, begun) as stream:
+                reader = HashingReader(
+                    stream, file.size, file.digest, where, None, self._stop, self._moved,
+                    hasher, begun,
+                )  # fmt: skip
+                file.kept = True
+                self._destination.write_on(file.written, reader, begun)  # type: ignore[attr-defined]
+        except (Interrupted, StorageUnavailableError):
+            file.kept = file.kept or begun > 0
+            raise
+        except SourceDamagedError as error:
+            file.kept = False
+            if not begun:
+                raise
+            raise DestinationDamagedError(
+                where=f"{self._destination.name}:{file.final}",
+                expected=file.digest,
+                found=f"{error.details['found']} with the {begun} bytes of an earlier try",
+            ) from error
+        except BaseException:
+            file.kept = False
+            raise
+        file.kept = False
+
+    def _taken_over(self, file: File) -> tuple[int, Any]:
+        """How many bytes are there already, and the digest of them so far."""
+        if file.partial is None:
+            return 0, sha256()
+        try:
+            self._destination.rename(file.partial, file.written)
+        except PayloadNotFoundError:
+            return 0, sha256()
+        file.kept = True
+        left: int = self._destination.left_of(file.written)  # type: ignore[attr-defined]
+        if not 0 < left <= file.size:
+            file.kept = False
+            self._destination.remove(file.written)
+            return 0, sha256()
+        return left, self._hashed(file.written, left)
+
+    def _hashed(self, path: str, size: int) -> Any:
+        hasher = sha256()
+        with self._destination.open_read(path) as stream:
+            while size and (block := stream.read(min(BLOCK, size))):
+                if self._stop.is_set():
+                    raise Interrupted
+                hasher.update(block)
+                size -= len(block)
+                self._moved(len(block))
+        if size:
+            raise StorageUnavailableError(
+                storage=self._destination.name, message=f"{path} became shorter"
+            )
+        return hasher
+
+    def _opened(self, file: File, begun: int) -> ReadStream:
+        """The source from byte ``begun`` on, which it may have to be read up to."""
+        at = getattr(self._source, "open_read_at", None)
+        if at is not None and begun:
+            found: ReadStream = at(file.source, begun)
+            return found
+        stream = self._source.open_read(file.source)
+        try:
+            while begun and (block := stream.read(min(BLOCK, begun))):
+                if self._stop.is_set():
+                    raise Interrupted
+                begun -= len(block)
+        except BaseException:
+            stream.close()
+            raise
+        return stream

@@ -1,0 +1,150 @@
+"""What is to be copied, how it ended, and files on their way."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+from dlm_core.errors import DlmError
+from dlm_core.types import ManifestEntry, PayloadKind
+
+# small files that are written in one call, where the destination has one
+_TOGETHER_FILES = 64
+_TOGETHER_BYTES = 4 << 20
+_SUB_BATCH_FILES = 512
+_SUB_BATCH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTask:
+    """One payload to copy. ``size`` in bytes and ``digest`` are what the catalogue says; ``token``
+    names the temporary file and is unique for every try; ``partial`` is the temporary file that an
+    earlier try left, and whose writer has ended."""
+
+    operation_id: uuid.UUID
+    source_path: str
+    destination_path: str
+    kind: PayloadKind
+    size: int
+    digest: str
+    manifest: tuple[ManifestEntry, ...]
+    token: str
+    partial: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CopyResult:
+    """How a task ended: ``error`` None means a verified, visible copy. ``seconds`` of work.
+    ``partial`` is a temporary file from which the next try may go on."""
+
+    task: CopyTask
+    error: DlmError | None
+    seconds: float
+    partial: str | None = None
+    #: it did not fail: it was asked to stop
+    stopped: bool = False
+
+
+@dataclass(slots=True)
+class File:
+    """One file on its way; a directory payload has several."""
+
+    operation_id: uuid.UUID
+    source: str
+    #: where it is written first, and where it becomes visible
+    written: str
+    final: str
+    size: int
+    digest: str
+    #: the ETag that an object store gives these bytes
+    etag: str = ""
+    #: the destination copied it: who is to blame for other bytes is not known
+    direct: bool = False
+    #: where an earlier try left the first bytes
+    partial: str | None = None
+    #: it is written so that another try may go on
+    resumable: bool = False
+    #: this try left the first bytes
+    kept: bool = False
+    #: this try made it
+    made: bool = False
+    #: the bytes at the destination have been compared
+    proven: bool = False
+    error: DlmError | None = None
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class Copy:
+    """One payload on its way."""
+
+    task: CopyTask
+    written: str
+    files: list[File] = field(default_factory=list)
+    error: DlmError | None = None
+
+    def kept(self) -> bool:
+        """Whether the next try may go on from what was written."""
+        return any(file.kept and file.error is not None for file in self.files)
+
+    def first_error(self) -> DlmError | None:
+        return self.error or next((file.error for file in self.files if file.error), None)
+
+
+def _anywhere(_: bool) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _unseen(_: uuid.UUID, __: str, ___: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """The limits that a copy keeps besides its bytes' pace, and who watches it; by default none.
+
+    ``places(back)`` is held while a file is copied, or while it is read back (``back``).
+    ``watch(operation_id, step, size)`` is told of bytes of files that are not small, by block;
+    ``step`` is copy or check.
+    """
+
+    places: Callable[[bool], AbstractContextManager[None]] = _anywhere
+    watch: Callable[[uuid.UUID, str, int], None] = _unseen
+
+
+def sub_batches(tasks: Sequence[CopyTask]) -> Iterator[list[CopyTask]]:
+    """In order, few enough at once to be flushed and verified together."""
+    batch: list[CopyTask] = []
+    size = files = 0
+    for task in tasks:
+        more = len(task.manifest) or 1
+        if batch and (files + more > _SUB_BATCH_FILES or size + task.size > _SUB_BATCH_BYTES):
+            yield batch
+            batch, size, files = [], 0, 0
+        batch.append(task)
+        size += task.size
+        files += more
+    if batch:
+        yield batch
+
+
+def can_be_listed(task: CopyTask) -> bool:
+    """Whether all names stand for themselves in a list with one name a line."""
+    names = [task.source_path, *(one.path for one in task.manifest)]
+    return all(name.isprintable() and "\\" not in name for name in names)
+
+
+def groups(files: Sequence[File]) -> Iterator[list[File]]:
+    """In order, few enough at once to be held in memory by every thread."""
+    group: list[File] = []
+    size = 0
+    for file in files:
+        if group and (len(group) == _TOGETHER_FILES or size + file.size > _TOGETHER_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(file)
+        size += file.size
+    if group:
+        yield group

@@ -60,8 +60,8 @@ class Copies:
         if at_once == 1 or len(jobs) + len(large) == 1:
             for copy, link, rows in jobs:
                 report.add(copy(link, rows))
-            for link, rows in large:
-                report.add(self._copy_large(link, rows))
+            for one in large:
+                report.add(self._copy_large(*one))
             return report
         with (
             ThreadPoolExecutor(at_once, "dlm-link") as links,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from dlm_core.catalogue.traffic import link_key, storage_key
@@ -24,7 +25,6 @@ from dlm_core.types import ManifestEntry, PayloadKind, decode_path
 Row = Mapping[str, Any]
 #: source and destination
 Link = tuple[uuid.UUID, uuid.UUID]
-Copy = Callable[[Link, Sequence[Row]], Report]
 Record = Callable[[Sequence[CopyResult], Report], None]
 
 _LARGE_AT_ONCE = 2
@@ -49,26 +49,29 @@ class Copies:
     def make(self) -> Report:
         """Make them all; what is not begun when the context's ``stop`` is set is left."""
         at_once = self.context.settings.links_at_once
-        warm = {link: rows for link, rows in self.links.items() if not self._is_cold(link)}
-        jobs: list[tuple[Copy, Link, Sequence[Row]]]
-        jobs = [(self._copy, link, small) for link, rows in warm.items() if (small := _small(rows))]
-        jobs += [(self._copy_staged, *one) for one in self.links.items() if one[0] not in warm]
-        large = [(link, rows) for link, all_ in warm.items() if (rows := _large(all_))]
+        jobs: list[Callable[[], Report]] = []
+        large: list[Callable[[], Report]] = []
+        for link, rows in self.links.items():
+            if self._is_cold(link):
+                jobs.append(partial(self._copy_staged, link, rows))
+                continue
+            if small := _small(rows):
+                jobs.append(partial(self._copy, link, small))
+            if rest := _large(rows):
+                large.append(partial(self._copy_large, link, rest))
         report = Report()
         if not jobs:
             self.claim.eased.set()
         if at_once == 1 or len(jobs) + len(large) == 1:
-            for copy, link, rows in jobs:
-                report.add(copy(link, rows))
-            for one in large:
-                report.add(self._copy_large(*one))
+            for work in jobs + large:
+                report.add(work())
             return report
         with (
             ThreadPoolExecutor(at_once, "dlm-link") as links,
             ThreadPoolExecutor(at_once, "dlm-large") as beside,
         ):
-            going = {links.submit(copy, link, rows) for copy, link, rows in jobs}
-            going |= {beside.submit(self._copy_large, link, rows) for link, rows in large}
+            going = {links.submit(work) for work in jobs}
+            going |= {beside.submit(work) for work in large}
             while going:
                 ended, going = wait(going, return_when=FIRST_COMPLETED)
                 self.claim.eased.set()

@@ -168,6 +168,21 @@ def test_a_lifecycle_with_an_archive_there_and_back(engine, tmp_path, archive):
     assert site.visible("disk") == {"x": b"payload" * 99}
 
 
+def test_an_upload_whose_etag_proves_nothing_is_restored_and_read(
+    engine, tmp_path, archive, monkeypatch
+):
+    """As where a key service encrypts: what was uploaded stays, is restored, read and adopted."""
+    monkeypatch.setattr("dlm_core.transfers.mover._Mover._compare_etags", lambda *_: None)
+    site = make_site(engine, tmp_path)
+    site.add_storage("glacier", "cloud", interface="s3", root=archive.make_bucket(),
+                     config=json.dumps(archive_config(archive)), **{"class": "object"})  # fmt: skip
+    site.add_storage("disk", "here")
+    oid = site.add_item("x", b"payload" * 99, "disk")
+    site.settle()
+    assert site.replicas(oid)["glacier"] == "PENDING"
+    poll_until(site, lambda: site.replicas(oid)["glacier"] == "READY")
+
+
 def poll_until(site, is_so, most=8):
     for _ in range(most):
         if is_so():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from dlm_core.catalogue.engine import make_engine
 pytest_plugins = ["tests.backends"]
 
 _TEMPLATE = "dlm_template"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell's background job: Dagster would ignore SIGTERM like it, and so would what it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -95,3 +95,26 @@ class Hooked(Wrapped):
             return found(*arguments)
 
         return call
+
+
+class Misreading(Wrapped):
+    """Reads wrongly as long as ``left`` lasts, an element a stream."""
+
+    left: list[None]
+
+    def open_read(self, path: str) -> Any:
+        stream = self.inner.open_read(path)
+        return _Inverted(stream) if self.left and self.left.pop() is None else stream
+
+    read_back = open_read
+
+
+class _Inverted(Wrapped):
+    def read(self, size: int = -1) -> bytes:
+        return bytes(255 - byte for byte in self.inner.read(size))
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.inner.close()

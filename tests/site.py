@@ -19,9 +19,10 @@ from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.staging import execute_stage
 from dlm_core.lifecycle.trash import execute_purge, execute_restore, execute_trash
 from dlm_core.lifecycle.verify import execute_verify
-from dlm_core.lifecycle.work import Context, Report, StoragePool, drain
+from dlm_core.lifecycle.work import Context, Report, StoragePool, _open_row, drain
 from dlm_core.settings import Settings
 from dlm_core.types import OperationKind, encode_path, make_uri, new_id, uri_bucket
+from tests.fakes import Misreading
 
 ALL = {
     OperationKind.STAGE: execute_stage,
@@ -168,3 +169,16 @@ def make_site(engine: Engine, folder: Path, **settings: Any) -> Site:
 def reopen(site: Site, opener: Any) -> None:
     """Open the storages through ``opener(row)`` from now on: how faults are put in."""
     site.context.storages = StoragePool(opener)
+
+
+def misread(site: Site, times: int) -> list[None]:
+    """The next so many streams opened to read give wrong bytes; how many are left to come."""
+    left: list[None] = [None] * times
+
+    def opened(row: Any) -> Any:
+        storage = Misreading(_open_row(row))
+        storage.left = left
+        return storage
+
+    reopen(site, opened)
+    return left

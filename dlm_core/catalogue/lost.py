@@ -235,10 +235,10 @@ def waits_for_looks(connection: Connection, storage_id: uuid.UUID) -> bool:
 
 
 def end_audit(connection: Connection, storage_id: uuid.UUID, mode: str) -> None:
-    """All was read: the storage is used again."""
+    """All was read: the storage is used again as before, or as ``mode`` if that is not known."""
     run(
         connection,
-        "UPDATE storage SET mode = :mode WHERE storage_id = :id AND mode = 'auditing'",
+        "UPDATE storage SET mode = coalesce(mode_before, :mode) WHERE storage_id = :id AND mode = 'auditing'",
         mode=mode,
         id=storage_id,
     )

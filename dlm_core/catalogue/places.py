@@ -400,3 +400,19 @@ def retire_storage(
         now=now,
         id=storage["storage_id"],
     )
+    if left:
+        _end_all(connection, storage["storage_id"], f"storage {name} is retired", now)
+
+
+def _end_all(connection: Connection, storage_id: uuid.UUID, why: str, now: datetime) -> None:
+    """What waited for a storage that was given up does not come any more."""
+    run(
+        connection,
+        """UPDATE operation o SET state = 'CANCELLED', finished_at = :now, lease_token = NULL,
+                  lease_until = NULL, error_code = 'DLM-503', error = :why
+             FROM replica r
+            WHERE r.uid = o.uid AND r.storage_id = :storage AND o.state IN ('QUEUED', 'RUNNING')""",
+        storage=storage_id,
+        why=why,
+        now=now,
+    )

@@ -135,6 +135,7 @@ storage = Table(
     Column("audit_after", Text),
     Column("drain_since", Moment),
     Column("drain_bytes", BigInteger),
+    Column("mode_before", Text),
     UniqueConstraint("interface", "root", "config"),
 )
 

@@ -40,8 +40,22 @@ def set_aside(
     storage: Storage,
 ) -> dict[uuid.UUID, StorageError | None]:
     """Quarantine what is still this worker's to judge; by uid the error if that failed."""
-    uids = _still_ours(connection, claim, details, damaged)
-    return {uid: _quarantine(storage, details[uid], claim.token) for uid in uids}
+    operations = {uid: operation_id for operation_id, uid in damaged}
+    return {
+        uid: _quarantine(storage, details[uid], [operations[uid], claim.token])
+        for uid in _still_ours(connection, claim, details, damaged)
+    }
+
+
+def is_aside(storage: Storage, operation_id: uuid.UUID, uid: uuid.UUID) -> bool:
+    """Whether an earlier try of this operation set a replica's bytes aside before it was lost.
+
+    Raises
+    ------
+    StorageError
+        if the storage cannot tell.
+    """
+    return storage.stat(quarantine_path(str(uid), operation_id.hex)) is not None
 
 
 def _still_ours(
@@ -54,14 +68,19 @@ def _still_ours(
     return [uid for uid in uids if now[uid]["state"] == details[uid]["state"]]
 
 
-def _quarantine(storage: Storage, row: Row, token: uuid.UUID) -> StorageError | None:
-    """Move damaged bytes to a visible place, never over anything; the error if that failed."""
-    try:
-        storage.rename(decode_path(row["path"]), quarantine_path(str(row["uid"]), token.hex))
-    except (PayloadExistsError, PayloadNotFoundError):
-        return None  # done by an earlier try of this operation
-    except StorageError as error:
-        return error
+def _quarantine(storage: Storage, row: Row, tokens: Sequence[uuid.UUID]) -> StorageError | None:
+    """Move damaged bytes to a visible place, the first of some that is free; the error if that
+    failed."""
+    for token in tokens:
+        try:
+            storage.rename(decode_path(row["path"]), quarantine_path(str(row["uid"]), token.hex))
+            break
+        except PayloadExistsError:
+            continue  # of an earlier try that an object store was left with half done
+        except PayloadNotFoundError:
+            break  # gone already
+        except StorageError as error:
+            return error
     return None
 
 

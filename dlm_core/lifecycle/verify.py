@@ -24,7 +24,7 @@ from dlm_core.errors import (
     StorageError,
 )
 from dlm_core.lifecycle.check import AUDIT, SCHEDULED
-from dlm_core.lifecycle.quarantine import bring_back, find_good, list_aside, set_aside
+from dlm_core.lifecycle.quarantine import bring_back, find_good, is_aside, list_aside, set_aside
 from dlm_core.lifecycle.staging import (
     Wanted,
     believed,
@@ -306,6 +306,8 @@ def _judge(
             error = believed(storage, files[look.operation_id], error)
             # of a stub that was read nothing is known
             verdict = verdict if isinstance(error, IntegrityError) else ""
+        if verdict == ReplicaState.MISSING:
+            verdict, error = _unless_aside(look, verdict, error, storage)
         if verdict == ReplicaState.CORRUPTED and recovery.is_unproven(details[look.uid], floor):
             verdict = ""
         verdicts.append((look, verdict, error))
@@ -351,6 +353,18 @@ def _verdict(look: Look, row: Mapping[str, Any]) -> tuple[str, DlmError | None]:
         return row["state"], error
     second = row["state"] == ReplicaState.SUSPECT and not row["unread"]
     return (ReplicaState.CORRUPTED if second else ReplicaState.SUSPECT), error
+
+
+def _unless_aside(
+    look: Look, verdict: str, error: DlmError | None, storage: Storage
+) -> tuple[str, DlmError | None]:
+    """Nothing is in its place: CORRUPTED, if this operation has moved it away in a try that ended
+    before it could say so."""
+    try:
+        aside = is_aside(storage, look.operation_id, look.uid)
+    except StorageError as failure:
+        return "", failure
+    return (ReplicaState.CORRUPTED if aside else verdict), error
 
 
 def _rescued(

@@ -372,9 +372,10 @@ class RcloneStorage(Listed):
                 if isinstance(found, PayloadNotFoundError)
                 else found
             ) from None
-        with suppress(PayloadNotFoundError):
-            # empty folders only: no listing that leaves something out costs it
-            self._call("operations/rmdirs", source)
+        if self._look(source) is None:
+            return
+        # empty folders only: no listing that leaves something out costs it
+        self._call("operations/rmdirs", source)
         if self._look(source) is not None:
             raise self._unavailable(f"{source} was not moved whole")
 

@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dlm_core.catalogue.items import Terms
-from dlm_core.errors import AlreadyExistsError, NotFoundError
+from dlm_core.errors import AlreadyExistsError, IllegalTransitionError, NotFoundError
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.export import export_storage
+from dlm_core.lifecycle.lost import lose_storage, plan_audits, take_back
 from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind
-from tests.site import Site
+from tests.site import Site, misread
 
 Step = Callable[[Site], object]
 
@@ -217,6 +219,40 @@ def _verify(site: Site) -> None:
     site.context.transact(lambda c: request_verification(c, actor="user:test", now=site.now))
 
 
+def _lose(site: Site) -> None:
+    lose_storage(site.context, "b", "burnt")
+
+
+def _lost(site: Site) -> None:
+    """A storage that was lost, one of its files damaged, one gone."""
+    three_storages(site)
+    site.set_storage("c", mode="read_only")
+    _settled(_several)(site)
+    site.set_storage("c", mode="read_write")
+    _lose(site)
+    site.settle()
+    (site.folder / "b" / "test" / "s" / "1").write_bytes(b"??")
+    (site.folder / "b" / "test" / "s" / "2").unlink()
+
+
+def _take_back(site: Site) -> None:
+    try:
+        take_back(site.context, "b")
+    except IllegalTransitionError:
+        pass  # told so when it is asked for twice
+    site.work(plan=lambda context: plan_audits(context) + plan_replication(context))
+
+
+def _set_aside(site: Site) -> None:
+    """The only copy, read wrongly until it was put into quarantine."""
+    three_storages(site)
+    oid = site.add_item("x", b"good bytes", "a", target_phase="LIQUID")
+    left = misread(site, 3)
+    _verify(site)
+    site.work(OperationKind.VERIFY)
+    assert not left and site.replicas(oid) == {"a": "CORRUPTED"}
+
+
 def _described(make: Step) -> Step:
     """Storages that carry descriptions which do not tell all any more."""
 
@@ -262,6 +298,9 @@ SCENARIOS = [
     Scenario("restore an object", _trashed(_one), _restore, settings=_KEEP, objects=True),
     Scenario("restore objects", _trashed(_tree), _restore, settings=_KEEP, objects=True),
     Scenario("purge objects", _purgeable(_tree), objects=True),
+    Scenario("declare a storage lost", _settled(_several), _lose, rounds=2),
+    Scenario("take a storage back", _lost, _take_back, rounds=2),
+    Scenario("bring back from quarantine", _set_aside),
     Scenario("describe", _described(_one), _export),
     Scenario("describe objects", _described(_tree), _export, objects=True),
 ]

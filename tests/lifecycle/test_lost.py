@@ -259,7 +259,49 @@ def test_a_lost_storage_is_retired_by_an_explicit_word(site):
         take_back(site.context, "b")
 
 
+def test_what_was_asked_of_a_storage_that_is_given_up_ends(site):
+    """A restore that waited for a lost storage is told that it will not come."""
+    oid = site.oids[0]
+    site.execute(
+        "UPDATE data_item SET target_phase = 'LIQUID', expires_at = :now WHERE oid = :oid",
+        now=site.now, oid=oid,
+    )  # fmt: skip
+    site.settle()
+    lose_storage(site.context, "b", "burnt")
+    by_hand(
+        site,
+        lambda c: request_restore(
+            c, oid=oid, storage_id=site.storages["b"], actor="user:test", now=site.now
+        ),
+    )
+    site.work()
+    by_hand(site, lambda c: retire_storage(c, "b", site.now, give_up=True))
+    left = site.query(
+        "SELECT o.kind, o.state, o.error FROM operation o JOIN replica r USING (uid) "
+        "WHERE r.storage_id = :s AND o.kind = 'restore'",
+        s=site.storages["b"],
+    )
+    assert [(row["kind"], row["state"]) for row in left] == [("restore", "CANCELLED")]
+    assert "retired" in left[0]["error"]
+
+
 # --- back -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("was", ["read_only", "draining"])
+def test_after_an_audit_a_storage_is_what_it_was_before(site, was):
+    """Nobody asked for more: the mode of before the loss, over offline and lost, is kept."""
+    site.set_storage("b", mode=was)
+    site.set_storage("b", mode="offline")
+    lose_storage(site.context, "b", "unplugged")
+    take_back(site.context, "b")
+    audit(site)
+    assert mode(site, "b") == was
+    site.set_storage("b", mode="read_write")
+    site.set_storage("b", mode="offline")
+    take_back(site.context, "b")
+    audit(site)
+    assert mode(site, "b") == "read_write"
 
 
 @pytest.mark.parametrize("was", ["lost", "offline"])

@@ -6,39 +6,17 @@ from typing import Any
 
 import pytest
 
+from dlm_core.errors import CatalogueUnavailableError
+from dlm_core.lifecycle import verify
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import Source, Terms, register_tree
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.verify import request_verification
-from dlm_core.lifecycle.work import _open_row, drain
+from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind
-from tests.fakes import Wrapped
-from tests.site import Site, make_site, reopen
+from tests.site import Site, make_site, misread
 
 GOOD = b"good bytes"
-
-
-class Misreading(Wrapped):
-    """Reads wrongly as long as ``left`` lasts."""
-
-    left: list[None]
-
-    def open_read(self, path: str) -> Any:
-        stream = self.inner.open_read(path)
-        return _Flipped(stream) if self.left and self.left.pop() is None else stream
-
-    read_back = open_read
-
-
-class _Flipped(Wrapped):
-    def read(self, size: int = -1) -> bytes:
-        return bytes(255 - byte for byte in self.inner.read(size))
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.inner.close()
 
 
 @pytest.fixture
@@ -46,18 +24,6 @@ def site(engine, tmp_path) -> Site:
     site = make_site(engine, tmp_path)
     site.add_storage("a", "A")
     return site
-
-
-def misread(site: Site, times: int) -> list[None]:
-    left: list[None] = [None] * times
-
-    def opened(row: Any) -> Any:
-        storage = Misreading(_open_row(row))
-        storage.left = left
-        return storage
-
-    reopen(site, opened)
-    return left
 
 
 def look(site: Site, oid: Any) -> None:
@@ -132,6 +98,27 @@ def test_a_crash_on_either_way_is_mended(site, step):
         site.execute("UPDATE replica SET state = 'SUSPECT' WHERE uid = :u", u=uid)
     look(site, oid)
     is_well(site, oid)
+
+
+def test_damage_that_was_set_aside_unrecorded_is_damage_still(site, monkeypatch):
+    """The next try finds nothing in its place, and says CORRUPTED: it was moved, it did not go."""
+    oid = site.add_item("x", GOOD, "a", target_phase="LIQUID")
+    (site.folder / "a" / "x").write_bytes(b"evil bytes")
+
+    def refuse(connection: Any, context: Any, *_: Any) -> Any:
+        if site.private("a", "quarantine"):
+            raise CatalogueUnavailableError(reason="cut", hint="again")
+        return write(connection, context, *_)
+
+    write = verify._write
+    monkeypatch.setattr(verify, "_write", refuse)
+    with pytest.raises(CatalogueUnavailableError):
+        look(site, oid)
+    assert site.replicas(oid) == {"a": "SUSPECT"} and site.visible("a") == {}
+    monkeypatch.undo()
+    site.advance(hours=1)
+    site.work(OperationKind.VERIFY)
+    assert site.replicas(oid) == {"a": "CORRUPTED"}
 
 
 def test_a_strangers_file_in_the_place_is_not_moved_for_it(site):

@@ -1,4 +1,4 @@
-"""Files of cold storages wait to be staged; the operation kind that asks for it ahead of need."""
+"""A storage that was away is, after its audit, what it was before."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ SQL = Path(__file__).resolve().parent.parent / "sql"
 def upgrade() -> None:
     # the driver's own cursor: the file is plain SQL, its % signs are no placeholders
     cursor = op.get_bind().connection.cursor()
-    cursor.execute((SQL / "0007_staging.sql").read_text(encoding="utf-8"))
+    cursor.execute((SQL / "0007_return.sql").read_text(encoding="utf-8"))
 
 
 def downgrade() -> None:
-    raise RuntimeError("what waits for staging is kept: go back with a backup of the catalogue")
+    raise RuntimeError("modes are kept: go back with a backup of the catalogue")

@@ -21,7 +21,7 @@ class ColdStorage:
 
     Reading a file that is not online raises ``NotOnlineError`` instead of recalling it by
     accident, one by one; who has many to read asks :meth:`look` for all of them first. What this
-    process wrote a moment ago is online. All else goes through to the adapter.
+    process wrote to disk a moment ago is online. All else goes through to the adapter.
     """
 
     def __init__(self, inner: Storage, stager: Stager, terms: StageTerms) -> None:
@@ -79,7 +79,7 @@ class ColdStorage:
 
     def write(self, path: str, source: Readable, size: int) -> str | None:
         etag = self.inner.write(path, source, size)
-        self._remember([path])
+        self._remember_written([path])
         return etag
 
     def rename(self, source: str, destination: str) -> None:
@@ -108,10 +108,15 @@ class ColdStorage:
         def write(things: Sequence[tuple[str, bytes]]) -> Any:
             errors = write_many(things)
             pairs = zip(things, errors, strict=True)
-            self._remember([path for (path, _), error in pairs if error is None])
+            self._remember_written([path for (path, _), error in pairs if error is None])
             return errors
 
         return write
+
+    def _remember_written(self, paths: Iterable[str]) -> None:
+        """What a disk takes stays there for a while; an archive class is offline at once."""
+        if not self.renames_read:
+            self._remember(paths)
 
     def _remember(self, paths: Iterable[str]) -> None:
         now = time.monotonic()

@@ -64,7 +64,7 @@ class File:
     direct: bool = False
     #: where an earlier try left the first bytes
     partial: str | None = None
-    #: it is written so that another try may go on
+    #: another try may go on from what this one leaves
     resumable: bool = False
     #: this try left the first bytes
     kept: bool = False

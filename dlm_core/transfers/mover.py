@@ -246,7 +246,7 @@ class _Mover:
         try:
             if self.stop.is_set():
                 raise Interrupted
-            with self.lane.places(False):
+            with self.lane.places(False, file.size):
                 work()
         except Interrupted:
             file.error = _interrupted(self.source)
@@ -272,7 +272,7 @@ class _Mover:
             return
         begun = time.monotonic()
         try:
-            with self.lane.places(False):
+            with self.lane.places(False, _SMALL):
                 errors = self._together(
                     self.write_many, [(f.written, data[f.written]) for f in read]
                 )
@@ -417,7 +417,8 @@ class _Mover:
     def _verify(self, files: Sequence[File]) -> list[None]:
         """Read files back; all are opened first, so that the medium is at work on the next ones."""
         try:
-            with self.lane.places(True), ExitStack() as opened:
+            most = max(file.size for file in files)
+            with self.lane.places(True, most), ExitStack() as opened:
                 for file, stream in self._opened(files, opened):
                     self._verify_one(file, stream)
         except Interrupted:

@@ -363,6 +363,7 @@ def verify(
     uri: Annotated[str | None, typer.Argument(help="An item.")] = None,
     storage: Annotated[str | None, typer.Option(help="All copies on a storage.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All copies everywhere.")] = False,
+    priority: Priority = None,
 ) -> None:
     """Ask for copies to be read again."""
     from dlm_core.catalogue.browse import get_item
@@ -379,6 +380,7 @@ def verify(
             now=context.clock(),
             storage_id=get_storage(connection, storage)["storage_id"] if storage else None,
             oid=get_item(connection, uri)["oid"] if uri else None,
+            priority=priority or 0,
         )
 
     with catalogue() as context:

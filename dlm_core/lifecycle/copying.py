@@ -162,8 +162,8 @@ class Copies:
     def _lane(self, keys: Sequence[str], sizes: Mapping[uuid.UUID, int]) -> Lane:
         traffic = self.context.traffic
 
-        def places(back: bool) -> AbstractContextManager[None]:
-            return traffic.places(keys[1:2] if back else keys)
+        def places(back: bool, size: int) -> AbstractContextManager[None]:
+            return traffic.places(keys[1:2] if back else keys, size)
 
         def watch(operation_id: uuid.UUID, step: str, size: int) -> None:
             traffic.moved(self.context, operation_id, sizes[operation_id], step, size)

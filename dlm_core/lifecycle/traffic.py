@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ _LOG_SECONDS = 15.0
 _TOLD = 64
 # of what is smaller nothing is told
 _SMALL = 1 << 20
+_ANYWHERE: AbstractContextManager[None] = nullcontext()
 
 
 @dataclass(slots=True)
@@ -97,8 +98,11 @@ class Traffic:
         with self._lock:
             return self._paces.setdefault(key, Pace(None, self._stop))
 
-    def places(self, keys: Sequence[str]) -> Any:
-        """A context manager: one file is at work under all of ``keys``."""
+    def places(self, keys: Sequence[str], size: int) -> AbstractContextManager[None]:
+        """One file of ``size`` bytes is at work under all of ``keys``; small ones are only counted
+        while something is limited: they are done before a limit that is set now could matter."""
+        if size <= _SMALL and not self._slots.limited:
+            return _ANYWHERE
         return self._slots.held(keys)
 
     # --- progress --------------------------------------------------------------------------------
@@ -237,7 +241,7 @@ def looking_at(context: Context, storage: Storage, target: Mapping[str, Any]) ->
     def moved(block: int) -> None:
         traffic.moved(context, key, size, "check", block)
 
-    with traffic.places([catalogue.storage_key(target["storage_id"])]):
+    with traffic.places([catalogue.storage_key(target["storage_id"])], size):
         try:
             yield storage if size <= _SMALL else paced(storage, [Watched(moved)])
         finally:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection
 from dlm_core.catalogue import checks, recovery
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas as catalogue
+from dlm_core.catalogue.urgency import STEP, Urgency
 from dlm_core.errors import (
     AccessDeniedError,
     DlmError,
@@ -73,18 +74,27 @@ def request_verification(
     oid: uuid.UUID | None = None,
     oids: Sequence[uuid.UUID] | None = None,
     reason: str = "asked for",
+    priority: int = 0,
 ) -> int:
     """Queue a look at every replica of an item, on a storage, or both narrowed; how many.
 
     ``oids`` names several items. Those that are CORRUPTED are looked for in quarantine. Replicas
     that wait for a look already are not queued twice. With nothing given, all replicas.
+    ``priority`` is from -9 (first) to 9 (last).
+
+    Raises
+    ------
+    InvalidValueError
     """
+    chosen = STEP * Urgency(priority).priority
     items = oids if oids is not None else [oid] if oid else None
     found = checks.select_unasked(connection, storage_id, items)
     return queue.insert_operations(
         connection,
         [
-            queue.NewOperation(OperationKind.VERIFY, row["oid"], row["uid"], reason, now)
+            queue.NewOperation(
+                OperationKind.VERIFY, row["oid"], row["uid"], reason, now, priority=chosen
+            )
             for row in found
         ],
         actor,

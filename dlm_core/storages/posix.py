@@ -28,7 +28,7 @@ _BLOCK = 1 << 20
 # a large file begins its way to the medium while the rest is written: flushing waits less
 _WRITEBACK = 32 << 20
 # bytes that the kernel copies in one call: a limit and a stop are looked at in between
-_KERNEL_BLOCK = 8 << 20
+_KERNEL_BLOCK = 1 << 20
 _NOT_BY_KERNEL = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF}
 # a fifo must not keep us waiting for somebody to write into it
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -295,7 +295,7 @@ class PosixStorage:
     def _by_kernel(
         self, stream: PosixStream, descriptor: int, path: str, moved: Callable[[int], None]
     ) -> bool:
-        source, left, offset = stream.fileno(), stream.size, 0
+        source, left, offset, begun = stream.fileno(), stream.size, 0, 0
         if os.fstat(source).st_dev != os.fstat(descriptor).st_dev:
             return False
         while left:
@@ -307,8 +307,10 @@ class PosixStorage:
                 raise self._translate_making(error, path) from error
             if not copied:
                 return False  # the source became shorter
-            _let_go(descriptor, offset, copied)
             offset, left = offset + copied, left - copied
+            if offset - begun >= _WRITEBACK:
+                _let_go(descriptor, begun, offset - begun)
+                begun = offset
             moved(copied)
         return True
 

@@ -31,7 +31,7 @@ from dlm_core.errors import (
 )
 from dlm_core.storages.port import ReadStream, Storage, temp_path
 from dlm_core.transfers.checksums import observe
-from dlm_core.transfers.pooled import MAX_CHUNK, each, in_chunks
+from dlm_core.transfers.pooled import MAX_CHUNK, at_once, each, in_chunks
 from dlm_core.transfers.reading import BLOCK, HashingReader, Interrupted, Progress, read_up_to
 from dlm_core.transfers.resuming import Resuming
 from dlm_core.transfers.tasks import (
@@ -83,7 +83,7 @@ def copy_batch(
     mover = _Mover(source, destination, progress, stop, lane or Lane())
     if resume_bytes is not None:
         mover.resumed_above = resume_bytes
-    threads = concurrency or mover.concurrency()
+    threads = concurrency or at_once(source, destination)
     finishing: Future[list[CopyResult]] | None = None
     with ThreadPoolExecutor(threads, "dlm-copy") as pool, ThreadPoolExecutor(1) as finisher:
         # a sub-batch is flushed and verified while the next one is written
@@ -121,15 +121,6 @@ class _Mover:
         self.write_on = getattr(destination, "write_on", None)
         self.resumed_above = sys.maxsize
         self.outage: DlmError | None = None
-
-    def concurrency(self) -> int:
-        """What is far away hides its latency behind many requests; disks want few."""
-        both = (self.source, self.destination)
-        remote = any(
-            getattr(one, "atomic_write", False) or getattr(one, "remote", False) for one in both
-        )
-        chosen = [one.concurrency for one in both]
-        return max(chosen) if remote else max(1, min(chosen))
 
     def write(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[Copy]:
         """Bring the bytes of one sub-batch over; errors are kept beside the files."""
@@ -171,7 +162,14 @@ class _Mover:
         ]
 
     def _prepare(self, task: CopyTask, slot: int, folder: str | None) -> Copy:
-        written = task.destination_path if self.atomic else temp_path(f"{slot:x}/{task.token}")
+        resumable = (
+            self.write_on is not None
+            and task.kind is PayloadKind.FILE
+            and task.size > self.resumed_above
+        )
+        # all that may be gone on from is in one folder, where the next try looks
+        name = f"l/{task.token}" if resumable else f"{slot:x}/{task.token}"
+        written = task.destination_path if self.atomic else temp_path(name)
         if folder is not None and can_be_listed(task):
             written = f"{folder}/{task.source_path}"
         copy = Copy(task, written)
@@ -180,6 +178,7 @@ class _Mover:
                 File(
                     task.operation_id, task.source_path, written, task.destination_path,
                     task.size, task.digest, partial=task.partial,
+                    resumable=resumable,
                 )
             )  # fmt: skip
         elif not task.manifest:
@@ -247,7 +246,7 @@ class _Mover:
         try:
             if self.stop.is_set():
                 raise Interrupted
-            with self.lane.places(False):
+            with self.lane.places(False, file.size):
                 work()
         except Interrupted:
             file.error = _interrupted(self.source)
@@ -273,7 +272,7 @@ class _Mover:
             return
         begun = time.monotonic()
         try:
-            with self.lane.places(False):
+            with self.lane.places(False, _SMALL):
                 errors = self._together(
                     self.write_many, [(f.written, data[f.written]) for f in read]
                 )
@@ -316,7 +315,7 @@ class _Mover:
             self.progress(len(data))
 
     def _write_large(self, file: File) -> None:
-        if self.write_on is not None and file.size > self.resumed_above:
+        if file.resumable:
             Resuming(self.source, self.destination, self.stop, self._watching(file)).write(file)
             return
         part = self.part_size(file.size) if self.part_size is not None else None
@@ -418,7 +417,8 @@ class _Mover:
     def _verify(self, files: Sequence[File]) -> list[None]:
         """Read files back; all are opened first, so that the medium is at work on the next ones."""
         try:
-            with self.lane.places(True), ExitStack() as opened:
+            most = max(file.size for file in files)
+            with self.lane.places(True, most), ExitStack() as opened:
                 for file, stream in self._opened(files, opened):
                     self._verify_one(file, stream)
         except Interrupted:

@@ -6,10 +6,22 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from dlm_core.storages.port import Storage
+
 MAX_CHUNK = 16
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+
+
+def at_once(*ends: Storage) -> int:
+    """How many transfers suit both ends: what is far away hides its latency behind many requests,
+    disks want few."""
+    remote = any(
+        getattr(one, "atomic_write", False) or getattr(one, "remote", False) for one in ends
+    )
+    chosen = [one.concurrency for one in ends]
+    return max(chosen) if remote else max(1, min(chosen))
 
 
 def each(pool: ThreadPoolExecutor, function: Callable[[_T], _R], things: Sequence[_T]) -> list[_R]:

@@ -13,7 +13,7 @@ from dlm_core.errors import (
     SourceDamagedError,
     StorageUnavailableError,
 )
-from dlm_core.storages.port import ReadStream, Storage
+from dlm_core.storages.port import Entry, ReadStream, Storage
 from dlm_core.transfers.reading import BLOCK, HashingReader, Interrupted, Progress
 from dlm_core.transfers.tasks import File
 
@@ -22,7 +22,9 @@ class Resuming:
     """Writes one file; the destination has ``write_on``.
 
     What an earlier try left is renamed to this try's own name first: only one can have it, and who
-    wrote it has ended, so nobody else writes there. It is read again for the digest of the whole.
+    wrote it has ended, so nobody else writes there. What a worker left that was lost without a word
+    may still be written to: a copy of it is made, where the storage makes copies by itself, and it
+    is removed. What is gone on from is read again for the digest of the whole.
     """
 
     def __init__(
@@ -38,7 +40,6 @@ class Resuming:
             if the whole is not what it should be: whether the fault is that of the bytes which were
             there is not known, so the next try begins anew.
         """
-        file.resumable = True
         begun, hasher = self._taken_over(file)
         if begun == file.size:
             self._destination.write_on(file.written, io.BytesIO(), begun)  # type: ignore[attr-defined]
@@ -72,11 +73,7 @@ class Resuming:
 
     def _taken_over(self, file: File) -> tuple[int, Any]:
         """How many bytes are there already, and the digest of them so far."""
-        if file.partial is None:
-            return 0, sha256()
-        try:
-            self._destination.rename(file.partial, file.written)
-        except PayloadNotFoundError:
+        if not (self._renamed(file) or self._cloned(file)):
             return 0, sha256()
         file.kept = True
         left: int = self._destination.left_of(file.written)  # type: ignore[attr-defined]
@@ -85,6 +82,44 @@ class Resuming:
             self._destination.remove(file.written)
             return 0, sha256()
         return left, self._hashed(file.written, left)
+
+    def _renamed(self, file: File) -> bool:
+        if file.partial is None:
+            return False
+        try:
+            self._destination.rename(file.partial, file.written)
+        except PayloadNotFoundError:
+            return False
+        return True
+
+    def _cloned(self, file: File) -> bool:
+        """Whether something is here that a lost worker left, of which the storage made a copy."""
+        copy_from = getattr(self._destination, "copy_from", None)
+        left = self._left_by_others(file) if copy_from is not None else []
+        if copy_from is None or not left:
+            return False
+        most = max(left, key=lambda entry: entry.size)
+
+        def moved(_: int) -> None:
+            if self._stop.is_set():
+                raise Interrupted
+
+        cloned: bool = copy_from(self._destination, most.path, file.written, most.size, moved)
+        for entry in left if cloned else ():
+            self._destination.remove(entry.path)
+        return cloned
+
+    def _left_by_others(self, file: File) -> list[Entry]:
+        folder, _, name = file.written.rpartition("/")
+        own = f"{folder}/{name.partition('.')[0]}."
+        try:
+            return [
+                entry
+                for entry in self._destination.walk(folder)
+                if entry.path.startswith(own) and entry.path != file.written and entry.size
+            ]
+        except PayloadNotFoundError:
+            return []
 
     def _hashed(self, path: str, size: int) -> Any:
         hasher = sha256()

@@ -64,7 +64,7 @@ class File:
     direct: bool = False
     #: where an earlier try left the first bytes
     partial: str | None = None
-    #: it is written so that another try may go on
+    #: another try may go on from what this one leaves
     resumable: bool = False
     #: this try left the first bytes
     kept: bool = False
@@ -93,7 +93,7 @@ class Copy:
         return self.error or next((file.error for file in self.files if file.error), None)
 
 
-def _anywhere(_: bool) -> AbstractContextManager[None]:
+def _anywhere(_: bool, __: int) -> AbstractContextManager[None]:
     return nullcontext()
 
 
@@ -105,12 +105,13 @@ def _unseen(_: uuid.UUID, __: str, ___: int) -> None:
 class Lane:
     """The limits that a copy keeps besides its bytes' pace, and who watches it; by default none.
 
-    ``places(back)`` is held while a file is copied, or while it is read back (``back``).
+    ``places(back, size)`` is held while a file of ``size`` bytes is copied, or while it and others
+    are read back (``back``).
     ``watch(operation_id, step, size)`` is told of bytes of files that are not small, by block;
     ``step`` is copy or check.
     """
 
-    places: Callable[[bool], AbstractContextManager[None]] = _anywhere
+    places: Callable[[bool, int], AbstractContextManager[None]] = _anywhere
     watch: Callable[[uuid.UUID, str, int], None] = _unseen
 
 

@@ -99,6 +99,10 @@ class Slots:
             self._most = dict(most)
             self._changed.notify_all()
 
+    @property
+    def limited(self) -> bool:
+        return bool(self._most)
+
     def used(self) -> dict[str, int]:
         """How many are at work, by key."""
         with self._changed:
@@ -181,7 +185,7 @@ class _Paced:
         if attribute == "copy_from":
             return found and partial(self._copy_from, found)
         if attribute in ("read_back", "open_read_at"):
-            return lambda *where: _PacedStream(found(*where), self._read)
+            return lambda *where: self._held_back(found(*where))
         if attribute == "write_on":
             return found and partial(self._write_on, found)
         if attribute == "write_many" and found is not None:
@@ -189,10 +193,18 @@ class _Paced:
         return found
 
     def open_read(self, path: str) -> ReadStream:
-        return _PacedStream(self._inner.open_read(path), self._read)
+        return self._held_back(self._inner.open_read(path))
+
+    def _held_back(self, stream: ReadStream) -> ReadStream:
+        """What is small is through before a limit that is set now could matter."""
+        if stream.size <= _BLOCK and not any(pace.limited for pace in self._reading):
+            return stream
+        return _PacedStream(stream, self._read)
 
     def write(self, path: str, source: Readable, size: int) -> str | None:
-        return self._inner.write(path, _PacedReader(source, self._write), size)
+        if size > _BLOCK or any(pace.limited for pace in self._writing):
+            source = _PacedReader(source, self._write)
+        return self._inner.write(path, source, size)
 
     def _write_many(
         self, write_many: Callable[..., Any], files: Sequence[tuple[str, bytes]]

@@ -109,3 +109,5 @@ def test_what_goes_first_is_said_at_registration_and_later(
     refused(dlm("item", "set", "ska:x", "--priority", "10"), "DLM-101", 2)
     refused(dlm("item", "set", "--collection", "none", "--priority", "1"), "DLM-102", 2)
     refused(dlm("register", "a", "--by", "soon"), "DLM-101", 2)
+    refused(dlm("verify", "ska:x", "--priority", "-10"), "DLM-101", 2)
+    assert dlm("verify", "ska:x", "--priority", "-1").code == 0

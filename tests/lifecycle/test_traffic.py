@@ -112,13 +112,13 @@ def test_a_limit_that_changes_reaches_a_big_file_on_its_way(site: Site) -> None:
 def test_progress_is_told_while_it_lasts(site: Site) -> None:
     """An operation at work is listed with its bytes, rate, worker and beginning; then no more."""
     site.set_storage("b", max_bytes_per_second=2 * _MB)
-    site.add_item("x", b"x" * 6 * _MB, "a")
+    site.add_item("x", b"x" * 12 * _MB, "a")
     plan_replication(site.context)
     drainer = Going(site.context)
     (seen,) = until(lambda: running(site))
     assert (seen["kind"], seen["uri"], seen["storage"]) == ("copy", "test:x", "b")
-    assert seen["total_bytes"] == 6 * _MB
-    assert 0 < seen["done_bytes"] <= 6 * _MB
+    assert seen["total_bytes"] == 12 * _MB
+    assert 0 < seen["done_bytes"] <= 12 * _MB
     assert seen["worker"] == site.context.worker
     later = until(lambda: [r for r in running(site) if r["done_bytes"] > seen["done_bytes"]])
     assert later[0]["since"] == seen["since"]

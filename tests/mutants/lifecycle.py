@@ -294,7 +294,7 @@ LIFECYCLE = (
     Mutant(
         "final-name-at-once",
         "dlm_core/transfers/mover.py",
-        'if self.atomic else temp_path(f"{slot:x}/{task.token}")',
+        "if self.atomic else temp_path(name)",
         'if True else temp_path(f"{slot:x}/{task.token}")',
         "a copy is written under its final name",
         (

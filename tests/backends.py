@@ -17,6 +17,7 @@ from tests.fakes import QuotaStorage
 from tests.faulty import Faulty
 from tests.servers import USER, DavServer, rclone_webdav_server, wsgidav_server
 from tests.sshd import SshServer, ssh_server
+from tests.xrootd import XrootdServer, xrootd_server
 
 KEYS = {"access_key": "env:DLM_TEST_S3_KEY", "secret_key": "env:DLM_TEST_S3_SECRET"}
 
@@ -61,6 +62,13 @@ def rclonedav(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DavServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def xrootd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[XrootdServer]:
+    """One XRootD server a test session."""
+    with xrootd_server(tmp_path_factory.mktemp("xrootd")) as server:
+        yield server
+
+
 def open_dav(server: DavServer, name: str = "dav") -> Storage:
     """An empty storage of its own on a WebDAV server."""
     return open_storage(name, "webdav", server.make_collection(), server.config)
@@ -75,16 +83,28 @@ def open_dav_by_rclone(server: DavServer, **options: str) -> Storage:
     return open_storage("remote", "rclone", ".", config | options)
 
 
+def open_s3_by_rclone(server: S3Server) -> Storage:
+    """An empty storage in a bucket by rclone's own S3 backend, which copies and cannot move."""
+    config = {
+        "type": "s3", "provider": "SeaweedFS", "endpoint": server.endpoint,
+        "secret_access_key_id": KEYS["access_key"],
+        "secret_secret_access_key": KEYS["secret_key"],
+    }  # fmt: skip
+    return open_storage("remote", "rclone", f"{server.bucket}/{uuid.uuid4().hex}", config)
+
+
 _KINDS = (
     "posix", "s3", "sftp", "sftp_shell", "wsgidav", "rclonedav", "rclone", "rclone_wsgidav",
-    "quota", "faulty", "faulty_s3", "faulty_sftp",
+    "rclone_s3", "xrootd", "quota", "faulty", "faulty_s3", "faulty_sftp",
 )  # fmt: skip
 
 
 @pytest.fixture(params=_KINDS)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty storage of each kind; all keep the one contract, wrappers with faults off too."""
-    if request.param.startswith("rclone_"):
+    if request.param == "rclone_s3":
+        return open_s3_by_rclone(request.getfixturevalue("s3"))
+    if request.param == "rclone_wsgidav":
         return open_dav_by_rclone(request.getfixturevalue("wsgidav"))
     if request.param.endswith("dav"):
         return open_dav(request.getfixturevalue(request.param))
@@ -93,6 +113,9 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
         root = f"{server.bucket}/{uuid.uuid4().hex}"
         bucket = open_storage("bucket", "s3", root, s3_config(server))
         return bucket if request.param == "s3" else cast(Storage, Faulty(bucket))
+    if request.param == "xrootd":
+        there = request.getfixturevalue("xrootd")
+        return open_storage("far", "xrootd", there.make_root(), there.config)
     root = tmp_path / "root"
     root.mkdir()
     if "sftp" in request.param:

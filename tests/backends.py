@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import uuid
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from dlm_cli.s3_server import S3Server, s3_server
 from dlm_core.storages.open import open_storage
-from dlm_core.storages.port import Storage
+from dlm_core.storages.port import Storage, temp_path
 from tests.fakes import QuotaStorage
 from tests.faulty import Faulty
 from tests.servers import USER, DavServer, rclone_webdav_server, wsgidav_server
@@ -93,17 +94,24 @@ def open_s3_by_rclone(server: S3Server) -> Storage:
     return open_storage("remote", "rclone", f"{server.bucket}/{uuid.uuid4().hex}", config)
 
 
+def open_memory_by_rclone() -> Storage:
+    """An object store in the daemon's memory: like many of those, it copies and cannot move."""
+    store = open_storage("remote", "rclone", f"bucket/{uuid.uuid4().hex}", {"type": "memory"})
+    store.write(temp_path("here"), io.BytesIO(b"1"), 1)  # a folder is there if something is in it
+    return store
+
+
 _KINDS = (
     "posix", "s3", "sftp", "sftp_shell", "wsgidav", "rclonedav", "rclone", "rclone_wsgidav",
-    "rclone_s3", "xrootd", "quota", "faulty", "faulty_s3", "faulty_sftp",
+    "rclone_memory", "xrootd", "quota", "faulty", "faulty_s3", "faulty_sftp",
 )  # fmt: skip
 
 
 @pytest.fixture(params=_KINDS)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty storage of each kind; all keep the one contract, wrappers with faults off too."""
-    if request.param == "rclone_s3":
-        return open_s3_by_rclone(request.getfixturevalue("s3"))
+    if request.param == "rclone_memory":
+        return open_memory_by_rclone()
     if request.param == "rclone_wsgidav":
         return open_dav_by_rclone(request.getfixturevalue("wsgidav"))
     if request.param.endswith("dav"):

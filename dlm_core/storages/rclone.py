@@ -382,8 +382,15 @@ class RcloneStorage(Listed):
         with suppress(PayloadNotFoundError):
             # empty folders only: no listing that leaves something out costs it
             self._call("operations/rmdirs", source)
-        if self._look(source) is not None:
+        # some object stores tell of a folder for a while after its last object
+        if self._look(source) is not None and (moves or self._has_files(source)):
             raise self._unavailable(f"{source} was not moved whole")
+
+    def _has_files(self, folder: str) -> bool:
+        try:
+            return next(self.walk(folder), None) is not None
+        except PayloadNotFoundError:
+            return False
 
     def _delete_copied(self, running: Daemon, source: str, destination: str) -> None:
         """Delete, by name, what reads the same in both places, if all of it does."""

@@ -34,6 +34,7 @@ from dlm_core.storages.secrets import read_secret
 _BLOCK = 4 << 20
 _LOCKS = 64
 _LONGEST_MESSAGE = 300
+_LONGEST_NAME = 254
 # a look is answered soon or there is an outage; a disk may take long to write what it was sent
 _LOOK_SECONDS = 60
 _BYTES_SECONDS = 300
@@ -63,7 +64,7 @@ _PARTIAL = 3
 # codes of the client, and those that the server answered (code 400)
 _SERVER_ANSWERED, _CLIENT_ABSENT = 400, 304
 _CLIENT_DENIED = {203, 204}
-_ABSENT, _EXISTS = 3011, 3018
+_ABSENT, _EXISTS, _LOCKED = 3011, 3018, 3003
 _FULL = {3009, 3021}
 _DENIED = {3010, 3025, 3028, 3030}
 _REFUSED = {3000, 3001, 3002, 3015, 3016, 3026, 3031}
@@ -172,6 +173,11 @@ class XrootdStorage(Listed):
             raise self._refused(path, "XRootD keeps no '?' in a name")
         return super()._path(path)
 
+    def _new_path(self, path: str) -> str:
+        if max(map(len, path.encode("utf-8", "surrogateescape").split(b"/"))) > _LONGEST_NAME:
+            raise self._refused(path, f"XRootD lists names of at most {_LONGEST_NAME} octets")
+        return self._path(path)
+
     def _ask(self, path: str, call: Callable[..., Any], *arguments: Any, seconds: int) -> Any:
         """What a call of the client answers."""
         try:
@@ -234,14 +240,17 @@ class XrootdStorage(Listed):
         except PayloadNotFoundError:
             return None
         above = f"{folder}/" if folder else ""
-        entries = [self._listed(above + one.name, one.statinfo) for one in found]
+        entries = [self._listed(above, one.name, one.statinfo) for one in found]
         self._check_inside(entries, folder)
         return entries
 
-    def _listed(self, path: str, info: Any) -> Entry:
+    def _listed(self, above: str, name: str, info: Any) -> Entry:
         if info is None:
             raise self._unavailable("its listings tell names only")
-        return _entry(path, info)
+        # the server cuts what is longer, and says nothing
+        if len(name.encode()) == _LONGEST_NAME and self._look(above + name) is None:
+            raise self._unavailable(f"it cuts the name of what is listed as {above}{name}")
+        return _entry(above + name, info)
 
     def open_read(self, path: str) -> XrootdStream:
         entry = self.stat(path)
@@ -266,7 +275,11 @@ class XrootdStorage(Listed):
             file.set_property(recovery, "false")
         url = f"{self._host}/{self._full(path)}{self._cgi}"
         mode = _FILE_MODE if flags & _OPEN_NEW else 0
-        self._look_at(path, file.open, url, flags, mode)
+        status, _ = file.open(url, flags, mode, timeout=_LOOK_SECONDS)
+        if flags & _OPEN_NEW and status.errno == _LOCKED:
+            raise PayloadExistsError(storage=self.name, path=path)  # another is writing it
+        if not status.ok:
+            raise self._error(status, path)
         return file
 
     def usage(self) -> Usage | None:

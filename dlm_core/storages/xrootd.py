@@ -82,7 +82,6 @@ class XrootdConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     keytab: FileReference | None = Field(None, description="Keytab of 'sss', its mode 0600.")
-    proxy: FileReference | None = Field(None, description="Proxy certificate of 'gsi'.")
     namespace: bool = Field(
         False, description="The server manages others and lists by itself all that they hold."
     )
@@ -108,16 +107,13 @@ def open_xrootd(name: str, root: str, config: Mapping[str, Any]) -> XrootdStorag
 
 
 def _login(name: str, config: XrootdConfig) -> str:
-    """Where the client finds what it proves itself with; it keeps a connection for each."""
-    given = {"xrd.sss": config.keytab, "xrd.gsiusrpxy": config.proxy}
-    found = []
-    for key, reference in given.items():
-        if reference is not None:
-            read_secret(name, reference)
-            kind, _, place = reference.partition(":")
-            folder = os.environ.get("CREDENTIALS_DIRECTORY", "") if kind == "credential" else "/"
-            found.append(f"{key}={Path(folder, place)}")
-    return "&".join(found)
+    """Where the client finds what it proves itself with."""
+    if config.keytab is None:
+        return ""
+    read_secret(name, config.keytab)
+    kind, _, place = config.keytab.partition(":")
+    folder = os.environ.get("CREDENTIALS_DIRECTORY", "") if kind == "credential" else "/"
+    return f"xrd.sss={Path(folder, place)}"
 
 
 @lru_cache(maxsize=1)
@@ -270,9 +266,6 @@ class XrootdStorage(Listed):
 
     def _open(self, path: str, flags: int) -> Any:
         file = self._client.File()
-        # a lost server is an outage to be told: the next try begins anew
-        for recovery in ("OpenRecovery", "ReadRecovery", "WriteRecovery"):
-            file.set_property(recovery, "false")
         url = f"{self._host}/{self._full(path)}{self._cgi}"
         mode = _FILE_MODE if flags & _OPEN_NEW else 0
         status, _ = file.open(url, flags, mode, timeout=_LOOK_SECONDS)
@@ -393,10 +386,11 @@ class XrootdStorage(Listed):
 
 
 class XrootdStream:
-    """An open file that is read once, front to back."""
+    """An open file that is read once, front to back; a read that is short has met its end."""
 
     def __init__(self, storage: XrootdStorage, path: str, file: Any) -> None:
-        self._storage, self._path, self._file, self._offset = storage, path, file, 0
+        self._storage, self._path, self._file = storage, path, file
+        self._offset, self._ended = 0, False
         info = storage._look_at(path, file.stat)
         self.size: int = info.size
         self.opened: Hashable = _stamp(info)
@@ -406,14 +400,13 @@ class XrootdStream:
         if size < 0:
             return b"".join(iter(lambda: self.read(_BLOCK), b""))
         length = min(size, _BLOCK)
-        data: bytes = (
-            self._storage._ask(
-                self._path, self._file.read, self._offset, length, seconds=_BYTES_SECONDS
-            )
-            if length
-            else b""
+        if self._ended or not length:
+            return b""
+        data: bytes = self._storage._ask(
+            self._path, self._file.read, self._offset, length, seconds=_BYTES_SECONDS
         )
         self._offset += len(data)
+        self._ended = len(data) < length
         return data
 
     def stamp(self) -> Hashable:

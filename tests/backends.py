@@ -75,13 +75,18 @@ def open_dav(server: DavServer, name: str = "dav") -> Storage:
     return open_storage(name, "webdav", server.make_collection(), server.config)
 
 
-def open_dav_by_rclone(server: DavServer, **options: str) -> Storage:
-    """As :func:`open_dav`, by rclone's own WebDAV backend."""
-    config = {
+def dav_by_rclone(server: DavServer) -> dict[str, str]:
+    """The config of a storage in a new collection by rclone's own WebDAV backend; its root is a
+    dot."""
+    return {
         "type": "webdav", "url": server.make_collection(), "vendor": "other", "user": USER,
         "pacer_min_sleep": "0s", "secret_pass": server.config["password"],
     }  # fmt: skip
-    return open_storage("remote", "rclone", ".", config | options)
+
+
+def open_dav_by_rclone(server: DavServer, **options: str) -> Storage:
+    """As :func:`open_dav`, by rclone's own WebDAV backend."""
+    return open_storage("remote", "rclone", ".", dav_by_rclone(server) | options)
 
 
 def open_s3_by_rclone(server: S3Server) -> Storage:

@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -67,7 +69,8 @@ def xrootd_server(folder: Path, more: str = "") -> Iterator[XrootdServer]:
     server = XrootdServer([], folder / "log", free_port(), folder=root)
     libraries = next(programs.glob("usr/lib/*/libXrdServer.so.*")).parent
     server.environment = {"LD_LIBRARY_PATH": str(libraries)}
-    make_keytab(folder / "keytab")
+    (folder / "keytab").touch(mode=0o600)
+    (folder / "keytab").write_bytes(_keytab())
     config = _CONFIG.format(port=server.port, folder=folder, root=root) + more
     (folder / "config").write_text(config)
     xrootd = [str(programs / "usr/bin/xrootd"), "-c", str(folder / "config"), "-n", "dlm"]
@@ -87,6 +90,14 @@ def make_keytab(path: Path) -> None:
         capture_output=True,
     )  # fmt: skip
     path.chmod(0o600)
+
+
+@lru_cache(maxsize=1)
+def _keytab() -> bytes:
+    """One for all servers of this process: the client keeps to the first that it is shown."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_keytab(Path(folder, "keytab"))
+        return Path(folder, "keytab").read_bytes()
 
 
 def _not_as_root() -> list[str]:

@@ -43,7 +43,7 @@ _BYTES_SECONDS = 300
 _SETTINGS = {
     "ConnectionWindow": 10,
     "ConnectionRetry": 1,
-    "StreamErrorWindow": 1,
+    "StreamErrorWindow": 0,
     "StreamTimeout": 60,
     "RequestTimeout": _BYTES_SECONDS,
     "TimeoutResolution": 1,

@@ -154,7 +154,7 @@ class XrootdStorage(Listed):
         self.name, self.concurrency = name, concurrency
         self._client, self._host, self._base = client, host, base
         self._cgi = f"?{login}" if login else ""
-        self._namespace = namespace
+        self._believed = namespace
         self._server: Any = client.FileSystem(host + "/" + self._cgi)
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
 
@@ -211,14 +211,15 @@ class XrootdStorage(Listed):
         found = self._look("")
         if found is None or found.kind != "directory":
             raise self._unavailable("its root is not there")
-        if not self._namespace:
-            told = self._look_at("", self._server.protocol)
-            if told.hostinfo & _IS_MANAGER:
-                # of a server that is down it answers that nothing is there
-                raise self._unavailable(
-                    "it manages other servers: add each by itself, or set namespace=true if it "
-                    "lists by itself all that they hold"
-                )
+        if self._believed:
+            return
+        if self._look_at("", self._server.protocol).hostinfo & _IS_MANAGER:
+            # of a server that is down it answers that nothing is there
+            raise self._unavailable(
+                "it manages other servers: add each by itself, or set namespace=true if it lists "
+                "by itself all that they hold"
+            )
+        self._believed = True
 
     def _look(self, path: str) -> Entry | None:
         try:
@@ -309,10 +310,12 @@ class XrootdStorage(Listed):
         return None
 
     def _create(self, path: str) -> Any:
+        """Open a new file. The server makes its folders, and a root that is gone too: looked at
+        first, so that nothing is written where a disk is not mounted."""
+        self._check_root()
         try:
             return self._open(path, _OPEN_NEW | _OPEN_UPDATE | _OPEN_MAKE_PATH)
         except PayloadNotFoundError:
-            self._check_root()
             raise self._unavailable(f"the folder of {path} went while it was used") from None
 
     def _fill(self, file: Any, path: str, source: Readable, size: int) -> None:
@@ -330,15 +333,15 @@ class XrootdStorage(Listed):
     def rename(self, source: str, destination: str) -> None:
         source, destination = self._path(source), self._new_path(destination)
         with self._locks[hash(destination) % _LOCKS]:
+            # first: to move what is not there some servers make the root anew
+            if self._look(source) is None:
+                self._check_root()
+                raise PayloadNotFoundError(storage=self.name, path=source)
             if self._look(destination) is not None:
                 raise PayloadExistsError(storage=self.name, path=destination)
-            try:
+            with suppress(PayloadNotFoundError):
                 self._move(source, destination)
                 return
-            except PayloadNotFoundError:
-                if self._look(source) is None:
-                    self._check_root()
-                    raise
             self._make_folder(posixpath.dirname(destination))
             self._move(source, destination)
 

@@ -208,13 +208,17 @@ class XrootdStorage(Listed):
     # --- looking ---------------------------------------------------------------------------------
 
     def _check_root(self) -> None:
+        self._believe()
         found = self._look("")
         if found is None or found.kind != "directory":
             raise self._unavailable("its root is not there")
+
+    def _believe(self) -> None:
+        """Raise if the server answers for others: of one that is down it tells that nothing is
+        there, and lists what the rest have."""
         if self._believed:
             return
         if self._look_at("", self._server.protocol).hostinfo & _IS_MANAGER:
-            # of a server that is down it answers that nothing is there
             raise self._unavailable(
                 "it manages other servers: add each by itself, or set namespace=true if it lists "
                 "by itself all that they hold"
@@ -232,6 +236,7 @@ class XrootdStorage(Listed):
             raise
 
     def _list(self, folder: str) -> list[Entry] | None:
+        self._believe()
         try:
             found = self._look_at(folder, self._server.dirlist, self._full(folder), _WITH_STAT)
         except PayloadNotFoundError:

@@ -146,26 +146,14 @@ def test_a_root_that_is_gone_is_an_outage(far, folder):
     assert not folder.exists()
 
 
-def test_a_server_that_manages_others_is_not_believed(far, root, xrootd, monkeypatch):
-    """Of one of its servers that is down it says that nothing is there; unless it is told to be
-    one with a namespace of its own."""
-    real = far._server
-
-    class Manager:
-        def __getattr__(self, name):
-            return getattr(real, name)
-
-        def protocol(self, timeout):
-            status, told = real.protocol(timeout=timeout)
-            told.hostinfo = 2
-            return status, told
-
-    far._server = Manager()
-    with pytest.raises(StorageUnavailableError, match="namespace=true"):
-        far.check()
-    wide = open_storage("far", "xrootd", root, xrootd.config | {"namespace": "true"})
-    wide._server = Manager()
-    wide.check()
+def test_a_server_that_manages_others_is_not_believed(tmp_path):
+    """Of one of its servers that is down it says that nothing is there."""
+    role = "all.role manager\nall.manager 127.0.0.1:9\n"
+    with xrootd_server(tmp_path / "manager", role) as manager:
+        far = open_storage("far", "xrootd", manager.make_root(), manager.config)
+        for call in (far.check, lambda: list(far.walk())):
+            with pytest.raises(StorageUnavailableError, match="namespace=true"):
+                call()
 
 
 def test_a_full_disk_is_told_as_such(own):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
@@ -52,20 +53,24 @@ def take_inventory(context: Context, name: str) -> Inventory:
     Raises
     ------
     NotFoundError, StorageError
-    InvalidValueError
-        if a name that is listed cannot be one of the catalogue's.
     """
     row = context.transact(lambda c: get_storage(c, name))
     storage = open_storage(name, row["interface"], row["root"], row["config"])
     found = Inventory()
     entries = iter(_everything(storage))
     while page := list(islice(entries, _PAGE)):
-        above = {entry.path: _places(entry.path) for entry in page}
-        wanted = {place for places in above.values() for place in places}
-        known = context.transact(lambda c, w=wanted: known_paths(c, row["storage_id"], w))
-        for entry in page:
-            _count(found, entry, not known.isdisjoint(above[entry.path]))
+        _count_page(context, row["storage_id"], page, found)
     return found
+
+
+def _count_page(
+    context: Context, storage_id: uuid.UUID, page: Sequence[Entry], found: Inventory
+) -> None:
+    above = {entry.path: _places(entry.path) for entry in page}
+    wanted = set(chain.from_iterable(above.values()))
+    known = context.transact(lambda c: known_paths(c, storage_id, wanted))
+    for entry in page:
+        _count(found, entry, not known.isdisjoint(above[entry.path]))
 
 
 def _everything(storage: Storage) -> Iterator[Entry]:

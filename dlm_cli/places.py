@@ -82,12 +82,13 @@ def storage_add(
         str,
         typer.Option(
             help="/folder (posix), bucket/prefix (s3), user@host:port/folder (sftp), "
-            "URL (webdav, http)."
+            "URL (webdav, http, xrootd)."
         ),
     ],
     phase: Annotated[str, typer.Option(help="PLASMA, GAS, LIQUID or SOLID.")] = "LIQUID",
     interface: Annotated[
-        str, typer.Option(help="posix, s3, sftp, webdav, http, rclone.")
+        str,
+        typer.Option(help="posix, s3, sftp, webdav, http, rclone, xrootd. Others by entry point."),
     ] = "posix",
     storage_class: Annotated[
         str | None, typer.Option("--class", help="disk, object, tape.")

@@ -36,8 +36,8 @@ from dlm_core.storages.port import Entry, Readable, Storage, Usage, temp_path
 from dlm_core.storages.posix import PosixStorage
 from dlm_core.storages.rclone_daemon import Daemon, RcloneError, daemon
 from dlm_core.storages.secrets import SecretReference, read_secret
-from dlm_core.storages.web import WebConfig, check_url, read_authorization
-from dlm_core.storages.wire import Reply, WireError
+from dlm_core.storages.web import read_authorization, read_web_config
+from dlm_core.storages.wire import Reply, ReplyStream, WireError
 
 Options = Callable[[], Mapping[str, str]]
 
@@ -121,17 +121,15 @@ def open_http(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorage:
     Raises
     ------
     InvalidValueError
-        if the config has unknown keys, ``root`` is no plain URL, or a reference leads to nothing.
+        as :func:`~dlm_core.storages.web.read_web_config`.
     """
-    parsed = read_config(WebConfig, name, config)
-    check_url(name, root)
+    parsed = read_web_config(name, root, config)
 
     def options() -> dict[str, str]:
         header = read_authorization(name, parsed)
         more = {"headers": f'Authorization,"{header}"'} if header else {}
         return {"url": root.rstrip("/") + "/", **more}
 
-    options()
     return RcloneStorage(name, "http", options, "", read_only=True)
 
 
@@ -500,35 +498,20 @@ class _ListFile:
         self._file.unlink(missing_ok=True)
 
 
-class RcloneStream:
-    """The bytes of a file, read once, front to back."""
+class RcloneStream(ReplyStream):
+    """The bytes of a file."""
 
     def __init__(
         self, storage: RcloneStorage, path: str, reply: Reply, entry: Entry | None
     ) -> None:
-        self._storage, self._path, self._reply = storage, path, reply
+        super().__init__(reply, lambda error: storage._error(error, path))
+        self._storage, self._path = storage, path
         self.size: int = entry.size if entry else reply.length or 0
         self.opened: Hashable = entry
-
-    def read(self, size: int = -1, /) -> bytes:
-        """At most ``size`` bytes; all of them if negative."""
-        try:
-            return self._reply.read(size)
-        except WireError as error:
-            raise self._storage._error(error, self._path) from None
 
     def stamp(self) -> Hashable:
         """Size and time of change, asked anew."""
         return self._storage._look(self._path)
-
-    def close(self) -> None:
-        self._reply.close()
-
-    def __enter__(self) -> RcloneStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _hash_of(running: Daemon, fs: str, path: str) -> str:

@@ -73,7 +73,7 @@ _NO_FOLDER = re.compile("not a directory", re.I)
 _ROOT = re.compile(r"(roots?://(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?)/(/[^?#]*)")
 
 #: where a file lies whose content is a secret: the client reads it by itself
-FileReference = Annotated[str, Field(pattern=r"^(file:/.+|credential:[A-Za-z0-9_.-]+)$")]
+FileReference = Annotated[str, Field(pattern=r"^(file:/[^?&\s]+|credential:[A-Za-z0-9_.-]+)$")]
 
 
 class XrootdConfig(BaseModel):

@@ -75,19 +75,10 @@ def test_an_adapter_that_cannot_be_loaded_is_told_when_it_is_used(installed):
 
 
 def run_suite(package, *options):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        *options,
-    ]
+    pytest_alone = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     found = subprocess.run(
-        command, cwd=package, capture_output=True, text=True, check=False,
+        [sys.executable, *pytest_alone, *options],
+        cwd=package, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(package), "PYTEST_ADDOPTS": ""},
     )  # fmt: skip
     return found.returncode, found.stdout + found.stderr

@@ -66,12 +66,24 @@ def test_a_root_of_another_form_is_refused(root):
         open_storage("x", "xrootd", root, {})
 
 
-@pytest.mark.parametrize("keytab", ["hunter2", "env:HUNTER2", "file:/nowhere/hunter2"])
+def test_a_keytab_may_be_a_credential_of_the_service(tmp_path, monkeypatch):
+    """As systemd hands it over; the client is told its file."""
+    (tmp_path / "sss").write_text("0 u:dlm g:dlm n:dlm N:1 c:1 e:0 k:00\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    storage = open_storage("x", "xrootd", "root://host//data", {"keytab": "credential:sss"})
+    assert storage._cgi == f"?xrd.sss={tmp_path}/sss"
+
+
+@pytest.mark.parametrize(
+    "keytab", ["hunter2", "env:HUNTER2", "file:/nowhere/hunter2", "file:/x?hunter2", "file:/x&y=z"]
+)
 def test_a_keytab_is_a_file_that_is_there(keytab):
     """The client reads it by itself; what is no reference to a file is not shown."""
     with pytest.raises(InvalidValueError) as caught:
         open_storage("x", "xrootd", "root://host//data", {"keytab": keytab})
-    assert "\n" not in str(caught.value) and ("hunter2" not in str(caught.value) or "/" in keytab)
+    assert "\n" not in str(caught.value) and (
+        "hunter2" not in str(caught.value) or "/nowhere" in keytab
+    )
 
 
 def in_a_process(root, config, then=""):

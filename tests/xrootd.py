@@ -126,7 +126,7 @@ def _fetch(part: Path) -> None:
     part.mkdir()
     if not _download(part) and os.geteuid() == 0:
         update = ["apt-get", "-o", "DPkg::Lock::Timeout=300", "-qq", "update"]
-        subprocess.run(update, check=True)
+        subprocess.run(update, check=False)  # without it there is nothing to fetch, told below
         _download(part)
     packages = list(part.glob("*.deb"))
     if not any(one.name.startswith(f"{_PACKAGE}_") for one in packages):

@@ -50,6 +50,8 @@ _SETTINGS = {
     "NotAuthorizedRetryLimit": 0,
     "TCPKeepAlive": 1,
     "TCPKeepAliveTime": 60,
+    # else a file that is called .meta4 is read as a list of places where to find another
+    "MetalinkProcessing": 0,
 }
 # flags of the protocol: its module is there only where the client is installed
 _OPEN_READ, _OPEN_NEW, _OPEN_UPDATE, _OPEN_MAKE_PATH = 16, 8, 32, 256
@@ -68,8 +70,9 @@ _ABSENT, _EXISTS, _LOCKED = 3011, 3018, 3003
 _FULL = {3009, 3021}
 _DENIED = {3010, 3025, 3028, 3030}
 _REFUSED = {3000, 3001, 3002, 3015, 3016, 3026, 3031}
-_NOT_EMPTY = re.compile("not empty", re.I)
-_NO_FOLDER = re.compile("not a directory", re.I)
+# of what has no code of its own the text tells, behind the path
+_FAILED = 3005
+_NOT_EMPTY, _BELOW_A_FILE = "; directory not empty", "; not a directory"
 _ROOT = re.compile(r"(roots?://(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?)/(/[^?#]*)")
 
 #: where a file lies whose content is a secret: the client reads it by itself
@@ -127,6 +130,10 @@ def _client() -> Any:
     for key, value in _SETTINGS.items():
         client.EnvPutInt(key, value)
     return client
+
+
+class _BelowFileError(PathRefusedError):
+    """storage {storage} refuses the path {path!r}: {message}"""
 
 
 class XrootdStorage(Listed):
@@ -191,17 +198,20 @@ class XrootdStorage(Listed):
 
     def _error(self, status: Any, path: str) -> StorageError:
         """What a status means; the text may tell the URL, which has no secret in it."""
-        told = " ".join(status.message.split())[:_LONGEST_MESSAGE]
+        whole = " ".join(status.message.split())
+        told = whole[:_LONGEST_MESSAGE]
         number = status.errno if status.code == _SERVER_ANSWERED else 0
         if number == _ABSENT or status.code == _CLIENT_ABSENT:
             return PayloadNotFoundError(storage=self.name, path=path)
-        if number == _EXISTS or (number and _NOT_EMPTY.search(told)):
+        if number == _EXISTS or (number == _FAILED and whole.endswith(_NOT_EMPTY)):
             return PayloadExistsError(storage=self.name, path=path)
         if number in _FULL:
             return StorageFullError(storage=self.name, message=told)
         if number in _DENIED or status.code in _CLIENT_DENIED:
             return AccessDeniedError(storage=self.name, path=path, message=told)
-        if number in _REFUSED or (number and _NO_FOLDER.search(told)):
+        if number == _FAILED and whole.endswith(_BELOW_A_FILE):
+            return _BelowFileError(storage=self.name, path=path, message=told)
+        if number in _REFUSED:
             return self._refused(path, told)
         return self._unavailable(told)
 
@@ -228,12 +238,8 @@ class XrootdStorage(Listed):
     def _look(self, path: str) -> Entry | None:
         try:
             return _entry(path, self._look_at(path, self._server.stat, self._full(path)))
-        except PayloadNotFoundError:
+        except (PayloadNotFoundError, _BelowFileError):
             return None
-        except StorageError as error:
-            if _NO_FOLDER.search(str(error)):
-                return None  # a file stands where a folder was wanted
-            raise
 
     def _list(self, folder: str) -> list[Entry] | None:
         self._believe()
@@ -389,8 +395,13 @@ class XrootdStorage(Listed):
                 self._remove_folder(entry.path, pool)
         files = [entry.path for entry in entries if entry.kind != "directory"]
         list(pool.map(self._remove_file, files))
-        with suppress(PayloadNotFoundError):
+        try:
             self._look_at(folder, self._server.rmdir, self._full(folder))
+        except PayloadNotFoundError:
+            pass
+        except PayloadExistsError:
+            left = "something is left in it that is not listed: a link that leads nowhere?"
+            raise self._refused(folder, left) from None
 
 
 class XrootdStream:
@@ -443,6 +454,6 @@ def _stamp(info: Any) -> Hashable:
 def _entry(path: str, info: Any) -> Entry:
     if info.flags & _IS_FOLDER:
         return Entry(path, 0, float(info.modtime), "directory")
-    # a link that leads nowhere is listed without an identity
-    other = info.flags & _IS_OTHER or info.id in ("", "0")
+    # a link that leads nowhere is listed without anything
+    other = info.flags & _IS_OTHER or not (info.flags or info.modtime)
     return Entry(path, int(info.size), float(info.modtime), "other" if other else "file")

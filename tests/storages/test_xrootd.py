@@ -231,6 +231,35 @@ def test_a_name_that_would_not_be_kept_is_refused(far, name):
     assert far.stat("d") is None
 
 
+def test_names_that_the_client_takes_for_more_than_names_are_names(far):
+    """Lists of places, and archives, are files like others, and folders that are called so."""
+    for name in ("x.meta4", "x.metalink", "x.zip", "d.zip/y", "d.meta4/y"):
+        put(far, name, b"<metalink/>")
+    far.rename("x.meta4", "d.zip/z.meta4")
+    names = ["d.meta4/y", "d.zip/y", "d.zip/z.meta4", "x.metalink", "x.zip"]
+    assert contents(far) == dict.fromkeys(names, b"<metalink/>")
+    far.remove("d.zip")
+    assert far.stat("d.zip/y") is None
+
+
+def test_what_is_denied_is_not_missing_whatever_it_is_called(far, folder):
+    """A name may read like the reason why something is not there."""
+    put(far, "a/x; not a directory")
+    (folder / "a").chmod(0)
+    with pytest.raises(AccessDeniedError):
+        far.stat("a/x; not a directory")
+    (folder / "a").chmod(0o700)
+
+
+def test_a_link_that_leads_nowhere_keeps_its_folder(far, folder):
+    """The server does not list it: that the folder is not gone is told."""
+    put(far, "a/x")
+    (folder / "a" / "link").symlink_to("/nowhere/at/all")
+    assert list(contents(far)) == ["a/x"]
+    with pytest.raises(PathRefusedError, match="is left in it"):
+        far.remove("a")
+
+
 def test_nothing_is_removed_through_a_link_to_a_folder(far, folder, tmp_path):
     """A tree with one in it stays, and so does what lies behind it."""
     (tmp_path / "precious").mkdir()

@@ -311,6 +311,47 @@ def test_a_server_that_dies_in_the_middle_of_a_copy(tmp_path, kind):
         assert [entry.path for entry in far.walk()] == ["d/x"]
 
 
+def test_a_server_that_dies_while_a_drainer_works_delays_what_it_does(engine, tmp_path):
+    """Copies that were under way or waited are made when it is back, and come home from there."""
+    site = make_site(engine, tmp_path)
+    with xrootd_server(tmp_path / "own") as server:
+        site.add_storage("in", "here")
+        config = json.dumps(server.config)
+        site.add_storage("far", "there", interface="xrootd", root=server.make_root(), config=config)
+        site.add_storage("back", "elsewhere", mode="offline")
+        data = {f"test/{n}": os.urandom(3 << 20) for n in range(6)}
+        for path, content in data.items():
+            site.add_item(path.partition("/")[2], content, on="in")
+        kills = [server.stop]
+
+        def opener(row):
+            real = open_storage(row["name"], row["interface"], row["root"], row["config"])
+            if row["name"] == "in":
+                read = real.open_read
+                real.open_read = lambda path: Killing(
+                    read(path), lambda: kills and kills.pop()(), 2 << 20
+                )
+            return real
+
+        reopen(site, opener)
+        site.settle()
+        states = site.query("SELECT state, error_code FROM operation WHERE kind = 'copy'")
+        assert not kills and {row["state"] for row in states} <= {"QUEUED", "DONE"}
+        assert "DLM-301" in {row["error_code"] for row in states}
+        server.start()
+        for _ in range(3):
+            site.advance(hours=1)
+            site.settle()
+        assert contents(site.context.storages.open(far_row(site))) == data
+        send_home(site)
+        assert site.visible("back") == data
+
+
+def far_row(site):
+    rows = site.context.transact(site.context.storages.load).values()
+    return next(row for row in rows if row["name"] == "far")
+
+
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_a_bucket_with_path_rules_is_lost_and_comes_back(site, far):
     """Objects lie by the rules, odd names too; after the audit what was gone or damaged is made

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import catalogue, moving, moving_dav
+from benchmarks import catalogue, moving, moving_dav, moving_xrootd
 from benchmarks.measure import scratch, server
 
 
@@ -15,6 +15,7 @@ def main() -> None:
     quick = "--quick" in sys.argv
     with server() as home, scratch() as folder:
         found = moving.run_all(home, folder, quick) + moving_dav.run_all(home, folder, quick)
+        found += moving_xrootd.run_all(home, folder, quick)
         found += catalogue.run_all(home, folder, quick)
     for row in found:
         print("{case:55} {value:>12} {unit:10} limit {limit:>12}  ratio {ratio}".format(**row))

@@ -5,25 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks.measure import Result, beside, context, result
+from benchmarks.measure import Result
 from benchmarks.moving import make_files
-from dlm_core.catalogue.engine import rows, run
-from dlm_core.catalogue.places import add_location, add_storage
-from dlm_core.catalogue.status import status
-from dlm_core.lifecycle.admit import execute_admit
-from dlm_core.lifecycle.register import Source, register_tree
-from dlm_core.lifecycle.replicate import execute_copy, plan_replication
-from dlm_core.lifecycle.work import Context, drain
-from dlm_core.types import OperationKind
+from benchmarks.moving_far import Far, one_move, sets
+from tests.backends import dav_by_rclone
 from tests.servers import USER, DavServer, rclone_webdav_server, tool
 
 _TRANSFERS = "16"
 
 
-def _bare(server: DavServer, source: Path, target: str, check: bool) -> None:
+def _bare(server: DavServer, source: Path, mark: str, check: bool, n: int) -> None:
     """``rclone copy --files-from``; with ``check`` it also reads back, as we do."""
     names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
     listed = server.folder.parent / "list"
@@ -52,79 +46,16 @@ def _bare(server: DavServer, source: Path, target: str, check: bool) -> None:
     ]
     for command in (["copy"], ["check", "--download", "--one-way"])[: 2 if check else 1]:
         subprocess.run(
-            [tool("rclone"), *command, *options, str(source), f"DAV:{target}"],
+            [tool("rclone"), *command, *options, str(source), f"DAV:{mark}-{n}"],
             env=environment, check=True, capture_output=True,
         )  # fmt: skip
 
 
-def _sites(core: Context, folder: Path, interface: str, server: DavServer) -> None:
-    config: dict[str, Any] = server.config
-    root = server.make_collection()
+def _far(server: DavServer, interface: str) -> Far:
+    """An empty collection on the server, by our own adapter or by rclone's backend."""
     if interface == "rclone":
-        config = {
-            "type": "webdav", "url": root, "vendor": "other", "user": USER, "pacer_min_sleep": "0s",
-            "secret_pass": config["password"],
-        }  # fmt: skip
-        root = "."
-
-    def make(connection: Any) -> None:
-        for name in ("here", "there"):
-            add_location(connection, name, now=core.clock())
-        add_storage(
-            connection,
-            "a",
-            location="here",
-            interface="posix",
-            root=str(folder),
-            phase="LIQUID",
-            now=core.clock(),
-        )
-        add_storage(
-            connection, "far", location="there", interface=interface, root=root, phase="LIQUID",
-            config=config, now=core.clock(),
-        )  # fmt: skip
-        run(connection, "UPDATE storage SET mode = 'offline' WHERE name = 'far'")
-
-    core.transact(make)
-
-
-def one_move(
-    home: Path, source: Path, server: DavServer, interface: str, label: str, check: bool
-) -> Result:
-    """One case: all files of ``source`` to ``server`` by ``interface``."""
-    files = [path for path in source.rglob("*") if path.is_file()]
-    total = sum(path.stat().st_size for path in files)
-    value, unit = (len(files), "files/s") if label == "A" else (total / 1e6, "MB/s")
-    with context(home) as core:
-        _sites(core, source, interface, server)
-        register_tree(core, Source("a", "bench"))
-        drain(core, {OperationKind.ADMIT: execute_admit})
-        core.transact(lambda c: run(c, "UPDATE storage SET mode = 'read_write' WHERE name = 'far'"))
-        core.transact(
-            lambda c: run(
-                c,
-                "INSERT INTO evaluation SELECT oid, now() FROM data_item "
-                "ON CONFLICT (oid) DO UPDATE SET due_at = now()",
-            )
-        )
-        plan_replication(core)
-        mark = f"bare-{interface}-{label}-{check}"
-        ours, bare = beside(
-            lambda n: _bare(server, source, f"{mark}-{n}", check),
-            lambda: drain(core, {OperationKind.COPY: execute_copy}),
-        )
-        found = core.transact(lambda c: status(c, core.clock()))["replicas"]
-        if found.get("READY") != 2 * len(files):
-            why = core.transact(
-                lambda c: rows(
-                    c,
-                    "SELECT error_code, error FROM operation WHERE error_code IS NOT NULL LIMIT 3",
-                )
-            )
-            raise SystemExit(f"not all copies were made: {found} {why}")
-    name = "webdav" if interface == "webdav" else "rclone"
-    beside_what = ", beside copy and check" if check else ""
-    return result(f"move posix-{name} {label}{beside_what}", value / ours, unit, value / bare)
+        return Far("rclone", ".", dav_by_rclone(server))
+    return Far("webdav", server.make_collection(), server.config)
 
 
 def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
@@ -134,12 +65,7 @@ def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
 
 def each(home: Path, folder: Path, quick: bool) -> Iterator[Result]:
     """A many small files, B few large ones; by our own adapter and by rclone's."""
-    sets = (
-        {"A": (500, 10_000), "B": (4, 20_000_000)}
-        if quick
-        else {"A": (5000, 10_000), "B": (20, 10**8)}
-    )
-    for label, (count, size) in sets.items():
+    for label, (count, size) in sets(quick).items():
         source = folder / f"dav-source-{label}"
         source.mkdir()
         make_files(source, count, size)
@@ -149,8 +75,13 @@ def each(home: Path, folder: Path, quick: bool) -> Iterator[Result]:
             ("rclone", False),
             ("rclone", True),
         ):
-            with rclone_webdav_server(folder / f"dav-{label}-{interface}-{check}") as server:
-                yield one_move(home, source, server, interface, label, check)
+            mark = f"{interface}-{label}-{check}"
+            with rclone_webdav_server(folder / f"dav-{mark}") as server:
+                yield one_move(
+                    home, source, _far(server, interface), label,
+                    partial(_bare, server, source, f"bare-{mark}", check),
+                    ", beside copy and check" if check else "",
+                )  # fmt: skip
 
 
 if __name__ == "__main__":

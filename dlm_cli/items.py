@@ -142,6 +142,9 @@ def item_list(
     collection: Annotated[str | None, typer.Option()] = None,
     storage: Annotated[str | None, typer.Option(help="Items with a copy there.")] = None,
     below_target: Annotated[bool, typer.Option("--below-target")] = False,
+    lost: Annotated[
+        bool, typer.Option("--lost", help="Items that no storage has a good copy of.")
+    ] = False,
     limit: Annotated[int, typer.Option(min=1, max=10_000)] = 100,
     after: Annotated[
         str | None, typer.Option(help="uri#version of the last item of the page before.")
@@ -157,7 +160,7 @@ def item_list(
         found = context.transact(
             lambda c: list_items(
                 c, state=chosen, prefix=prefix, collection=collection, storage=storage,
-                below_target=below_target, limit=limit, after=after,
+                below_target=below_target, lost=lost, limit=limit, after=after,
             )
         )  # fmt: skip
     columns = {"uri": "URI", "version": "V", "state": "STATE", "size": "SIZE",

@@ -95,12 +95,13 @@ def storage_add(
         str,
         typer.Option(
             help="/folder (posix), bucket/prefix (s3), user@host:port/folder (sftp), "
-            "URL (webdav, http)."
+            "URL (webdav, http, xrootd)."
         ),
     ],
     phase: Annotated[str, typer.Option(help="PLASMA, GAS, LIQUID or SOLID.")] = "LIQUID",
     interface: Annotated[
-        str, typer.Option(help="posix, s3, sftp, webdav, http, rclone.")
+        str,
+        typer.Option(help="posix, s3, sftp, webdav, http, rclone, xrootd. Others by entry point."),
     ] = "posix",
     storage_class: Annotated[
         str | None, typer.Option("--class", help="disk, object, tape.")
@@ -275,6 +276,41 @@ def storage_show(name: Name, as_json: Json = False) -> None:
         told |= {f"staging_{key}": value for key, value in waits.items() if key != "storage"}
         rows = [{"key": key, "value": human(value, key)} for key, value in told.items()]
         show_table(rows, {"key": "", "value": ""})
+
+
+@storage_app.command("usage")
+@plain_errors
+def storage_usage(
+    name: Name,
+    inventory: Annotated[
+        bool, typer.Option("--inventory", help="List the storage and tell what really lies there.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what the catalogue counts on a storage, what the storage says, and what lies there."""
+    from dlm_core.catalogue.places import get_storage
+    from dlm_core.lifecycle.inventory import take_inventory
+
+    with catalogue() as context:
+        row = context.transact(lambda c: get_storage(c, name))
+        keys = ("replicas", "used_bytes", "capacity_bytes", "observed_total_bytes",
+                "observed_used_bytes", "observed_at")  # fmt: skip
+        told = {key: row.get(key) for key in keys}
+        if inventory:
+            found = take_inventory(context, name)
+            for share in ("copies", "trash", "own", "foreign"):
+                part = getattr(found, share)
+                told |= {f"{share}_files": part.files, f"{share}_bytes": part.bytes}
+            told["foreign_first"] = found.examples
+    if as_json:
+        show_json(told)
+        return
+    from dlm_cli.session import human
+
+    first = told.pop("foreign_first", [])
+    show_table([{"k": k, "v": human(v, k)} for k, v in told.items()], {"k": "", "v": ""})
+    for path in first:
+        print(f"not the DLM's: {path!r}")
 
 
 @storage_app.command("test")

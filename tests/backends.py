@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import uuid
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from dlm_cli.s3_server import S3Server, s3_server
 from dlm_core.storages.open import open_storage
-from dlm_core.storages.port import Storage
+from dlm_core.storages.port import Storage, temp_path
 from tests.fakes import QuotaStorage
 from tests.faulty import Faulty
 from tests.servers import (
@@ -25,6 +26,7 @@ from tests.servers import (
 )
 from tests.sshd import SshServer, ssh_server
 from tests.tape import Tape
+from tests.xrootd import XrootdServer, xrootd_server
 
 KEYS = {"access_key": "env:DLM_TEST_S3_KEY", "secret_key": "env:DLM_TEST_S3_SECRET"}
 
@@ -83,30 +85,61 @@ def archive_config(server: ArchiveServer, **terms: Any) -> dict[str, Any]:
     return {"endpoint": server.endpoint, "storage_class": "GLACIER", "stage": "s3"} | keys | terms
 
 
+@pytest.fixture(scope="session")
+def xrootd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[XrootdServer]:
+    """One XRootD server a test session."""
+    with xrootd_server(tmp_path_factory.mktemp("xrootd")) as server:
+        yield server
+
+
 def open_dav(server: DavServer, name: str = "dav") -> Storage:
     """An empty storage of its own on a WebDAV server."""
     return open_storage(name, "webdav", server.make_collection(), server.config)
 
 
-def open_dav_by_rclone(server: DavServer, **options: str) -> Storage:
-    """As :func:`open_dav`, by rclone's own WebDAV backend."""
-    config = {
+def dav_by_rclone(server: DavServer) -> dict[str, str]:
+    """The config of a storage in a new collection by rclone's own WebDAV backend; its root is a
+    dot."""
+    return {
         "type": "webdav", "url": server.make_collection(), "vendor": "other", "user": USER,
         "pacer_min_sleep": "0s", "secret_pass": server.config["password"],
     }  # fmt: skip
-    return open_storage("remote", "rclone", ".", config | options)
+
+
+def open_dav_by_rclone(server: DavServer, **options: str) -> Storage:
+    """As :func:`open_dav`, by rclone's own WebDAV backend."""
+    return open_storage("remote", "rclone", ".", dav_by_rclone(server) | options)
+
+
+def open_s3_by_rclone(server: S3Server) -> Storage:
+    """An empty storage in a bucket by rclone's own S3 backend, which copies and cannot move."""
+    config = {
+        "type": "s3", "provider": "SeaweedFS", "endpoint": server.endpoint,
+        "secret_access_key_id": KEYS["access_key"],
+        "secret_secret_access_key": KEYS["secret_key"],
+    }  # fmt: skip
+    return open_storage("remote", "rclone", f"{server.bucket}/{uuid.uuid4().hex}", config)
+
+
+def open_memory_by_rclone() -> Storage:
+    """An object store in the daemon's memory: like many of those, it copies and cannot move."""
+    store = open_storage("remote", "rclone", f"bucket/{uuid.uuid4().hex}", {"type": "memory"})
+    store.write(temp_path("here"), io.BytesIO(b"1"), 1)  # a folder is there if something is in it
+    return store
 
 
 _KINDS = (
     "posix", "s3", "sftp", "sftp_shell", "wsgidav", "rclonedav", "rclone", "rclone_wsgidav",
-    "quota", "faulty", "faulty_s3", "faulty_sftp", "tape",
+    "rclone_memory", "xrootd", "quota", "faulty", "faulty_s3", "faulty_sftp", "tape",
 )  # fmt: skip
 
 
 @pytest.fixture(params=_KINDS)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty storage of each kind; all keep the one contract, wrappers with faults off too."""
-    if request.param.startswith("rclone_"):
+    if request.param == "rclone_memory":
+        return open_memory_by_rclone()
+    if request.param == "rclone_wsgidav":
         return open_dav_by_rclone(request.getfixturevalue("wsgidav"))
     if request.param.endswith("dav"):
         return open_dav(request.getfixturevalue(request.param))
@@ -115,6 +148,9 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
         root = f"{server.bucket}/{uuid.uuid4().hex}"
         bucket = open_storage("bucket", "s3", root, s3_config(server))
         return bucket if request.param == "s3" else cast(Storage, Faulty(bucket))
+    if request.param == "xrootd":
+        there = request.getfixturevalue("xrootd")
+        return open_storage("far", "xrootd", there.make_root(), there.config)
     root = tmp_path / "root"
     root.mkdir()
     if "sftp" in request.param:

@@ -17,6 +17,10 @@ from dlm_core.errors import IllegalTransitionError, NotFoundError
 _END = "\U0010ffff"
 _LAST_VERSION = 2**31 - 1
 
+_LOST = """state IN ('READY', 'CORRUPTED') AND NOT EXISTS (
+  SELECT FROM replica r JOIN storage s USING (storage_id)
+   WHERE r.oid = i.oid AND r.state = 'READY' AND s.mode NOT IN ('lost', 'retired'))"""
+
 # one round trip: the newest version (or the one asked for) and its replicas as JSON
 _ITEM = text(
     """SELECT i.oid, i.uri, i.version, i.name, i.state, i.kind, i.size, i.digest, i.content_type,
@@ -71,6 +75,7 @@ def list_items(
     collection: str | None = None,
     storage: str | None = None,
     below_target: bool = False,
+    lost: bool = False,
     limit: int = 100,
     after: str | None = None,
 ) -> list[dict[str, Any]]:
@@ -80,6 +85,7 @@ def list_items(
     ----------
     prefix : how the uri begins; with ``*`` (anything) or ``?`` (one character) a whole pattern
     collection, storage : names; items with a replica there that is not DELETED
+    lost : only those that have not expired and of which no good copy is known
     after : ``uri`` or ``uri#version`` of the last item of the page before
 
     Raises
@@ -90,6 +96,8 @@ def list_items(
     conditions, values = _conditions(connection, state, prefix, collection, storage)
     if below_target:
         conditions.append("shortfall IS NOT NULL")
+    if lost:
+        conditions.append(_LOST)
     if after:
         uri, _, version = after.partition("#")
         conditions.append("(uri, version) > (:after, :after_version)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -417,3 +417,16 @@ def resume_deletions(connection: Connection, oids: Sequence[uuid.UUID], now: dat
         oids=list(oids),
         now=now,
     )
+
+
+def known_paths(connection: Connection, storage_id: uuid.UUID, paths: Collection[str]) -> set[str]:
+    """Those of ``paths`` (encoded) at which a replica lies on a storage, or may lie."""
+    found = rows(
+        connection,
+        """SELECT path FROM replica
+            WHERE storage_id = :storage AND path = ANY(:paths) AND state <> 'DELETED'
+              AND trashed_at IS NULL""",
+        storage=storage_id,
+        paths=list(paths),
+    )
+    return {row["path"] for row in found}

@@ -26,7 +26,12 @@ _BUILT_IN = ("scheme", "path", "name", "version", "hash")
 _NO_OBJECT_KEY = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 _NO_URL_NAME = re.compile(r"[\x00-\x1f\x7f\\?;\ud800-\udfff]")
 #: what an interface's servers do not all keep in a name
-_ODD_NAMES = {"s3": _NO_OBJECT_KEY, "webdav": _NO_URL_NAME, "rclone": _NO_URL_NAME}
+_ODD_NAMES = {
+    "s3": _NO_OBJECT_KEY,
+    "webdav": _NO_URL_NAME,
+    "rclone": _NO_URL_NAME,
+    "xrootd": _NO_URL_NAME,
+}
 #: octets of a file's name on common file systems, and of an object's key
 _LONGEST_NAME, _LONGEST_KEY = 255, 1024
 Values = Mapping[str, str]

@@ -34,9 +34,9 @@ _NAMES = (
     "hash#&=+.dat",
     "-dash",
     ".dot",
-    "a" * 255,
+    "a" * 254,
 )
-_DOUBTFUL = ("question?.dat", "semi;colon.dat", "back\\slash.dat", "new\nline.dat")
+_DOUBTFUL = ("a" * 255, "question?.dat", "semi;colon.dat", "back\\slash.dat", "new\nline.dat")
 # none, little, and around the 8 MiB at which an object store begins to write in parts
 _SIZES = (0, 1, (8 << 20) - 1, 8 << 20, (8 << 20) + 1, 20 << 20)
 #: entries of the whole storage that are looked at for what should be hidden

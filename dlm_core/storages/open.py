@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -74,6 +74,12 @@ def _rclone(name: str, root: str, config: Mapping[str, Any]) -> Storage:
     return open_rclone(name, root, config)
 
 
+def _xrootd(name: str, root: str, config: Mapping[str, Any]) -> Storage:
+    from dlm_core.storages.xrootd import open_xrootd
+
+    return open_xrootd(name, root, config)
+
+
 _BUILT_IN: dict[str, Opener] = {
     "posix": _posix,
     "s3": _s3,
@@ -81,6 +87,7 @@ _BUILT_IN: dict[str, Opener] = {
     "webdav": _webdav,
     "http": _http,
     "rclone": _rclone,
+    "xrootd": _xrootd,
 }
 
 
@@ -89,8 +96,23 @@ def interfaces() -> dict[str, Opener]:
     """Openers by interface: ours, and others' found by the entry point group 'dlm.storages'."""
     found = dict(_BUILT_IN)
     for point in entry_points(group="dlm.storages"):
-        found.setdefault(point.name, point.load())
+        found.setdefault(point.name, _by(point))
     return found
+
+
+def _by(point: EntryPoint) -> Opener:
+    """Loaded when it is used: one that is broken is in nobody's way."""
+
+    def opener(name: str, root: str, config: Mapping[str, Any]) -> Storage:
+        try:
+            load: Opener = point.load()
+        except (ImportError, AttributeError) as error:
+            raise InvalidValueError(
+                what="interface", value=point.name, expected=f"one that can be loaded: {error}"
+            ) from None
+        return load(name, root, config)
+
+    return opener
 
 
 def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]) -> Storage:
@@ -99,7 +121,7 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
     Parameters
     ----------
     root : absolute folder (posix), ``bucket/prefix`` (s3), ``user@host:port/folder`` (sftp), URL
-        (webdav, http) or a path on the remote (rclone)
+        (webdav, http, xrootd) or a path on the remote (rclone)
     config : what the interface needs; secrets only by reference, never themselves. With ``stage``
         the storage is cold (see :mod:`dlm_core.storages.staging`).
 

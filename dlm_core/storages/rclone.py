@@ -11,10 +11,10 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ from dlm_core.storages.port import Entry, Readable, Storage, Usage, temp_path
 from dlm_core.storages.posix import PosixStorage
 from dlm_core.storages.rclone_daemon import Daemon, RcloneError, daemon
 from dlm_core.storages.secrets import SecretReference, read_secret
-from dlm_core.storages.web import WebConfig, check_url, read_authorization
-from dlm_core.storages.wire import Reply, WireError
+from dlm_core.storages.web import read_authorization, read_web_config
+from dlm_core.storages.wire import Reply, ReplyStream, WireError
 
 Options = Callable[[], Mapping[str, str]]
 
@@ -121,17 +121,15 @@ def open_http(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorage:
     Raises
     ------
     InvalidValueError
-        if the config has unknown keys, ``root`` is no plain URL, or a reference leads to nothing.
+        as :func:`~dlm_core.storages.web.read_web_config`.
     """
-    parsed = read_config(WebConfig, name, config)
-    check_url(name, root)
+    parsed = read_web_config(name, root, config)
 
     def options() -> dict[str, str]:
         header = read_authorization(name, parsed)
         more = {"headers": f'Authorization,"{header}"'} if header else {}
         return {"url": root.rstrip("/") + "/", **more}
 
-    options()
     return RcloneStorage(name, "http", options, "", read_only=True)
 
 
@@ -160,6 +158,7 @@ class RcloneStorage(Listed):
         self.name, self.concurrency = name, concurrency
         self._kind, self._options, self._root = kind, options, root
         self._read_only = read_only
+        self._renames: bool | None = None
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
 
     # --- calls and errors ------------------------------------------------------------------------
@@ -171,12 +170,21 @@ class RcloneStorage(Listed):
             return fs
         return f"{fs}{below}" if fs.endswith((":", "/")) else f"{fs}/{below}"
 
-    def _call(self, command: str, path: str, **parameters: Any) -> dict[str, Any]:
+    @contextmanager
+    def _asking(self, path: str, gone: str | None = None) -> Iterator[Daemon]:
+        """The daemon, whose errors become the port's; ``gone`` is told where "not found" is none
+        of what the caller asked for."""
         try:
-            running = daemon()
-            return running.call(command, {"fs": self._fs(running), "remote": path, **parameters})
+            yield daemon()
         except (RcloneError, WireError, InvalidValueError) as error:
-            raise self._error(error, path) from None
+            found = self._error(error, path)
+            if gone is not None and isinstance(found, PayloadNotFoundError):
+                raise self._unavailable(gone) from None
+            raise found from None
+
+    def _call(self, command: str, path: str, **parameters: Any) -> dict[str, Any]:
+        with self._asking(path) as running:
+            return running.call(command, {"fs": self._fs(running), "remote": path, **parameters})
 
     def _error(self, error: Exception, path: str) -> StorageError:
         message = self._without_secrets(str(error))
@@ -245,13 +253,11 @@ class RcloneStorage(Listed):
 
     def _open(self, path: str) -> Reply:
         try:
-            running = daemon()
-            return running.open(self._fs(running), path)
-        except (RcloneError, WireError, InvalidValueError) as error:
-            found = self._error(error, path)
-        if isinstance(found, PayloadNotFoundError):
+            with self._asking(path) as running:
+                return running.open(self._fs(running), path)
+        except PayloadNotFoundError:
             self._check_root()
-        raise found
+            raise
 
     def usage(self) -> Usage | None:
         try:
@@ -289,14 +295,9 @@ class RcloneStorage(Listed):
         return None
 
     def _upload(self, folder: str, name: str, source: Readable, size: int) -> None:
-        try:
-            running = daemon()
+        gone = f"{folder} went while it was written to"
+        with self._asking(f"{folder}/{name}", gone) as running:
             running.upload(self._fs(running), folder, name, source, size)
-        except (RcloneError, WireError, InvalidValueError) as error:
-            found = self._error(error, f"{folder}/{name}")
-            if isinstance(found, PayloadNotFoundError):
-                raise self._unavailable(f"{folder} went while it was written to") from None
-            raise found from None
 
     def flush(self) -> None:
         """Nothing to do: what rclone answers is as durable as the backend makes it."""
@@ -322,62 +323,81 @@ class RcloneStorage(Listed):
 
         A backend without real folders tells None of one: that only a new file may lie beside.
         """
-        try:
-            running = daemon()
+        with self._asking(path) as running:
             status = running.look(self._fs(running), path)
-        except (RcloneError, WireError, InvalidValueError) as error:
-            raise self._error(error, path) from None
         if status in (200, 404):
             return "file" if status == 200 else None
         entry = self._look(path)  # a folder, or an error to be told
         return entry.kind if entry else None
 
+    def _moves(self) -> bool:
+        """Whether the backend can rename; many object stores can copy only."""
+        if self._renames is None:
+            self._renames = bool(self._call("operations/fsinfo", "")["Features"]["Move"])
+        return self._renames
+
     def _move_file(self, source: str, destination: str) -> None:
+        if not self._moves():
+            self._copy_file(source, destination)
+            return
         # rclone looks too, and then does nothing
-        self._pair(source, destination)
+        self._pair("movefile", source, destination)
         if self._quick_kind(source) == "file":
             if self._quick_kind(destination) is not None:
                 raise PayloadExistsError(storage=self.name, path=destination)
             raise self._unavailable(f"{source} was not moved")
 
-    def _pair(self, source: str, destination: str) -> None:
-        try:
-            running = daemon()
+    def _copy_file(self, source: str, destination: str) -> None:
+        """Copy, read both back, and only then delete the source."""
+        self._pair("copyfile", source, destination)
+        with self._asking(source, f"{source} went while it was moved") as running:
+            fs = self._fs(running)
+            first, second = (_hash_of(running, fs, path) for path in (source, destination))
+            if first != second:
+                raise self._unavailable(f"{destination} is not what {source} is after a copy")
+            running.call("operations/deletefile", {"fs": fs, "remote": source})
+
+    def _pair(self, what: str, source: str, destination: str) -> None:
+        with self._asking(source, f"{source} went while it was moved") as running:
             fs = self._fs(running)
             parameters = {
                 "srcFs": fs, "srcRemote": source, "dstFs": fs, "dstRemote": destination,
                 "_config": {"IgnoreExisting": True},
             }  # fmt: skip
-            _unless_locked(lambda: running.call("operations/movefile", parameters))
-        except (RcloneError, WireError, InvalidValueError) as error:
-            found = self._error(error, source)
-            if isinstance(found, PayloadNotFoundError):
-                raise self._unavailable(f"{source} went while it was moved") from None
-            raise found from None
+            _unless_locked(lambda: running.call(f"operations/{what}", parameters))
 
     def _move_tree(self, source: str, destination: str) -> None:
-        try:
-            running = daemon()
-            running.call(
-                "sync/move",
-                {
-                    "srcFs": self._fs(running, source), "dstFs": self._fs(running, destination),
-                    "deleteEmptySrcDirs": True, "_config": {"IgnoreExisting": True},
-                },
-            )  # fmt: skip
-        except (RcloneError, WireError, InvalidValueError) as error:
-            found = self._error(error, source)
-            raise (
-                self._unavailable(f"{source} went while it was moved")
-                if isinstance(found, PayloadNotFoundError)
-                else found
-            ) from None
+        moves = self._moves()
+        with self._asking(source, f"{source} went while it was moved") as running:
+            pair = {"srcFs": self._fs(running, source), "dstFs": self._fs(running, destination)}
+            config = {"IgnoreExisting": True}
+            if moves:
+                more = {"deleteEmptySrcDirs": True, "_config": config}
+                running.call("sync/move", {**pair, **more})
+            else:
+                running.call("sync/copy", {**pair, "_config": config})
+                self._delete_copied(running, pair["srcFs"], pair["dstFs"])
         if self._look(source) is None:
             return
         # empty folders only: no listing that leaves something out costs it
         self._call("operations/rmdirs", source)
-        if self._look(source) is not None:
+        # some object stores tell of a folder for a while after its last object
+        if self._look(source) is not None and (moves or self._has_files(source)):
             raise self._unavailable(f"{source} was not moved whole")
+
+    def _has_files(self, folder: str) -> bool:
+        try:
+            return next(self.walk(folder), None) is not None
+        except PayloadNotFoundError:
+            return False
+
+    def _delete_copied(self, running: Daemon, source: str, destination: str) -> None:
+        """Delete, by name, what reads the same in both places, if all of it does."""
+        copied = self._hashes(running, source)
+        if not copied or copied != self._hashes(running, destination):
+            raise self._unavailable("a tree is not what it was after a copy")
+        for path in copied:
+            running.call("operations/deletefile", {"fs": source, "remote": path})
 
     def remove(self, path: str) -> None:
         self._must_write(path)
@@ -411,20 +431,12 @@ class RcloneStorage(Listed):
         self._must_write(folder)
         if not isinstance(source, PosixStorage) or not paths:
             return {}
-        try:
-            running = daemon()
+        with self._asking(folder, "the copies went while they were looked at") as running:
             local = f"{running.remote('local', {})}:{source.root}"
             target = self._fs(running, folder)
             with _ListFile(running.folder, paths) as list_file:
                 self._copy_listed(running, local, target, list_file, stop, progress)
             return {} if stop.is_set() else self._hashes(running, target)
-        except (RcloneError, WireError, InvalidValueError) as error:
-            found = self._error(error, folder)
-            raise (
-                self._unavailable("the copies went while they were looked at")
-                if isinstance(found, PayloadNotFoundError)
-                else found
-            ) from None
 
     def _copy_listed(
         self, running: Daemon, local: str, target: str, list_file: str,
@@ -487,35 +499,25 @@ class _ListFile:
         self._file.unlink(missing_ok=True)
 
 
-class RcloneStream:
-    """The bytes of a file, read once, front to back."""
+class RcloneStream(ReplyStream):
+    """The bytes of a file."""
 
     def __init__(
         self, storage: RcloneStorage, path: str, reply: Reply, entry: Entry | None
     ) -> None:
-        self._storage, self._path, self._reply = storage, path, reply
+        super().__init__(reply, lambda error: storage._error(error, path))
+        self._storage, self._path = storage, path
         self.size: int = entry.size if entry else reply.length or 0
         self.opened: Hashable = entry
-
-    def read(self, size: int = -1, /) -> bytes:
-        """At most ``size`` bytes; all of them if negative."""
-        try:
-            return self._reply.read(size)
-        except WireError as error:
-            raise self._storage._error(error, self._path) from None
 
     def stamp(self) -> Hashable:
         """Size and time of change, asked anew."""
         return self._storage._look(self._path)
 
-    def close(self) -> None:
-        self._reply.close()
 
-    def __enter__(self) -> RcloneStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+def _hash_of(running: Daemon, fs: str, path: str) -> str:
+    parameters = {"fs": fs, "remote": path, "hashType": "sha256", "download": True}
+    return str(running.call("operations/hashsumfile", parameters)["hash"])
 
 
 def _unless_locked(call: Callable[[], object]) -> None:

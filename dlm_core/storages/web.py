@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dlm_core.errors import InvalidValueError
+from dlm_core.storages.config import read_config
 from dlm_core.storages.secrets import SecretReference, read_secret
 
 
@@ -19,6 +22,20 @@ class WebConfig(BaseModel):
     user: str | None = Field(None, pattern="^[^:]+$", description="For HTTP's basic scheme.")
     password: SecretReference | None = None
     token: SecretReference | None = Field(None, description="A bearer token.")
+
+
+def read_web_config(name: str, root: str, config: Mapping[str, Any]) -> WebConfig:
+    """``config`` of a storage whose ``root`` is a URL, if both are as they should be.
+
+    Raises
+    ------
+    InvalidValueError
+        if the config has unknown keys, ``root`` is no plain URL, or a reference leads to nothing.
+    """
+    parsed = read_config(WebConfig, name, config)
+    check_url(name, root)
+    read_authorization(name, parsed)
+    return parsed
 
 
 def read_authorization(name: str, config: WebConfig) -> str:

@@ -22,11 +22,10 @@ from dlm_core.errors import (
     StorageError,
     StorageFullError,
 )
-from dlm_core.storages.config import read_config
 from dlm_core.storages.listing import Listed
 from dlm_core.storages.port import Entry, Readable, Usage, temp_path
-from dlm_core.storages.web import WebConfig, check_url, read_authorization
-from dlm_core.storages.wire import BLOCK, Reply, Wire, WireError
+from dlm_core.storages.web import WebConfig, read_authorization, read_web_config
+from dlm_core.storages.wire import BLOCK, Reply, ReplyStream, Wire, WireError
 
 _SMALL = 1 << 20
 _CONNECT_SECONDS = 10
@@ -60,12 +59,9 @@ def open_webdav(name: str, root: str, config: Mapping[str, Any]) -> WebdavStorag
     Raises
     ------
     InvalidValueError
-        if the config has unknown keys, ``root`` is no plain URL, or a reference leads to nothing.
+        as :func:`~dlm_core.storages.web.read_web_config`.
     """
-    parsed = read_config(WebConfig, name, config)
-    check_url(name, root)
-    read_authorization(name, parsed)
-    return WebdavStorage(name, root, parsed)
+    return WebdavStorage(name, root, read_web_config(name, root, config))
 
 
 class WebdavStorage(Listed):
@@ -448,35 +444,20 @@ class WebdavStorage(Listed):
         self._check_root()
 
 
-class WebdavStream:
-    """The body of an answer as a file that is read once, front to back."""
+class WebdavStream(ReplyStream):
+    """The body of an answer as a file."""
 
     def __init__(self, storage: WebdavStorage, path: str, reply: Reply) -> None:
-        self._storage, self._path, self._reply = storage, path, reply
+        super().__init__(reply, lambda error: storage._unavailable(str(error)))
+        self._storage, self._path = storage, path
         self.size: int = reply.length or 0
         self.opened: Hashable = _stamp(reply)
-
-    def read(self, size: int = -1, /) -> bytes:
-        """At most ``size`` bytes; all of them if negative."""
-        try:
-            return self._reply.read(size)
-        except WireError as error:
-            raise self._storage._unavailable(str(error)) from None
 
     def stamp(self) -> Hashable:
         """ETag, time of change and size, asked anew."""
         with self._storage._ask("HEAD", self._path) as reply:
             self._storage._all_of(reply)
             return _stamp(reply)
-
-    def close(self) -> None:
-        self._reply.close()
-
-    def __enter__(self) -> WebdavStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _stamp(reply: Reply) -> Hashable:

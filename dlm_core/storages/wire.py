@@ -12,7 +12,9 @@ import select
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Self
 
+from dlm_core.errors import StorageError
 from dlm_core.storages.port import Readable
 
 BLOCK = 1 << 20
@@ -74,6 +76,34 @@ class Reply:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+
+class ReplyStream:
+    """An answer's body as a file that is read once, front to back.
+
+    Parameters
+    ----------
+    told : makes the port's error of what goes wrong.
+    """
+
+    def __init__(self, reply: Reply, told: Callable[[WireError], StorageError]) -> None:
+        self._reply, self._told = reply, told
+
+    def read(self, size: int = -1, /) -> bytes:
+        """At most ``size`` bytes; all of them if negative."""
+        try:
+            return self._reply.read(size)
+        except WireError as error:
+            raise self._told(error) from None
+
+    def close(self) -> None:
+        self._reply.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -244,3 +244,22 @@ def test_one_copy_leaves_and_its_item_stays(site: Site) -> None:
     assert site.item(oid)["shortfall"] is None
     with pytest.raises(NotFoundError):
         tell(later)
+
+
+def test_items_of_which_nothing_good_is_known_are_listed(site: Site) -> None:
+    """Nothing READY on a storage that counts: the only copy doubted, or on a lost storage; never an
+    item that a good copy is left of, nor one that has expired."""
+    doubted, _, expired, _ = (site.add_item(name, b"x", on="a") for name in ("a", "b", "c", "d"))
+    site.add_item("e", b"x", on="b")
+    assert page(site, lost=True) == []
+    site.execute("UPDATE replica SET state = 'SUSPECT' WHERE oid = :oid", oid=doubted)
+    assert page(site, lost=True) == ["test:a#1"]
+    site.execute(
+        "UPDATE data_item SET state = 'EXPIRED', expires_at = :now, expiry_reason = 'test' "
+        "WHERE oid = :oid",
+        oid=expired,
+        now=site.now,
+    )
+    site.set_storage("a", mode="lost")
+    assert page(site, lost=True) == ["test:a#1", "test:b#1", "test:d#1"]
+    assert page(site, lost=True, limit=1, after="test:a#1") == ["test:b#1"]

@@ -1,4 +1,4 @@
-"""A storage behind SFTP by command."""
+"""A storage behind SFTP, and one behind XRootD, by command."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from tests.cli.site import Dlm, Result, refused
 from tests.sshd import SshServer
+from tests.xrootd import XrootdServer
 
 
 @pytest.fixture
@@ -37,6 +38,20 @@ def test_it_is_added_and_tested(dlm: Dlm, server: SshServer, tmp_path: Path, she
     shown = dlm("storage", "show", "far").out
     secret = os.environ[server.key_name].splitlines()[3]
     assert server.key_name in shown and secret not in shown + tested.out + added.out
+
+
+def test_an_xrootd_server_is_added_and_tested(dlm: Dlm, xrootd: XrootdServer) -> None:
+    """The same; one that is not there is not added."""
+    dlm("location", "add", "hpc")
+    at = ["--location", "hpc", "--interface", "xrootd", "--config"]
+    keytab = f"keytab={xrootd.config['keytab']}"
+    refused(
+        dlm("storage", "add", "far", *at, keytab, "--root", xrootd.root("nowhere")), "DLM-301", 4
+    )
+    added = dlm("storage", "add", "far", *at, keytab, "--root", xrootd.make_root())
+    assert added.code == 0, added.error
+    tested = dlm("storage", "test", "far")
+    assert tested.code == 0 and "15 of 15 checks passed" in tested.out
 
 
 def test_what_cannot_be_used_is_not_added(dlm: Dlm, server: SshServer, tmp_path: Path) -> None:

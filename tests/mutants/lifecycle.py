@@ -497,4 +497,20 @@ LIFECYCLE = (
         "a URL with a password is taken, and shown",
         ("storages/test_open.py::test_a_secret_in_a_value_is_refused_and_not_shown",),
     ),
+    Mutant(
+        "xrootd-rename-replaces",
+        "dlm_core/storages/xrootd.py",
+        "            if self._look(destination) is not None:",
+        "            if False:",
+        "XRootD's rename replaces what is there",
+        ("storages/test_xrootd.py::test_the_protocol_would_overwrite_and_we_do_not",),
+    ),
+    Mutant(
+        "rclone-copy-unread",
+        "dlm_core/storages/rclone.py",
+        "            if first != second:",
+        "            if False:",
+        "where rclone cannot move, the source goes though its copy was not read",
+        ("storages/test_rclone.py::test_a_copy_that_is_other_bytes_costs_the_source_nothing",),
+    ),
 )

@@ -23,11 +23,11 @@ from dlm_core.errors import (
     StorageUnavailableError,
 )
 from dlm_core.storages.open import open_storage
-from dlm_core.storages.rclone_daemon import daemon
+from dlm_core.storages.rclone_daemon import Daemon, daemon
 from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.mover import CopyTask, copy_batch
 from dlm_core.types import PayloadKind
-from tests.backends import open_dav_by_rclone
+from tests.backends import open_dav_by_rclone, open_memory_by_rclone, open_s3_by_rclone
 from tests.servers import USER, answering, web_server
 
 
@@ -128,7 +128,7 @@ def test_a_daemon_killed_while_it_takes_many_loses_nothing(source, remote):
 
 STARTER = """
 import threading, time
-from dlm_core.storages.rclone_daemon import daemon
+from dlm_core.storages.rclone_daemon import Daemon, daemon
 started = []
 thread = threading.Thread(target=lambda: started.append(daemon()))
 thread.start()
@@ -346,3 +346,70 @@ def test_a_web_server_is_asked_with_the_password(monkeypatch):
         open_storage("web", "http", url, config).check()
     wanted = "Basic " + b64encode(f"{USER}:pass,word\"'".encode()).decode()
     assert heard and {headers.get("Authorization") for _, _, headers in heard} == {wanted}
+
+
+# --- backends that can copy and cannot move -------------------------------------------------------
+
+
+@pytest.fixture(params=["s3", "memory"])
+def copying(request):
+    """A bucket on SeaweedFS by rclone's S3 backend, and one in its memory."""
+    if request.param == "memory":
+        return open_memory_by_rclone()
+    return open_s3_by_rclone(request.getfixturevalue("s3"))
+
+
+def commands(monkeypatch):
+    """The names of what the daemon is asked for from now on."""
+    asked, call = [], Daemon.call
+    monkeypatch.setattr(
+        Daemon, "call", lambda self, *a, **b: asked.append(a[0]) or call(self, *a, **b)
+    )
+    return asked
+
+
+def test_without_a_move_a_file_is_copied_read_back_and_deleted(copying, monkeypatch):
+    """rclone's own move would delete the source unread."""
+    put(copying, "a/x", b"payload")
+    asked = commands(monkeypatch)
+    copying.rename("a/x", "b/y")
+    assert contents(copying) == {"b/y": b"payload"}
+    order = [
+        f"operations/{what}" for what in ("copyfile", "hashsumfile", "hashsumfile", "deletefile")
+    ]
+    assert [one for one in asked if one in {*order, "operations/movefile"}] == order
+    put(copying, "a/x", b"other")
+    with pytest.raises(PayloadExistsError):
+        copying.rename("a/x", "b/y")
+    assert contents(copying) == {"a/x": b"other", "b/y": b"payload"}
+
+
+def test_without_a_move_a_tree_is_copied_read_back_and_deleted_by_name(copying, monkeypatch):
+    """Names of any kind; nothing that was not compared goes."""
+    for name in ("one", "sub/two words", "sub/#3 ü"):
+        put(copying, f"tree/{name}", name.encode())
+    asked = commands(monkeypatch)
+    copying.rename("tree", "to/tree")
+    wanted = {f"to/tree/{name}": name.encode() for name in ("one", "sub/two words", "sub/#3 ü")}
+    assert contents(copying) == wanted
+    assert asked.count("operations/deletefile") == 3 and "sync/move" not in asked
+
+
+@pytest.mark.parametrize("what", ["file", "tree"])
+def test_a_copy_that_is_other_bytes_costs_the_source_nothing(copying, monkeypatch, what):
+    """Something else got to the new place meanwhile: an error, and the source stays."""
+    put(copying, "tree/x", b"payload")
+    call = Daemon.call
+
+    def interfere(self, command, parameters):
+        found = call(self, command, parameters)
+        if command in ("operations/copyfile", "sync/copy"):
+            copying.remove("to/x")
+            copying._upload("to", "x", io.BytesIO(b"PAYLOAD"), 7)
+        return found
+
+    monkeypatch.setattr(Daemon, "call", interfere)
+    pair = ("tree/x", "to/x") if what == "file" else ("tree", "to")
+    with pytest.raises(StorageUnavailableError, match="after a copy"):
+        copying.rename(*pair)
+    assert get(copying, "tree/x") == b"payload"

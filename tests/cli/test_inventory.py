@@ -1,0 +1,65 @@
+"""``dlm storage usage`` and ``dlm item list --lost``."""
+
+from __future__ import annotations
+
+import io
+import json
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from dlm_cli.s3_server import S3Server
+from dlm_core.storages.open import open_storage
+from tests.backends import s3_config
+from tests.cli.site import Dlm, refused
+
+
+def test_what_lies_on_a_bucket_is_told_beside_what_is_counted(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None], s3: S3Server
+) -> None:
+    """Copies, directory payloads too, the trash and the DLM's own; and what is somebody else's, by
+    name. Without a listing only what the catalogue counts."""
+    root, config = f"{s3.bucket}/{uuid.uuid4().hex}", s3_config(s3)
+    pairs = [part for key, value in config.items() for part in ("--config", f"{key}={value}")]
+    at = ["--location", "there", "--interface", "s3", "--root", root]
+    assert dlm("storage", "add", "bucket", *at, *pairs).code == 0
+    (storages["a"] / "x.ms").mkdir()
+    (storages["a"] / "x.ms" / "table").write_bytes(b"12345")
+    (storages["a"] / "one").write_bytes(b"123")
+    assert dlm("storage", "set", "b", "--mode", "offline").code == 0
+    register = ["register", "a", "--scheme", "ska", "--target-phase", "SOLID"]
+    assert dlm(*register, "--as-directory", "*.ms").code == 0
+    settle()
+    bucket = open_storage("bucket", "s3", root, config)
+    bucket.write("theirs/file", io.BytesIO(b"1234567"), 7)
+    bucket.write(".dlm/trash/of-old", io.BytesIO(b"1"), 1)
+    told = dlm("storage", "usage", "bucket", "--inventory", "--json").json
+    assert (told["replicas"], told["used_bytes"]) == (2, 8)
+    assert (told["copies_files"], told["copies_bytes"]) == (2, 8)
+    assert (told["foreign_files"], told["foreign_bytes"]) == (1, 7)
+    assert (told["trash_files"], told["trash_bytes"]) == (1, 1)
+    assert told["foreign_first"] == ["theirs/file"]
+    assert "not the DLM's: 'theirs/file'" in dlm("storage", "usage", "bucket", "--inventory").out
+    plain = dlm("storage", "usage", "bucket", "--json").json
+    assert plain["used_bytes"] == 8 and "copies_files" not in plain
+
+
+def test_a_storage_that_cannot_be_listed_is_told(dlm: Dlm, storages: dict[str, Path]) -> None:
+    """As an outage, and what is not there as bad input."""
+    storages["a"].rename(storages["a"].parent / "away")
+    refused(dlm("storage", "usage", "a", "--inventory"), "DLM-301", 4)
+    refused(dlm("storage", "usage", "nowhere"), "DLM-102", 2)
+
+
+def test_items_without_a_good_copy_are_listed(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None]
+) -> None:
+    """As a table and as JSON."""
+    (storages["a"] / "x").write_bytes(b"payload")
+    assert dlm("register", "a", "--scheme", "ska", "--target-phase", "LIQUID").code == 0
+    settle()
+    assert dlm("item", "list", "--lost", "--json").json == []
+    assert dlm("storage", "lost", "a", "--reason", "fire").code == 0
+    found = json.loads(dlm("item", "list", "--lost", "--json").out)
+    assert [item["uri"] for item in found] == ["ska:x"]
+    assert "ska:x" in dlm("item", "list", "--lost").out

@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dlm_core.errors import InvalidValueError
+from dlm_core.storages.bundles import Bundled, split_config
 from dlm_core.storages.config import read_config
 from dlm_core.storages.port import Storage
 
@@ -98,7 +99,8 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
     ----------
     root : absolute folder (posix), ``bucket/prefix`` (s3), ``user@host:port/folder`` (sftp), URL
         (webdav, http) or a path on the remote (rclone)
-    config : what the interface needs; secrets only by reference, never themselves
+    config : what the interface needs; secrets only by reference, never themselves. With
+        ``bundle_bytes`` small files are kept in bundles (:mod:`.bundles`)
 
     Raises
     ------
@@ -116,4 +118,6 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
         raise InvalidValueError(
             what="interface", value=interface, expected=f"one of {', '.join(sorted(known))}"
         )
-    return known[interface](name, root, config)
+    bundling, rest = split_config(name, config)
+    storage = known[interface](name, root, rest)
+    return storage if bundling is None else cast(Storage, Bundled(storage, bundling))

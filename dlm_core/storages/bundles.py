@@ -373,7 +373,9 @@ class Bundled:
             late = self.index.open is not None and path not in self.index.gone
             return [["remove", name] for name in packed] + [["gone", path]] * late
 
-        if before and self.index.look(lambda: bool(decide())):
+        if not before:
+            return
+        if self.index.look(decide):
             self._change(decide)
 
     def _change(self, decide: Callable[[], Sequence[Change]]) -> None:

@@ -194,6 +194,13 @@ class NonconformingError(StorageError):
     code = "DLM-307"
 
 
+class PackingError(StorageError):
+    """the bundles of storage {storage} are being made by somebody else at this moment"""
+
+    code = "DLM-308"
+    retryable = True
+
+
 # --- bytes: exit code 5 -----------------------------------------------------------------------
 
 

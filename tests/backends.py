@@ -79,7 +79,8 @@ def open_dav_by_rclone(server: DavServer, **options: str) -> Storage:
 _KINDS = (
     "posix", "s3", "sftp", "sftp_shell", "wsgidav", "rclonedav", "rclone", "rclone_wsgidav",
     "quota", "faulty", "faulty_s3", "faulty_sftp",
-    "bundled", "bundled_s3", "bundled_sftp", "bundled_wsgidav", "bundled_faulty",
+    "bundled", "bundled_s3", "bundled_faulty",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bundled_sftp", "bundled_wsgidav")),
 )  # fmt: skip
 
 

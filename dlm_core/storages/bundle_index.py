@@ -104,6 +104,9 @@ class BundleIndex:
         self.moving: dict[str, str] = dict(head.get("moving", {}))
         #: bundles whose files are to be removed
         self.garbage: set[str] = set(head.get("garbage", ()))
+        # lists of bundles that were removed: who reads the log from before the fold needs them
+        self._lists: set[str] = set()
+        self._old_lists: list[str] = head.get("lists", [])
 
     # --- following the log -----------------------------------------------------------------------
 
@@ -123,11 +126,18 @@ class BundleIndex:
             try:
                 self._catch_up()
             except SupersededError:
-                self._load()
+                self._begin_anew()
             except BaseException:
                 self._forget()  # half of a record may have been followed
                 raise
             self._looked = begun
+
+    def _begin_anew(self) -> None:
+        try:
+            self._load()
+        except BaseException:
+            self._forget()
+            raise
 
     def _catch_up(self) -> None:
         if self.generation == 0:
@@ -153,7 +163,7 @@ class BundleIndex:
             try:
                 return work()
             except SupersededError:
-                self._load()
+                self._begin_anew()
                 return work()
 
     def _stat(self, generation: int) -> bool:
@@ -262,8 +272,15 @@ class BundleIndex:
         try:
             with self._storage.open_read(list_path(bundle)) as stream:
                 yield from parse_listing(stream.read(-1))
-        except (PayloadNotFoundError, ValueError):
-            raise self._broken(f"{list_path(bundle)} is missing or damaged") from None
+        except ValueError:
+            raise self._broken(f"{list_path(bundle)} is damaged") from None
+        except PayloadNotFoundError:
+            # a fold behind this record may have made it superfluous
+            raise SupersededError(
+                storage=self._storage.name,
+                message=f"the index of its bundles is not whole: {list_path(bundle)} is missing; "
+                "see 'dlm storage pack --reindex'",
+            ) from None
 
     def _do_clean(self, bundle: str) -> None:
         self.cleaning.pop(bundle, None)
@@ -271,6 +288,7 @@ class BundleIndex:
 
     def _do_swept(self, bundles: list[str]) -> None:
         self.garbage -= set(bundles)
+        self._lists |= set(bundles)
 
     def _do_remove(self, path: str) -> None:
         self._do_gone(path)
@@ -404,7 +422,7 @@ class BundleIndex:
             return False
         # if the one before was removed, this one may have been too, long ago, and was made again
         before = self.generation
-        if not (self._stat(before) if before else self.numbers()[-1:] == [1]):
+        if not (self._stat(before) if before else self.numbers()[-1] <= _KEPT_RECORDS):
             raise StorageUnavailableError(
                 storage=self._storage.name, message="the log of its bundles went on too fast"
             )
@@ -430,6 +448,16 @@ class BundleIndex:
             self.clear_away()
             return True
 
+    def append_fold(self, behind: int, name: str) -> None:
+        """Let the log go on behind record ``behind`` with a fold that was made by other means."""
+        with self.lock:
+            self._forget()
+            self.generation = behind
+            record = {"token": name, "changes": [["fold", name]]}
+            write_new(self._storage, _record(behind + 1), json.dumps(record).encode("ascii"))
+            self._storage.flush()
+            self._begin_anew()
+
     def _head(self) -> dict[str, Any]:
         return {
             "bundles": {
@@ -441,14 +469,18 @@ class BundleIndex:
             "cleaning": {name: sorted(paths) for name, paths in self.cleaning.items()},
             "moving": self.moving,
             "garbage": sorted(self.garbage),
+            "lists": sorted(self._lists),
         }
 
     def clear_away(self) -> None:
-        """Remove folds before the present one, or that never counted, and records far behind."""
+        """Remove folds before the present one, or that never counted, records far behind, and lists
+        of bundles that were removed before the fold."""
         for number in self.numbers():
             if number >= self._based_on - _KEPT_RECORDS:
                 break
             self._storage.remove(_record(number))
+        for bundle in self._old_lists:
+            self._storage.remove(list_path(bundle))
         names: set[str] = set()
         with suppress(PayloadNotFoundError):
             files = [entry.path.rpartition("/")[2] for entry in self._storage.walk(BASES)]

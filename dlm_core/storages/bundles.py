@@ -24,7 +24,7 @@ from dlm_core.errors import (
     StorageUnavailableError,
 )
 from dlm_core.storages.bundle_index import BundleIndex, Change
-from dlm_core.storages.bundle_tar import Member, list_path, tar_path
+from dlm_core.storages.bundle_tar import Member, tar_path
 from dlm_core.storages.config import read_config
 from dlm_core.storages.port import PRIVATE, Entry, Readable, ReadStream, Storage, Usage, temp_path
 from dlm_core.storages.ranges import open_range
@@ -398,11 +398,11 @@ class Bundled:
 
 
 def sweep(storage: Bundled, bundles: Iterable[str]) -> None:
-    """Remove the files of bundles that hold nothing any more, for good."""
+    """Remove bundles that hold nothing any more, for good; their lists go with the next fold."""
     inner, swept = storage.inner, sorted(bundles)
     inner.flush()  # the record that says so comes first
     for bundle in swept:
-        for path in (tar_path(bundle), list_path(bundle), temp_path(f"bundle/{bundle}")):
+        for path in (tar_path(bundle), temp_path(f"bundle/{bundle}")):
             inner.remove(path)
     storage.index.change(lambda: [["swept", swept]])
 

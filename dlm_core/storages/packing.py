@@ -20,8 +20,8 @@ from itertools import islice
 from dlm_core.errors import (
     DestinationDamagedError,
     DlmError,
+    PackingError,
     PayloadNotFoundError,
-    StorageUnavailableError,
 )
 from dlm_core.storages.bundle_index import Bundle, Change, write_new
 from dlm_core.storages.bundle_tar import (
@@ -115,6 +115,7 @@ def pack(
             _pack(storage, group, report)
     if not dry_run:
         tidy(storage)
+        storage.index.clear_away()
         gone = before.keys() - storage.index.look(lambda: storage.index.bundles).keys()
         report.removed, report.freed = len(gone), sum(before[one].size for one in gone)
     return report
@@ -206,9 +207,7 @@ def _pack(storage: Bundled, group: _Group, report: PackReport) -> None:
 
 def _begin(storage: Bundled, bundle: str) -> list[Change]:
     if storage.index.open is not None:
-        raise StorageUnavailableError(
-            storage=storage.name, message="somebody else packs it at this moment"
-        )
+        raise PackingError(storage=storage.name)
     return [["begin", bundle]]
 
 
@@ -296,9 +295,7 @@ def _add(storage: Bundled, source: TarSource) -> list[Change]:
     """The record by which a bundle counts, with all that happened to its members meanwhile."""
     index, layout = storage.index, source.layout
     if index.open != layout.bundle:
-        raise StorageUnavailableError(
-            storage=storage.name, message="somebody else began to pack it"
-        )
+        raise PackingError(storage=storage.name)
     without = [
         number
         for number, part in enumerate(layout.parts)
@@ -336,7 +333,7 @@ def _abort(storage: Bundled, bundle: str) -> None:
     """Give a bundle up, unless it counts already; its files go after all have been told so."""
     index = storage.index
     index.change(lambda: [["abort", bundle]] if index.open == bundle else [])
-    if bundle in index.garbage:
+    if bundle not in index.bundles:
         sweep(storage, [bundle])
 
 

@@ -21,6 +21,7 @@ from io import BytesIO
 from typing import Any, TypeVar
 
 from dlm_core.errors import (
+    DlmError,
     PayloadExistsError,
     PayloadNotFoundError,
     StorageError,
@@ -54,6 +55,16 @@ class Bundle:
     live_bytes: int = 0
 
 
+@dataclass(slots=True, eq=False)
+class _Wish:
+    """What one thread wants to change, and how that ended."""
+
+    decide: Callable[[], Sequence[Change]]
+    changes: Sequence[Change] = ()
+    error: BaseException | None = None
+    done: bool = False
+
+
 def write_new(storage: Storage, path: str, data: bytes) -> None:
     """Write a small file so that it appears whole, durable, and over nothing.
 
@@ -83,11 +94,15 @@ class BundleIndex:
         self._storage = storage
         self.lock = threading.RLock()
         self._looked = 0.0
+        self._wishing = threading.Lock()
+        self._wishes: list[_Wish] = []
         self._tokens: set[str] = set()
         self._forget()
 
     def _forget(self) -> None:
+        """Know nothing, and conclude nothing from that."""
         self._clear(Base(self._storage, None), 0)
+        self._known, self._looked = False, 0.0
 
     def _clear(self, base: Base, generation: int) -> None:
         head = base.head
@@ -104,6 +119,8 @@ class BundleIndex:
         self.moving: dict[str, str] = dict(head.get("moving", {}))
         #: bundles whose files are to be removed
         self.garbage: set[str] = set(head.get("garbage", ()))
+        #: those of them that held nothing any more; the others never counted
+        self.dropped: set[str] = set(head.get("dropped", ()))
         # lists of bundles that were removed: who reads the log from before the fold needs them
         self._lists: set[str] = set()
         self._old_lists: list[str] = head.get("lists", [])
@@ -123,6 +140,7 @@ class BundleIndex:
             if self._looked > asked:
                 return  # somebody began to look after we asked
             begun = time.monotonic()
+            self._tokens = set()
             try:
                 self._catch_up()
             except SupersededError:
@@ -130,11 +148,12 @@ class BundleIndex:
             except BaseException:
                 self._forget()  # half of a record may have been followed
                 raise
-            self._looked = begun
+            self._known, self._looked = True, begun
 
     def _begin_anew(self) -> None:
         try:
             self._load()
+            self._known = True
         except BaseException:
             self._forget()
             raise
@@ -160,6 +179,8 @@ class BundleIndex:
         if fresh:
             self.refresh()  # without the lock: who waits for it shares what the other found
         with self.lock:
+            if not self._known:
+                self.refresh()
             try:
                 return work()
             except SupersededError:
@@ -288,6 +309,7 @@ class BundleIndex:
 
     def _do_swept(self, bundles: list[str]) -> None:
         self.garbage -= set(bundles)
+        self.dropped -= set(bundles)
         self._lists |= set(bundles)
 
     def _do_remove(self, path: str) -> None:
@@ -323,6 +345,7 @@ class BundleIndex:
         if known is not None and not known.live and bundle not in self.cleaning:
             del self.bundles[bundle]
             self.garbage.add(bundle)
+            self.dropped.add(bundle)
 
     # --- looking ---------------------------------------------------------------------------------
 
@@ -381,36 +404,64 @@ class BundleIndex:
 
     def change(self, decide: Callable[[], Sequence[Change]]) -> Sequence[Change]:
         """Append what ``decide`` says, which looks at the index as it is just then; again from the
-        beginning if somebody else was faster. What it raises goes through.
+        beginning if somebody else was faster. What it raises goes through. What several threads
+        want at once is one record.
 
         Raises
         ------
         StorageUnavailableError
             the change may have been made or not: look again.
         """
+        wish = _Wish(decide)
+        with self._wishing:
+            self._wishes.append(wish)
         with self.lock:
+            if not wish.done:
+                with self._wishing:
+                    wishes, self._wishes = self._wishes, []
+                self._grant(wishes)
+        if wish.error is not None:
+            raise wish.error
+        return wish.changes
+
+    def _grant(self, wishes: Sequence[_Wish]) -> None:
+        try:
             while True:
                 self.refresh()
-                changes = decide()
+                for wish in wishes:
+                    self._decide(wish)
+                changes = [change for wish in wishes for change in wish.changes]
                 if not changes or self._append(changes):
                     break
             if changes and self._is_long():
                 self.fold()
-            return changes
+        except BaseException as error:
+            self._forget()
+            for wish in wishes:
+                wish.error = wish.error or error
+            if not isinstance(error, DlmError):
+                raise
+        finally:
+            for wish in wishes:
+                wish.done = True
+
+    def _decide(self, wish: _Wish) -> None:
+        """What is wished is in the index before the next one decides, and before it is written."""
+        wish.changes, wish.error = [], None
+        try:
+            wish.changes = wish.decide()
+        except DlmError as error:
+            wish.error = error
+        for change in wish.changes:
+            self._apply(change)
 
     def _append(self, changes: Sequence[Change]) -> bool:
         token = uuid.uuid4().hex
-        self._tokens = set()
         if self._write({"token": token, "changes": changes}):
-            try:
-                for change in changes:
-                    self._apply(change)
-            except BaseException:
-                self._forget()
-                raise
             self.generation += 1
             return True
-        self.refresh()
+        self._tokens = set()
+        self._begin_anew()
         return token in self._tokens  # it was ours: only the answer got lost
 
     def _write(self, record: dict[str, Any]) -> bool:
@@ -469,6 +520,7 @@ class BundleIndex:
             "cleaning": {name: sorted(paths) for name, paths in self.cleaning.items()},
             "moving": self.moving,
             "garbage": sorted(self.garbage),
+            "dropped": sorted(self.dropped),
             "lists": sorted(self._lists),
         }
 

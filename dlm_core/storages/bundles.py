@@ -380,10 +380,8 @@ class Bundled:
 
     def _change(self, decide: Callable[[], Sequence[Change]]) -> None:
         """Change the index; bundles that are empty now are removed at once."""
-        with self.index.lock:
-            known = set(self.index.garbage)
-            self.index.change(decide)
-            empty = self.index.garbage - known
+        self.index.change(decide)
+        empty = self.index.look(lambda: set(self.index.dropped), fresh=False)
         if empty:
             sweep(self, empty)
 

@@ -331,9 +331,15 @@ def tidy(storage: Bundled) -> None:
 
 def _abort(storage: Bundled, bundle: str) -> None:
     """Give a bundle up, unless it counts already; its files go after all have been told so."""
-    index = storage.index
-    index.change(lambda: [["abort", bundle]] if index.open == bundle else [])
-    if bundle not in index.bundles:
+    index, counts = storage.index, True
+
+    def decide() -> list[Change]:
+        nonlocal counts
+        counts = bundle in index.bundles
+        return [["abort", bundle]] if index.open == bundle else []
+
+    index.change(decide)
+    if not counts:
         sweep(storage, [bundle])
 
 

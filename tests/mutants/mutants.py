@@ -1,8 +1,9 @@
 """The list of mutants."""
 
+from tests.mutants.bundles import BUNDLES
 from tests.mutants.catalogue import CATALOGUE
 from tests.mutants.guards import GUARDS
 from tests.mutants.lifecycle import LIFECYCLE
 from tests.mutants.rules import RULES
 
-MUTANTS = (*CATALOGUE, *LIFECYCLE, *RULES, *GUARDS)
+MUTANTS = (*CATALOGUE, *LIFECYCLE, *RULES, *GUARDS, *BUNDLES)

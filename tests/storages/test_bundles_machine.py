@@ -1,4 +1,4 @@
-"""Bundles beside a dictionary: whatever is written, moved, packed and cut off, both say the same."""
+"""Bundles beside a dictionary: whatever is moved, packed and cut off, both say the same."""
 
 from __future__ import annotations
 

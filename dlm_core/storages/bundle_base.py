@@ -12,6 +12,8 @@ import tempfile
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from io import BytesIO
 from typing import Any
 
 from dlm_core.errors import PayloadNotFoundError, StorageUnavailableError
@@ -22,6 +24,7 @@ from dlm_core.storages.ranges import open_range
 #: where the folded indexes lie
 BASES = f"{FOLDER}/index"
 _LINES = 256
+_BLOCK = 1 << 20
 _BLOCKS_KEPT = 64
 
 Line = tuple[str, Member]
@@ -96,21 +99,41 @@ class Base:
         )
 
 
+def read_back(storage: Storage, path: str, wanted: bytes) -> None:
+    """Believe that a file was written only when its sha256 is read there.
+
+    Raises
+    ------
+    StorageUnavailableError
+        if it is not.
+    """
+    hasher = sha256()
+    with storage.open_read(path) as stream:
+        while block := stream.read(_BLOCK):
+            hasher.update(block)
+    if hasher.digest() != wanted:
+        raise StorageUnavailableError(
+            storage=storage.name, message=f"{path} reads back differently"
+        )
+
+
 def write_base(storage: Storage, name: str, lines: Iterable[Line], head: Mapping[str, Any]) -> None:
     """Write a folded index of ``lines``, which come in path order, under a new name."""
     blocks: list[list[Any]] = []
     with tempfile.TemporaryFile() as file:
-        at = 0
+        hasher, at = sha256(), 0
         for number, (path, m) in enumerate(lines):
             if number % _LINES == 0:
                 blocks.append([path, at, 0])
             row = [path, m.bundle, m.number, m.offset, m.size, m.digest, m.mtime]
-            at += file.write(json.dumps(row).encode("ascii") + b"\n")
+            line = json.dumps(row).encode("ascii") + b"\n"
+            hasher.update(line)
+            at += file.write(line)
             blocks[-1][2] = at - blocks[-1][1]
         file.seek(0)
         storage.write(f"{BASES}/{name}.data", file, at)
-        file.seek(0)
-        file.truncate()
-        size = file.write(json.dumps({**head, "blocks": blocks}).encode("ascii"))
-        file.seek(0)
-        storage.write(f"{BASES}/{name}.head", file, size)
+    data = json.dumps({**head, "blocks": blocks}).encode("ascii")
+    storage.write(f"{BASES}/{name}.head", BytesIO(data), len(data))
+    storage.flush()
+    read_back(storage, f"{BASES}/{name}.data", hasher.digest())
+    read_back(storage, f"{BASES}/{name}.head", sha256(data).digest())

@@ -17,6 +17,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from io import BytesIO
 from typing import Any, TypeVar
 
@@ -27,7 +28,13 @@ from dlm_core.errors import (
     StorageError,
     StorageUnavailableError,
 )
-from dlm_core.storages.bundle_base import BASES, Base, SupersededError, write_base
+from dlm_core.storages.bundle_base import (
+    BASES,
+    Base,
+    SupersededError,
+    read_back,
+    write_base,
+)
 from dlm_core.storages.bundle_tar import FOLDER, Member, list_path, parse_listing
 from dlm_core.storages.port import Storage, temp_path
 
@@ -79,6 +86,7 @@ def write_new(storage: Storage, path: str, data: bytes) -> None:
     storage.write(written, BytesIO(data), len(data))
     try:
         storage.flush()  # else a name might outlive a crash that the bytes did not
+        read_back(storage, written, sha256(data).digest())
         storage.rename(written, path)
     except BaseException:
         with suppress(StorageError):
@@ -160,19 +168,26 @@ class BundleIndex:
 
     def _catch_up(self) -> None:
         if self.generation == 0:
-            if self._storage.stat(FOLDER) is not None:
-                self._load()
-            return
-        # the next is asked for first: a record is removed only after all before it, so if this one
-        # is there still, the next was not there either when it was asked for
+            if self._storage.stat(FOLDER) is None:
+                return
+            self._load()
+        # also behind a listing, which may leave out what is newest
+        while self.generation and not self._is_at_end():
+            self._load()
+
+    def _is_at_end(self) -> bool:
+        """Follow the log; False if it went on so far that records in between were removed.
+
+        The next is asked for first: a record is removed only after all before it, so if this one is
+        there still, the next was not there either when it was asked for.
+        """
         while self._stat(self.generation + 1):
             try:
                 record = self._read(self.generation + 1)
             except PayloadNotFoundError:
                 break
             self._follow(record)
-        if not self._stat(self.generation):
-            self._load()
+        return self._stat(self.generation)
 
     def look(self, work: Callable[[], _T], *, fresh: bool = True) -> _T:
         """What ``work`` finds in the index as it is now; as it was last known unless ``fresh``."""
@@ -434,7 +449,8 @@ class BundleIndex:
                 if not changes or self._append(changes):
                     break
             if changes and self._is_long():
-                self.fold()
+                with suppress(StorageError):  # the change is made; folding has time
+                    self.fold()
         except BaseException as error:
             self._forget()
             for wish in wishes:
@@ -491,7 +507,6 @@ class BundleIndex:
         with self.lock:
             name = f"{self.generation:016d}-{uuid.uuid4().hex}"
             write_base(self._storage, name, self.since("", ""), self._head())
-            self._storage.flush()
             if not self._write({"token": name, "changes": [["fold", name]]}):
                 self._remove_base(name)
                 return False

@@ -126,7 +126,6 @@ def _publish(storage: Bundled, found: dict[str, Member], bundles: dict[str, Bund
         "garbage": garbage,
     }
     write_base(inner, name, sorted(found.items()), head)
-    inner.flush()
     index.append_fold(number, name)
 
 

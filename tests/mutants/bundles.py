@@ -63,6 +63,14 @@ BUNDLES = (
         (_MEANWHILE,),
     ),
     Mutant(
+        "index-not-read-back",
+        "dlm_core/storages/bundle_base.py",
+        "    if hasher.digest() != wanted:\n",
+        "    if False:\n",
+        "a record of the index counts though it was cut short",
+        ("storages/test_bundles.py::test_faults_of_the_storage_lose_nothing",),
+    ),
+    Mutant(
         "log-with-a-hole-is-believed",
         "dlm_core/storages/bundle_index.py",
         "            if at not in there:\n",

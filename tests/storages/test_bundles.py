@@ -28,7 +28,8 @@ from dlm_core.storages.open import open_storage
 from dlm_core.storages.packing import pack
 from dlm_core.storages.posix import PosixStorage
 from tests.backends import bundled
-from tests.fakes import FAR, Counting, StoppedError, Stopping, any_digest
+from tests.fakes import FAR, Counting, StoppedError, Stopping, Wrapped, any_digest
+from tests.faulty import ALWAYS, Fault, Faulty
 
 FILES = {f"block-{n % 2}/{n:03}.dat": f"bytes of {n} ".encode() * (n + 1) for n in range(12)}
 FEW = {path: FILES[path] for path in list(FILES)[:6]}
@@ -482,21 +483,57 @@ def test_two_packers_at_once_harm_nothing(disk, root):
 
 def test_a_tar_that_reads_back_differently_does_not_count(disk, root):
     """A bit that flips on its way to the medium ends the packing; the single files stay."""
-    from tests.fakes import Tampering
 
-    class OnlyTars(Tampering):
+    class Flipping(Wrapped):
         def write(self, path, source, size):
             if "tmp/bundle/" in path and size > 2000:
-                return super().write(path, source, size)
+                data = bytearray(source.read(-1))
+                data[520] ^= 1  # in the first member's bytes
+                source = io.BytesIO(data)
             return self.inner.write(path, source, size)
 
     fill(disk)
-    bad = bundled(OnlyTars(disk.inner))
+    bad = bundled(Flipping(disk.inner))
     with pytest.raises(DlmError):
         pack(bad, any_digest, FAR)
     assert single(root) == sorted(FILES)
     assert tars(root) == []
     assert contents(disk) == FILES
+
+
+def test_a_listing_that_leaves_something_out_hides_no_member(disk, root):
+    """Who begins to follow the log asks for the next record by name as well."""
+    fill(disk)
+    pack(disk, any_digest, FAR)
+    for _ in range(10):
+        lying = Faulty(disk.inner)
+        lying.arm(Fault.LISTING_INCOMPLETE, ALWAYS, "bundles/log")
+        for path in FILES:
+            with suppress(StorageUnavailableError):
+                assert bundled(lying).stat(path) is not None
+
+
+def test_faults_of_the_storage_lose_nothing(disk, root):
+    """Calls that fail, replies that get lost, listings with holes: packed in the end, and whole."""
+    for seed in range(6):
+        folder = root / str(seed)
+        folder.mkdir()
+        storage = opened(folder)
+        fill(storage)
+        rates = dict.fromkeys(
+            (Fault.GONE, Fault.TIMEOUT, Fault.DELETE_REPLY_LOST, Fault.LISTING_INCOMPLETE,
+             Fault.FULL, Fault.WRITE_CUT_SHORT, Fault.DELETE_NOT_DONE), 0.02,
+        )  # fmt: skip
+        faulty = Faulty(storage.inner, seed, rates)
+        for _ in range(20):
+            with suppress(DlmError):
+                pack(bundled(faulty), any_digest, FAR)
+            assert contents(again(storage)) == FILES
+        assert faulty.struck
+        pack(storage, any_digest, FAR)
+        assert contents(again(storage)) == FILES
+        assert single(folder) == []
+        shutil.rmtree(folder)
 
 
 def test_what_plain_tar_lists_is_what_the_index_says(disk, root):

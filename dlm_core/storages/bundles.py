@@ -234,10 +234,29 @@ class Bundled:
     # --- moving ----------------------------------------------------------------------------------
 
     def rename(self, source: str, destination: str) -> None:
+        if not _is_temporary(source) and self._rename_member(source, destination):
+            return
         for _ in range(_LOOKS):
             if self._rename(source, destination):
                 return
         raise self._unavailable("its bundles change too fast to rename in it")
+
+    def _rename_member(self, source: str, destination: str) -> bool:
+        """The usual case, decided within the change itself: what others want meanwhile goes along.
+        False if it is another case."""
+        taken = self.inner.stat(destination) is not None
+
+        def decide() -> list[Change]:
+            if not self._is_settled(source):
+                return []
+            if taken:
+                raise PayloadExistsError(storage=self.name, path=destination)
+            return self._move(source, destination)
+
+        return bool(self._change(decide))
+
+    def _is_settled(self, path: str) -> bool:
+        return self.index.get(path) is not None and not self.index.being_cleaned(path)
 
     def _rename_many(self, pairs: Sequence[tuple[str, str]]) -> list[DlmError | None]:
         if not all(_is_temporary(source) for source, _ in pairs):
@@ -316,7 +335,12 @@ class Bundled:
         return [one for paths in waiting for one in paths if one == path or one.startswith(top)]
 
     def _rename_single(self, source: str, destination: str) -> bool:
-        self._must_be_free(destination, fresh=False)
+        try:
+            self._must_be_free(destination, fresh=False)
+        except PayloadExistsError:
+            if self.inner.stat(source) is None:  # moved by an earlier try, perhaps
+                raise PayloadNotFoundError(storage=self.name, path=source) from None
+            raise
         before = self._announce(source)
         try:
             self.inner.rename(source, destination)
@@ -334,16 +358,11 @@ class Bundled:
         if _is_temporary(path):
             self.inner.remove(path)
             return
-        own, cleaning, members = self.index.look(
-            lambda: (
-                self.index.get(path),
-                self.index.being_cleaned(path),
-                {name: (m.size, m.mtime) for name, m in self.index.below(path)},
-            )
-        )
-        before = {} if own is not None else self._announce(path)
-        if own is None or cleaning:
-            self.inner.remove(path)
+        if self._change(lambda: [["remove", path]] * self._is_settled(path)):
+            return
+        members = self.index.look(lambda: next(self.index.below(path), None) is not None)
+        before = self._announce(path)
+        self.inner.remove(path)
         if members:
             self._change(lambda: [["remove", path]])
         else:
@@ -378,12 +397,15 @@ class Bundled:
         if self.index.look(decide):
             self._change(decide)
 
-    def _change(self, decide: Callable[[], Sequence[Change]]) -> None:
+    def _change(self, decide: Callable[[], Sequence[Change]]) -> Sequence[Change]:
         """Change the index; bundles that are empty now are removed at once."""
-        self.index.change(decide)
+        changes = self.index.change(decide)
+        if not changes:
+            return changes
         empty = self.index.look(lambda: set(self.index.dropped), fresh=False)
         if empty:
             sweep(self, empty)
+        return changes
 
     # --- the storage as a whole ------------------------------------------------------------------
 

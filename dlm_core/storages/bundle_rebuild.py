@@ -134,6 +134,6 @@ def _packed_singles(storage: Bundled, found: dict[str, Member]) -> dict[str, lis
     cleaning: dict[str, list[str]] = {}
     for entry in storage.inner.walk():
         member = found.get(entry.path)
-        if member is not None and (entry.size, entry.mtime) == (member.size, member.mtime):
+        if member is not None and member.was(entry.size, entry.mtime):
             cleaning.setdefault(member.bundle, []).append(entry.path)
     return cleaning

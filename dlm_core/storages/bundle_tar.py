@@ -50,6 +50,13 @@ class Member:
     digest: str
     mtime: float
 
+    def was(self, size: int, mtime: float) -> bool:
+        """Whether it was made of a single file of this size and time. S3 tells whole seconds in one
+        answer and parts of them in another."""
+        whole = mtime.is_integer() or self.mtime.is_integer()
+        same = int(mtime) == int(self.mtime) if whole else mtime == self.mtime
+        return size == self.size and same
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

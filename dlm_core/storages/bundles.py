@@ -387,7 +387,7 @@ class Bundled:
             packed = [
                 name
                 for name, member in self.index.below(path)
-                if before.get(name) == (member.size, member.mtime)
+                if name in before and member.was(*before[name])
             ]
             late = self.index.open is not None and path not in self.index.gone
             return [["remove", name] for name in packed] + [["gone", path]] * late

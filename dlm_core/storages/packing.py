@@ -368,4 +368,4 @@ def clean(storage: Bundled, bundle: str) -> None:
 
 
 def _is_same(member: Member, entry: Entry | None) -> bool:
-    return entry is not None and (entry.size, entry.mtime) == (member.size, member.mtime)
+    return entry is not None and member.was(entry.size, entry.mtime)

@@ -22,6 +22,7 @@ from dlm_core.errors import (
 )
 from dlm_core.storages import bundle_index
 from dlm_core.storages.bundle_rebuild import rebuild_index
+from dlm_core.storages.bundle_tar import Member
 from dlm_core.storages.bundles import Bundled
 from dlm_core.storages.conformance import get, put
 from dlm_core.storages.open import open_storage
@@ -403,7 +404,8 @@ def test_a_crash_at_any_call_of_packing_loses_nothing(disk, root, tmp_path):
         assert contents(later) == wanted, f"after call {n}: {stopping.last}"
         pack(later, any_digest, FAR)
         assert contents(later) == contents(again(later)) == wanted
-        assert unpacked(folder, tmp_path / f"unpacked-{n}").items() >= wanted.items()
+        if n % 8 == 0:  # it starts a process for each tar
+            assert unpacked(folder, tmp_path / f"unpacked-{n}").items() >= wanted.items()
         _nothing_is_left_over(later, folder)
         shutil.rmtree(folder)
         if done:
@@ -535,6 +537,13 @@ def test_faults_of_the_storage_lose_nothing(disk, root):
         assert contents(again(storage)) == FILES
         assert single(folder) == []
         shutil.rmtree(folder)
+
+
+def test_times_are_compared_as_far_as_both_tell_them():
+    """S3 tells milliseconds in a listing and whole seconds of one object."""
+    member = Member("b", 0, 512, 3, "sha256:", 1000.25)
+    assert member.was(3, 1000.25) and member.was(3, 1000.0)
+    assert not member.was(3, 1000.5) and not member.was(4, 1000.25) and not member.was(3, 1001.0)
 
 
 def test_what_plain_tar_lists_is_what_the_index_says(disk, root):

@@ -121,8 +121,8 @@ class BundleIndex:
         #: the bundle that is being made, and paths that went meanwhile
         self.open: str | None = head.get("open")
         self.gone: set[str] = set(head.get("gone", ()))
-        #: by bundle, paths whose single files are still to be removed
-        self.cleaning = {name: set(paths) for name, paths in head.get("cleaning", {}).items()}
+        #: by bundle, paths whose single files are still to be removed, in order
+        self.cleaning: dict[str, list[str]] = dict(head.get("cleaning", {}))
         #: trees of which single files are being moved; their members follow
         self.moving: dict[str, str] = dict(head.get("moving", {}))
         #: bundles whose files are to be removed
@@ -291,7 +291,7 @@ class BundleIndex:
         self.open, self.gone = None, set()
         left_out = set(without)
         self.bundles[bundle] = added = Bundle(size)
-        singles: set[str] = set()
+        singles: list[str] = []
         for path, member in self._members_of(bundle):
             added.members += 1
             added.bytes += member.size
@@ -299,9 +299,9 @@ class BundleIndex:
                 continue
             self._put(path, member)
             if member.number >= first_single:
-                singles.add(path)
+                singles.append(path)
         if singles:
-            self.cleaning[bundle] = singles
+            self.cleaning[bundle] = sorted(singles)
         self._drop_if_empty(bundle)
 
     def _members_of(self, bundle: str) -> Iterator[tuple[str, Member]]:
@@ -409,11 +409,7 @@ class BundleIndex:
 
     def being_cleaned(self, path: str) -> bool:
         """Whether a single file at ``path`` or below may be one that was packed already."""
-        top = f"{path}/"
-        return any(
-            path in paths or any(one.startswith(top) for one in paths)
-            for paths in self.cleaning.values()
-        )
+        return any(_has(paths, path) for paths in self.cleaning.values())
 
     # --- changing --------------------------------------------------------------------------------
 
@@ -532,7 +528,7 @@ class BundleIndex:
             },
             "open": self.open,
             "gone": sorted(self.gone),
-            "cleaning": {name: sorted(paths) for name, paths in self.cleaning.items()},
+            "cleaning": self.cleaning,
             "moving": self.moving,
             "garbage": sorted(self.garbage),
             "dropped": sorted(self.dropped),
@@ -560,6 +556,14 @@ class BundleIndex:
     def _remove_base(self, name: str) -> None:
         for part in ("data", "head"):
             self._storage.remove(f"{BASES}/{name}.{part}")
+
+
+def _has(paths: Sequence[str], path: str) -> bool:
+    """Whether ``path`` or something below it is among ``paths``, which are in order."""
+    own, below = bisect_left(paths, path), bisect_left(paths, f"{path}/")
+    return path in paths[own : own + 1] or any(
+        one.startswith(f"{path}/") for one in paths[below : below + 1]
+    )
 
 
 def _record(generation: int) -> str:

@@ -136,4 +136,4 @@ def _packed_singles(storage: Bundled, found: dict[str, Member]) -> dict[str, lis
         member = found.get(entry.path)
         if member is not None and member.was(entry.size, entry.mtime):
             cleaning.setdefault(member.bundle, []).append(entry.path)
-    return cleaning
+    return {bundle: sorted(paths) for bundle, paths in cleaning.items()}

@@ -350,7 +350,7 @@ def clean(storage: Bundled, bundle: str) -> None:
     """
     inner, index = storage.inner, storage.index
     inner.flush()  # the record by which the bundle counts comes first
-    paths = iter(sorted(index.look(lambda: index.cleaning.get(bundle, set()))))
+    paths = iter(index.look(lambda: list(index.cleaning.get(bundle, ()))))
     with ThreadPoolExecutor(inner.concurrency, "dlm-clean") as pool:
         while page := list(islice(paths, _PAGE)):
             members = index.look(lambda p=page: [index.get(path) for path in p])  # type: ignore[misc]

@@ -22,8 +22,8 @@ _REPORTED_DAYS = 90
 
 @dg.op(
     description="Make partitions ahead, fold the tally, seal the log, sweep temporary files, "
-    "pack small files where a storage wants bundles, prune old runs, let storages describe "
-    "themselves if DLM_EXPORT_HOURS says so."
+    "prune old runs, let storages describe themselves if DLM_EXPORT_HOURS says so, pack small files "
+    "where a storage wants bundles."
 )
 def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     """Each part by itself: a storage that is down does not keep the others from being done."""
@@ -39,7 +39,6 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
             swept += sweep_temp(core.storages.open(row), _TEMP_AGE, core.clock())
         except DlmError as error:
             context.log.warning(f"{error.code}: {error}")
-    _pack(context, core)
     before = core.clock() - timedelta(days=core.settings.dagster_retention_days)
     old = context.instance.get_run_records(
         dg.RunsFilter(
@@ -56,6 +55,7 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
         context.instance.delete_run(record.dagster_run.run_id)
     context.log.info(f"{swept} temporary files swept, {len(old)} old runs pruned")
     _export(context, core)
+    _pack(context, core)  # last: it may take long
 
 
 def _tell(context: dg.OpExecutionContext, core: Context) -> None:

@@ -22,8 +22,8 @@ _REPORTED_DAYS = 90
 
 @dg.op(
     description="Make partitions ahead, fold the tally, seal the log, sweep temporary files, "
-    "prune old runs, let storages describe themselves if DLM_EXPORT_HOURS says so, pack small files "
-    "where a storage wants bundles."
+    "prune old runs, let storages describe themselves if DLM_EXPORT_HOURS says so, pack small "
+    "files where a storage wants bundles."
 )
 def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     """Each part by itself: a storage that is down does not keep the others from being done."""

@@ -369,6 +369,39 @@ def _checked(storage: Any, folder: str, *, told: bool) -> Iterator[dict[str, Any
         }  # fmt: skip
 
 
+@storage_app.command("pack")
+@plain_errors
+def storage_pack(
+    name: Name,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be.")] = False,
+    reindex: Annotated[
+        bool, typer.Option("--reindex", help="Make a lost index anew from the bundles.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Put small files of a storage into bundles, and make half-empty bundles anew."""
+    from dataclasses import asdict
+
+    from dlm_core.lifecycle.pack import pack_storage, rebuild_storage_index
+
+    if dry_run and reindex:
+        raise InvalidValueError(what="--dry-run", value="", expected="not with --reindex")
+    found: Any
+    with catalogue() as context:
+        if reindex:
+            found = rebuild_storage_index(context, name)
+            told = f"index made anew: {found.members} members in {found.bundles} bundles; "
+            told += f"{len(found.damaged)} damaged, {len(found.unreadable)} bundles unreadable"
+        else:
+            found = pack_storage(context, name, dry_run=dry_run)
+            told = f"{'would pack' if dry_run else 'packed'} {found.members} files "
+            told += f"({human_size(found.bytes)}) into {found.bundles} bundles, {found.moved} of "
+            told += f"them out of older ones; removed {found.removed} bundles "
+            told += f"({human_size(found.freed)}), refused {len(found.refused)}, "
+            told += f"{found.waiting} wait"
+    show_json(asdict(found)) if as_json else print(f"storage {name}: {told}")
+
+
 @storage_app.command("set")
 @plain_errors
 def storage_set(

@@ -215,6 +215,13 @@ class StagingFailedError(StorageError):
     code = "DLM-309"
 
 
+class PackingError(StorageError):
+    """the bundles of storage {storage} are being made by somebody else at this moment"""
+
+    code = "DLM-310"
+    retryable = True
+
+
 # --- bytes: exit code 5 -----------------------------------------------------------------------
 
 

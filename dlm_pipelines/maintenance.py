@@ -12,6 +12,7 @@ from dlm_core.catalogue.staging import forget_waits
 from dlm_core.catalogue.urgency import forget_met
 from dlm_core.errors import DlmError
 from dlm_core.lifecycle.export import export_due
+from dlm_core.lifecycle.pack import pack_due
 from dlm_core.lifecycle.seal import seal_log
 from dlm_core.lifecycle.work import Context
 from dlm_core.transfers.sweep import sweep_temp
@@ -27,7 +28,8 @@ _REPORTED_DAYS = 90
 
 @dg.op(
     description="Make partitions ahead, fold the tally, seal the log, sweep temporary files, "
-    "prune old runs, let storages describe themselves if DLM_EXPORT_HOURS says so."
+    "prune old runs, let storages describe themselves if DLM_EXPORT_HOURS says so, pack small "
+    "files where a storage wants bundles."
 )
 def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     """Each part by itself: a storage that is down does not keep the others from being done."""
@@ -62,6 +64,7 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
         context.instance.delete_run(record.dagster_run.run_id)
     context.log.info(f"{swept} temporary files swept, {len(old)} old runs pruned")
     _export(context, core)
+    _pack(context, core)  # last: it may take long
 
 
 def _tell(context: dg.OpExecutionContext, core: Context) -> None:
@@ -88,6 +91,24 @@ def _export(context: dg.OpExecutionContext, core: Context) -> None:
                 f"storage {report.storage}: description {report.generation} of {report.replicas} "
                 f"replicas, {report.written} of {report.files} files written"
             )
+
+
+def _pack(context: dg.OpExecutionContext, core: Context) -> None:
+    for run in pack_due(core):
+        try:
+            report = run()
+        except DlmError as error:
+            context.log.warning(f"{error.code}: {error}")
+        else:
+            context.log.info(
+                f"storage {report.storage}: {report.members} files packed into {report.bundles} "
+                f"bundles, {report.removed} bundles removed, {report.waiting} files wait"
+            )
+            if report.refused:
+                context.log.warning(
+                    f"storage {report.storage}: {len(report.refused)} files are not what the "
+                    f"catalogue says and were not packed, e.g. {report.refused[0]!r}"
+                )
 
 
 @dg.job(

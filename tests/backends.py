@@ -12,9 +12,10 @@ from typing import Any, cast
 import pytest
 
 from dlm_cli.s3_server import S3Server, s3_server
+from dlm_core.storages.bundles import BundleConfig, Bundled
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage, temp_path
-from tests.fakes import QuotaStorage
+from tests.fakes import Packing, QuotaStorage
 from tests.faulty import Faulty
 from tests.servers import (
     USER,
@@ -131,38 +132,55 @@ def open_memory_by_rclone() -> Storage:
 _KINDS = (
     "posix", "s3", "sftp", "sftp_shell", "wsgidav", "rclonedav", "rclone", "rclone_wsgidav",
     "rclone_memory", "xrootd", "quota", "faulty", "faulty_s3", "faulty_sftp", "tape",
+    "bundled", "bundled_s3", "bundled_faulty", "bundled_tape",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bundled_sftp", "bundled_wsgidav")),
 )  # fmt: skip
 
 
 @pytest.fixture(params=_KINDS)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty storage of each kind; all keep the one contract, wrappers with faults off too."""
-    if request.param == "rclone_memory":
+    wrapper, _, kind = request.param.rpartition("_")
+    if wrapper == "bundled":
+        return bundled(_open(request, kind, tmp_path), packs=True)
+    if request.param == "bundled":
+        return bundled(_open(request, "posix", tmp_path), packs=True)
+    return _open(request, request.param, tmp_path)
+
+
+def bundled(inner: Storage, *, packs: bool = False, **config: object) -> Bundled:
+    """``inner`` with its small files in bundles, packed after every change if ``packs``."""
+    terms = {"bundle_bytes": 2000, "bundle_below": 1 << 20, **config}
+    return (Packing if packs else Bundled)(inner, BundleConfig.model_validate(terms))
+
+
+def _open(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> Storage:
+    if kind == "rclone_memory":
         return open_memory_by_rclone()
-    if request.param == "rclone_wsgidav":
+    if kind == "rclone_wsgidav":
         return open_dav_by_rclone(request.getfixturevalue("wsgidav"))
-    if request.param.endswith("dav"):
-        return open_dav(request.getfixturevalue(request.param))
-    if request.param.endswith("s3"):
+    if kind.endswith("dav"):
+        return open_dav(request.getfixturevalue(kind))
+    if kind.endswith("s3"):
         server = request.getfixturevalue("s3")
         root = f"{server.bucket}/{uuid.uuid4().hex}"
         bucket = open_storage("bucket", "s3", root, s3_config(server))
-        return bucket if request.param == "s3" else cast(Storage, Faulty(bucket))
-    if request.param == "xrootd":
+        return bucket if kind == "s3" else cast(Storage, Faulty(bucket))
+    if kind == "xrootd":
         there = request.getfixturevalue("xrootd")
         return open_storage("far", "xrootd", there.make_root(), there.config)
     root = tmp_path / "root"
     root.mkdir()
-    if "sftp" in request.param:
-        shell = request.param != "sftp"
+    if "sftp" in kind:
+        shell = kind != "sftp"
         server = request.getfixturevalue("sshd")
         far = open_storage("far", "sftp", server.root(root), server.config(shell=shell))
-        return cast(Storage, Faulty(far)) if request.param == "faulty_sftp" else far
-    if request.param == "tape":
+        return cast(Storage, Faulty(far)) if kind == "faulty_sftp" else far
+    if kind == "tape":
         return open_storage("tape", "posix", str(root), Tape(root, tmp_path / "hsm").config())
     inner = open_storage("disk", "posix", str(root), {})
-    if request.param == "rclone":
+    if kind == "rclone":
         return open_storage("remote", "rclone", str(root), {"type": "local"})
-    if request.param == "quota":
+    if kind == "quota":
         return cast(Storage, QuotaStorage(inner, 1 << 40))
-    return cast(Storage, Faulty(inner)) if request.param == "faulty" else inner
+    return cast(Storage, Faulty(inner)) if kind == "faulty" else inner

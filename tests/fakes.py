@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any, BinaryIO, cast
 
 from dlm_core.errors import StorageFullError
-from dlm_core.storages.port import Storage
+from dlm_core.storages.bundles import Bundled
+from dlm_core.storages.packing import pack
+from dlm_core.storages.port import Entry, Readable, Storage
 
 
 class Wrapped:
@@ -118,3 +121,78 @@ class _Inverted(Wrapped):
 
     def __exit__(self, *_: Any) -> None:
         self.inner.close()
+
+
+#: a time at which everything has waited long enough
+FAR = datetime(2100, 1, 1, tzinfo=UTC)
+
+
+def any_digest(entries: Sequence[Entry]) -> dict[str, str | None]:
+    """What may be packed where no catalogue is asked: everything, whatever its bytes."""
+    return {entry.path: None for entry in entries}
+
+
+class Packing(Bundled):
+    """Packs everything after every change, so that what is looked at lies in a bundle."""
+
+    def write(self, path: str, source: Readable, size: int) -> str | None:
+        etag = super().write(path, source, size)
+        pack(self, any_digest, FAR)
+        return etag
+
+    def rename(self, source: str, destination: str) -> None:
+        super().rename(source, destination)
+        pack(self, any_digest, FAR)
+
+
+_CALLS = (
+    "stat", "stat_many", "walk", "open_read", "open_range", "read_back", "write", "flush", "rename",
+    "remove",
+)  # fmt: skip
+
+
+class Counting(Wrapped):
+    """Keeps every call of the port with what it is about."""
+
+    def __init__(self, inner: Storage) -> None:
+        super().__init__(inner)
+        self.calls: list[tuple[str, str]] = []
+
+    def __getattr__(self, attribute: str) -> Any:
+        refuse_batches(attribute)
+        found = getattr(self.inner, attribute)
+        if attribute not in _CALLS:
+            return found
+
+        def call(*arguments: Any) -> Any:
+            self.called(attribute, str(arguments[0]) if arguments else "")
+            return found(*arguments)
+
+        return call
+
+    def called(self, call: str, about: str) -> None:
+        self.calls.append((call, about))
+
+
+class StoppedError(BaseException):
+    """Ends the process, as far as who uses the storage is concerned."""
+
+
+class Stopping(Counting):
+    """At the ``left``-th call does ``meanwhile``; without one the process ends there, and no later
+    call comes through."""
+
+    def __init__(
+        self, inner: Storage, left: int, meanwhile: Callable[[], object] | None = None
+    ) -> None:
+        super().__init__(inner)
+        self.left, self.meanwhile, self.last = left, meanwhile, ("", "")
+
+    def called(self, call: str, about: str) -> None:
+        self.left -= 1
+        if self.left >= 0:
+            self.last = (call, about)
+        if self.left <= 0 and self.meanwhile is None:
+            raise StoppedError
+        if self.left == 0 and self.meanwhile is not None:
+            self.meanwhile()

@@ -57,9 +57,10 @@ class Tape:
         found = {"stage": "command", "stage_command": [str(self.base / "stage")]} | terms
         return found | ({"online_command": [str(self.base / "online")]} if online_command else {})
 
-    def migrate(self) -> int:
-        """Move the bytes of all files that are resident to the silo; how many."""
-        resident = [file for file in sorted(self.root.rglob("*")) if _is_resident(file)]
+    def migrate(self, pattern: str = "*") -> int:
+        """Move the bytes of all files that are resident to the silo, or of those whose names are
+        like ``pattern``; how many."""
+        resident = [file for file in sorted(self.root.rglob(pattern)) if _is_resident(file)]
         for file in resident:
             status = file.stat()
             _in_silo(self.base, file).write_bytes(file.read_bytes())

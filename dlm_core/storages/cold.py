@@ -9,6 +9,7 @@ from typing import Any
 
 from dlm_core.errors import NotOnlineError
 from dlm_core.storages.port import Readable, ReadStream, Storage
+from dlm_core.storages.ranges import open_range
 from dlm_core.storages.staging import Stager, StageTerms
 
 #: what was online is taken to be so for this long, in seconds
@@ -77,6 +78,10 @@ class ColdStorage:
         self._must_be_online(path)
         return self.inner.open_read(path)
 
+    def open_range(self, path: str, offset: int, size: int) -> ReadStream:
+        self._must_be_online(path)
+        return open_range(self.inner, path, offset, size)
+
     def write(self, path: str, source: Readable, size: int) -> str | None:
         etag = self.inner.write(path, source, size)
         self._remember_written([path])
@@ -124,6 +129,11 @@ class ColdStorage:
             if len(self._until) > _MOST_REMEMBERED:
                 self._until = {p: until for p, until in self._until.items() if until > now}
             self._until.update(dict.fromkeys(paths, now + _TRUSTED_SECONDS))
+
+
+def beneath(storage: Storage) -> Storage:
+    """The adapter under a cold storage, for files that are never offline there; else itself."""
+    return storage.inner if isinstance(storage, ColdStorage) else storage
 
 
 def _batches(paths: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from dlm_core.errors import InvalidValueError
+from dlm_core.storages.bundles import Bundled, split_bundling
 from dlm_core.storages.cold import ColdStorage
 from dlm_core.storages.config import read_config
 from dlm_core.storages.port import Storage
@@ -123,7 +124,8 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
     root : absolute folder (posix), ``bucket/prefix`` (s3), ``user@host:port/folder`` (sftp), URL
         (webdav, http, xrootd) or a path on the remote (rclone)
     config : what the interface needs; secrets only by reference, never themselves. With ``stage``
-        the storage is cold (see :mod:`dlm_core.storages.staging`).
+        the storage is cold (:mod:`.staging`), with ``bundle_bytes`` small files are kept in bundles
+        (:mod:`.bundles`), which lie on the cold storage then.
 
     Raises
     ------
@@ -137,13 +139,20 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
             expected="a place without user:password@; secrets are named in config",
         )
     known = interfaces()
-    adapters, staging = split_config(config)
+    bundling, rest = split_bundling(name, config)
+    adapters, staging = split_config(rest)
     if interface not in known:
         raise InvalidValueError(
             what="interface", value=interface, expected=f"one of {', '.join(sorted(known))}"
         )
+    if bundling is not None and staging and adapters.get("storage_class"):
+        raise InvalidValueError(
+            what=f"storage_class of storage {name}",
+            value=adapters["storage_class"],
+            expected="none with bundles: let a rule of the bucket archive .dlm/bundles/tar/",
+        )
     storage = known[interface](name, root, adapters)
-    if not staging:
-        return storage
-    stager, terms = open_stager(Place(name, interface, root, adapters), staging)
-    return cast(Storage, ColdStorage(storage, stager, terms))
+    if staging:
+        stager, terms = open_stager(Place(name, interface, root, adapters), staging)
+        storage = cast(Storage, ColdStorage(storage, stager, terms))
+    return storage if bundling is None else cast(Storage, Bundled(storage, bundling))

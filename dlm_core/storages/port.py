@@ -102,6 +102,10 @@ class Storage(Protocol):
         of which nothing is told are left out, and so are all once ``stop`` is set. It may prove a
         copy that was just written, for no other bytes have that digest; nothing else is concluded
         from it: what differs or is left out is read back here.
+    ``open_range(path, offset, size) -> ReadStream``
+        as :meth:`open_read`, of ``size`` bytes from ``offset`` on (fewer if the file ends before),
+        without reading what lies before them; the stream's ``size`` is the part's, its stamp the
+        file's.
     ``take_many(source, paths, folder, stop, progress) -> dict[path, 'sha256:…']``
         copies many files of another storage to their paths below ``folder`` (a temporary one) in
         one request, reads them back there, and tells their digests. What it leaves out was not

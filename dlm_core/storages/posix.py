@@ -22,7 +22,8 @@ from dlm_core.errors import (
     StorageUnavailableError,
 )
 from dlm_core.storages.kernel import open_without_links, rename_noreplace, sync_filesystem
-from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage
+from dlm_core.storages.port import PRIVATE, Entry, Readable, ReadStream, Usage
+from dlm_core.storages.ranges import Slice
 
 _BLOCK = 1 << 20
 # a large file begins its way to the medium while the rest is written: flushing waits less
@@ -228,6 +229,12 @@ class PosixStorage:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(stream.fileno(), 0, _BLOCK, os.POSIX_FADV_WILLNEED)
         return stream
+
+    def open_range(self, path: str, offset: int, size: int) -> ReadStream:
+        """Up to ``size`` bytes of a file from ``offset`` on."""
+        stream = self.open_read(path)
+        stream.seek(offset)
+        return Slice(stream, max(0, min(size, stream.size - offset)))
 
     # --- changing --------------------------------------------------------------------------------
 

@@ -27,7 +27,9 @@ from dlm_core.errors import (
     StorageUnavailableError,
 )
 from dlm_core.storages.config import read_config
-from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage
+from dlm_core.storages.port import PRIVATE, Entry, Readable, ReadStream, Usage
+from dlm_core.storages.prefetch import Prefetched
+from dlm_core.storages.ranges import Slice
 from dlm_core.storages.s3_keys import KeyProvider, from_aws_chain, from_references
 from dlm_core.storages.secrets import SecretReference
 
@@ -286,6 +288,15 @@ class S3Storage:
                 raise self._refused(path, "it is a directory, not a file") from None
             raise
 
+    def open_range(self, path: str, offset: int, size: int) -> ReadStream:
+        """Up to ``size`` bytes from ``offset`` on, in one ranged GET."""
+        if not size:
+            return Slice(self.open_read(path), 0)  # S3 has no empty range
+        with self._translated(path):
+            options: Any = {"range": (offset, offset + size)}
+            found = S3Stream(self, path, obstore.get(self._store, self._key(path), options=options))
+        return Slice(found, max(0, min(size, found.size - offset)))
+
     # --- changing --------------------------------------------------------------------------------
 
     def write(self, path: str, source: Readable, size: int) -> str | None:
@@ -416,7 +427,7 @@ class S3Stream:
         self.size: int = result.meta["size"]
         chunks = result.stream(min_chunk_size=_BLOCK)
         # a large upload reads its source inside the Rust runtime, where none may be entered again
-        self._chunks = _Prefetched(chunks) if self.size > PART_SIZE else iter(chunks)
+        self._chunks = Prefetched(chunks) if self.size > PART_SIZE else iter(chunks)
         self._rest = memoryview(b"")
 
     def read(self, size: int = -1, /) -> bytes:
@@ -435,7 +446,7 @@ class S3Stream:
         return self.opened
 
     def close(self) -> None:
-        if isinstance(self._chunks, _Prefetched):
+        if isinstance(self._chunks, Prefetched):
             self._chunks.close()
         self._chunks = iter(())
 
@@ -444,28 +455,6 @@ class S3Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Prefetched(Iterator[Any]):
-    """Takes from ``source`` in a thread of its own, one step ahead."""
-
-    def __init__(self, source: Iterable[Any]) -> None:
-        self._source = iter(source)
-        self._pool = ThreadPoolExecutor(1, "dlm-prefetch")
-        self._coming = self._pool.submit(self._step)
-
-    def _step(self) -> Any:
-        return next(self._source, None)
-
-    def __next__(self) -> Any:
-        thing = self._coming.result()
-        if thing is None:
-            raise StopIteration
-        self._coming = self._pool.submit(self._step)
-        return thing
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _is_half_way(

@@ -34,7 +34,8 @@ from dlm_core.errors import (
 )
 from dlm_core.storages import ssh
 from dlm_core.storages.config import read_config
-from dlm_core.storages.port import PRIVATE, Entry, Readable, Usage
+from dlm_core.storages.port import PRIVATE, Entry, Readable, ReadStream, Usage
+from dlm_core.storages.ranges import Slice
 from dlm_core.storages.sftp_files import (
     BLOCK,
     LARGE_WEIGHT,
@@ -289,29 +290,22 @@ class SftpStorage:
 
     def open_read(self, path: str) -> SftpStream:
         self._octets(path)
+        return ssh.run(SftpStream.begun(self, path))
 
-        async def in_loop() -> SftpStream:
-            session = await self.connections.borrow(1)
-            try:
-                return await self.told(session, path, self._open(session, path))
-            except BaseException:
-                session.busy -= 1
-                raise
+    def open_range(self, path: str, offset: int, size: int) -> ReadStream:
+        """Up to ``size`` bytes of a file from ``offset`` on."""
+        self._octets(path)
+        stream = ssh.run(SftpStream.begun(self, path, offset, size))
+        return Slice(stream, max(0, min(size, stream.size - offset)))
 
-        return ssh.run(in_loop())
-
-    async def _open(self, session: Session, path: str) -> SftpStream:
+    async def open_file(self, session: Session, path: str) -> tuple[Entry, SFTPClientFile]:
         entry = (await self._look(session, [path]))[path]
         if entry is None:
             raise PayloadNotFoundError(storage=self.name, path=path)
         if entry.kind != "file":
             raise self._refused(path, "not a regular file")
-        file = await session.sftp.open(
-            self._full(session, path), _READ, encoding=None, block_size=None
-        )
-        stream = SftpStream(self, path, entry, session, file)
-        await stream.begin()
-        return stream
+        full = self._full(session, path)
+        return entry, await session.sftp.open(full, _READ, encoding=None, block_size=None)
 
     # --- changing --------------------------------------------------------------------------------
 

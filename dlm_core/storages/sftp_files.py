@@ -113,7 +113,10 @@ def surely_written(size: int) -> int:
 
 
 class SftpStream:
-    """A file that is read once, front to back, some requests ahead of who reads it."""
+    """A file that is read once, front to back, some requests ahead of who reads it.
+
+    ``offset`` is where it is begun, ``end`` up to where (bytes) it will be read.
+    """
 
     def __init__(
         self,
@@ -122,28 +125,54 @@ class SftpStream:
         entry: Entry,
         session: Session,
         file: SFTPClientFile,
+        offset: int,
+        end: int,
     ) -> None:
         self._storage, self._path, self._session = storage, path, session
         self._file: SFTPClientFile | None = file
         self.size, self.opened = entry.size, stamp_of(entry)
+        self._begin, self._last = offset, end
         self._length = min(_REQUEST, session.sftp.limits.max_read_len or _REQUEST)
         # answers to come, with the offset at which each ends if it is whole
         self._coming: deque[tuple[asyncio.Future[bytes], int]] = deque()
         self._rest, self._at_end = memoryview(b""), False
-        self._asked = self._received = 0
+        self._asked = self._received = offset
+
+    @classmethod
+    async def begun(
+        cls, storage: SftpStorage, path: str, offset: int = 0, size: int | None = None
+    ) -> SftpStream:
+        """A stream from ``offset`` on, of which no more than ``size`` bytes will be read."""
+        session = await storage.connections.borrow(1)
+        try:
+            opening = cls._opened(storage, session, path, offset, size)
+            return await storage.told(session, path, opening)
+        except BaseException:
+            session.busy -= 1
+            raise
+
+    @classmethod
+    async def _opened(
+        cls, storage: SftpStorage, session: Session, path: str, offset: int, size: int | None
+    ) -> SftpStream:
+        entry, file = await storage.open_file(session, path)
+        end = entry.size if size is None else min(entry.size, offset + size)
+        stream = cls(storage, path, entry, session, file, offset, end)
+        await stream.begin()
+        return stream
 
     async def begin(self) -> None:
         """Ask for the first bytes. A small file is there at once, and closed again."""
         self._ask()
-        if self.size < self._length:
+        if self._coming and self._last - self._begin < self._length:
             self._rest = memoryview(await self._next())
             if self._at_end:
                 await self._end()
 
     def _ask(self) -> None:
         """Keep some requests under way; the last asks for a byte more than there should be."""
-        while len(self._coming) < _REQUESTS_AHEAD and self._asked <= self.size:
-            self._ask_for(min(self._length, self.size + 1 - self._asked))
+        while len(self._coming) < _REQUESTS_AHEAD and self._asked <= self._last:
+            self._ask_for(min(self._length, self._last + 1 - self._asked))
 
     def _ask_for(self, length: int) -> None:
         task = asyncio.ensure_future(self._part(self._asked, length))

@@ -323,6 +323,21 @@ def test_housekeeping_runs(site, instance):
     assert after == before
 
 
+def test_the_maintenance_packs_where_a_storage_wants_bundles(site, instance):
+    """One that is down does not keep the others from it."""
+    from dlm_pipelines.maintenance import maintenance_job
+
+    terms = '{"bundle_bytes": 100, "bundle_after_hours": 0}'
+    for name in ("down", "vault"):
+        site.add_storage(name, name, config=terms, phase="PLASMA")
+    site.add_item("small", b"1", "vault")
+    (site.folder / "down").rmdir()
+    resources = {"catalogue": Catalogue()}
+    assert maintenance_job.execute_in_process(instance=instance, resources=resources).success
+    assert not (site.folder / "vault" / "small").exists()
+    assert len(list((site.folder / "vault" / ".dlm/bundles/tar").glob("*.tar"))) == 1
+
+
 def test_storages_describe_themselves_where_the_site_says_so(site, instance, monkeypatch):
     """DLM_EXPORT_HOURS lets the maintenance export what was not for so long; a storage that is
     down does not keep the others from it."""

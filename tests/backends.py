@@ -14,7 +14,7 @@ import pytest
 from dlm_cli.s3_server import S3Server, s3_server
 from dlm_core.storages.bundles import BundleConfig, Bundled
 from dlm_core.storages.open import open_storage
-from dlm_core.storages.port import Storage, temp_path
+from dlm_core.storages.port import PRIVATE, Storage, temp_path
 from tests.fakes import Packing, QuotaStorage
 from tests.faulty import Faulty
 from tests.servers import (
@@ -125,7 +125,10 @@ def open_s3_by_rclone(server: S3Server) -> Storage:
 def open_memory_by_rclone() -> Storage:
     """An object store in the daemon's memory: like many of those, it copies and cannot move."""
     store = open_storage("remote", "rclone", f"bucket/{uuid.uuid4().hex}", {"type": "memory"})
-    store.write(temp_path("here"), io.BytesIO(b"1"), 1)  # a folder is there if something is in it
+    # a folder is there if something is in it, which only a temporary file may be the first of
+    for path in (temp_path("first"), f"{PRIVATE}/here"):
+        store.write(path, io.BytesIO(b"1"), 1)
+    store.remove(temp_path("first"))
     return store
 
 

@@ -135,14 +135,22 @@ def any_digest(entries: Sequence[Entry]) -> dict[str, str | None]:
 class Packing(Bundled):
     """Packs everything after every change, so that what is looked at lies in a bundle."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.one_at_a_time = threading.Lock()
+
+    def _pack(self) -> None:
+        with self.one_at_a_time:
+            pack(self, any_digest, FAR)
+
     def write(self, path: str, source: Readable, size: int) -> str | None:
         etag = super().write(path, source, size)
-        pack(self, any_digest, FAR)
+        self._pack()
         return etag
 
     def rename(self, source: str, destination: str) -> None:
         super().rename(source, destination)
-        pack(self, any_digest, FAR)
+        self._pack()
 
 
 _CALLS = (

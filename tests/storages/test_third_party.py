@@ -9,6 +9,7 @@ import pytest
 
 from dlm_core.errors import InvalidValueError
 from dlm_core.storages import open as opening
+from dlm_core.storages.conformance import CHECKS
 from dlm_core.storages.open import open_storage
 
 ADAPTER = '''
@@ -90,7 +91,7 @@ SUITE = ("--pyargs", "dlm_core.storages.conformance_suite")
 def test_a_good_adapter_passes_the_suite(package):
     """By one command of pytest, which names a function that makes it."""
     code, told = run_suite(package, *SUITE, "--dlm-storage-factory=theirs:make")
-    assert code == 0 and "15 passed" in told
+    assert code == 0 and f"{len(CHECKS)} passed" in told
 
 
 def test_an_adapter_that_overwrites_is_found(package):
@@ -111,7 +112,7 @@ def test_an_adapter_with_a_fixture_of_its_own_imports_the_test(package):
         "    return theirs.make(tmp_path)\n"
     )
     code, told = run_suite(package, "test_theirs.py", "-k", "many")
-    assert code == 0 and "1 passed, 14 deselected" in told
+    assert code == 0 and f"1 passed, {len(CHECKS) - 1} deselected" in told
 
 
 def test_the_plug_in_is_in_nobodys_way(package):

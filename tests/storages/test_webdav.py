@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 import uuid
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
@@ -220,7 +221,7 @@ def task(source, path, data):
 
 
 def test_a_server_killed_in_a_copy_and_back(tmp_path):
-    """Nothing shows meanwhile; afterwards the same tasks come through, and are whole."""
+    """Nothing shows meanwhile; afterwards the same payloads come through, and are whole."""
     (tmp_path / "in").mkdir()
     source = open_storage("in", "posix", str(tmp_path / "in"), {})
     data = {f"f/{n}": bytes([n]) * (6 << 20) for n in range(8)}
@@ -238,7 +239,9 @@ def test_a_server_killed_in_a_copy_and_back(tmp_path):
         assert killed.is_set() and {one.error.code for one in first} == {"DLM-301"}
         server.start()
         assert list(storage.walk()) == []
-        again = list(copy_batch(source, storage, tasks))
+        # each try has names of its own: what the dead server kept half of is in nobody's way
+        afresh = [replace(task, token=uuid.uuid4().hex) for task in tasks]
+        again = list(copy_batch(source, storage, afresh))
         assert [one.error for one in again] == [None] * 8
         assert {entry.path: get(storage, entry.path) for entry in storage.walk()} == data
 

@@ -13,7 +13,7 @@ from dlm_core.storages.open import open_storage
 from dlm_core.transfers.checksums import manifest_digest, observe
 from dlm_core.transfers.mover import CopyTask, copy_batch
 from dlm_core.types import ManifestEntry, PayloadKind
-from tests.fakes import Hooked, QuotaStorage, Tampering
+from tests.fakes import Hooked, Packing, QuotaStorage, Tampering
 
 
 @pytest.fixture
@@ -52,10 +52,12 @@ def test_a_copy_has_the_bytes_of_its_source(source, storage, size):
 
 def test_many_files_in_one_batch(source, storage):
     """More than one sub-batch; each task has its own result."""
-    tasks = [task(source, f"{n}", b"%d" % n) for n in range(700)]
+    # who packs after every change has enough of a few
+    count = 20 if isinstance(storage, Packing) else 700
+    tasks = [task(source, f"{n}", b"%d" % n) for n in range(count)]
     results = list(copy_batch(source, storage, tasks))
-    assert [r.error for r in results] == [None] * 700
-    assert len(list(storage.walk())) == 700
+    assert [r.error for r in results] == [None] * count
+    assert len(list(storage.walk())) == count
 
 
 @pytest.mark.parametrize("size", [10, 20 << 20])

@@ -137,8 +137,8 @@ class Traffic:
     def _tell(self, context: Context) -> None:
         with self._lock:
             users, running = list(self._users), self._listed()
-            idle = not users and not running
-        if idle and not self._told:
+        if not users and not running:
+            self._forget(context)
             return
         used = self._slots.used()
         now = context.clock()
@@ -150,7 +150,7 @@ class Traffic:
             lambda c: catalogue.beat(c, self._id, context.worker, uses, running, now),
             now,
         )
-        self._told = not idle
+        self._told = True
         self._apply(shares)
 
     def _listed(self) -> list[dict[str, Any]]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 
-from dlm_core.catalogue.engine import begin, rows, run
+from dlm_core.catalogue.engine import alone, rows, run
 from dlm_core.errors import ExportRunningError
 
 #: advisory locks of exports; the second key is the storage's
@@ -24,8 +24,9 @@ _PAGE = 500
 _LAST_BUCKET = "fffff"
 
 
-@contextmanager
-def exporting(engine: Engine, actor: str, storage_id: uuid.UUID, name: str) -> Iterator[None]:
+def exporting(
+    engine: Engine, actor: str, storage_id: uuid.UUID, name: str
+) -> AbstractContextManager[None]:
     """Nobody else exports this storage meanwhile.
 
     Raises
@@ -33,16 +34,7 @@ def exporting(engine: Engine, actor: str, storage_id: uuid.UUID, name: str) -> I
     ExportRunningError
         if somebody does.
     """
-    with begin(engine, actor) as connection:
-        taken = rows(
-            connection,
-            "SELECT pg_try_advisory_xact_lock(:lock, hashtext(:storage)) AS taken",
-            lock=_LOCK,
-            storage=str(storage_id),
-        )
-        if not taken[0]["taken"]:
-            raise ExportRunningError(storage=name)
-        yield
+    return alone(engine, actor, _LOCK, storage_id, ExportRunningError(storage=name))
 
 
 def load_progress(connection: Connection, storage_id: uuid.UUID) -> dict[str, Any] | None:

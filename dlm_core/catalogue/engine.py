@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Engine, create_engine, exc, text
 
 from dlm_core.catalogue.dsn import sqlalchemy_url
-from dlm_core.errors import CatalogueError, CatalogueUnavailableError
+from dlm_core.errors import CatalogueError, CatalogueUnavailableError, DlmError
 
 T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
@@ -67,6 +68,24 @@ def begin(engine: Engine, actor: str, now: datetime | None = None) -> Iterator[C
             yield connection
     except exc.DBAPIError as error:
         raise _translated(error) from error
+
+
+@contextmanager
+def alone(
+    engine: Engine, actor: str, work: int, storage_id: uuid.UUID, refusal: DlmError
+) -> Iterator[None]:
+    """Nobody else does this ``work`` (the first key of an advisory lock) on a storage meanwhile;
+    ``refusal`` is raised if somebody does."""
+    with begin(engine, actor) as connection:
+        taken = rows(
+            connection,
+            "SELECT pg_try_advisory_xact_lock(:work, hashtext(:storage)) AS taken",
+            work=work,
+            storage=str(storage_id),
+        )
+        if not taken[0]["taken"]:
+            raise refusal
+        yield
 
 
 def transact(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from sqlalchemy import Connection, Engine
 
-from dlm_core.catalogue.engine import begin, rows
+from dlm_core.catalogue.engine import alone, rows
 from dlm_core.errors import PackingError
 from dlm_core.types import decode_path, encode_path
 
@@ -16,8 +16,9 @@ from dlm_core.types import decode_path, encode_path
 _LOCK = 0x646C6D70
 
 
-@contextmanager
-def packing(engine: Engine, actor: str, storage_id: uuid.UUID, name: str) -> Iterator[None]:
+def packing(
+    engine: Engine, actor: str, storage_id: uuid.UUID, name: str
+) -> AbstractContextManager[None]:
     """Nobody else packs this storage meanwhile.
 
     Raises
@@ -25,16 +26,7 @@ def packing(engine: Engine, actor: str, storage_id: uuid.UUID, name: str) -> Ite
     PackingError
         if somebody does.
     """
-    with begin(engine, actor) as connection:
-        taken = rows(
-            connection,
-            "SELECT pg_try_advisory_xact_lock(:lock, hashtext(:storage)) AS taken",
-            lock=_LOCK,
-            storage=str(storage_id),
-        )
-        if not taken[0]["taken"]:
-            raise PackingError(storage=name)
-        yield
+    return alone(engine, actor, _LOCK, storage_id, PackingError(storage=name))
 
 
 def digests_at(

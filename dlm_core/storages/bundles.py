@@ -31,7 +31,7 @@ from dlm_core.storages.port import PRIVATE, Entry, Readable, ReadStream, Storage
 from dlm_core.storages.ranges import open_range
 
 _TEMP = temp_path("")
-# looks before a storage counts as too busy: each is void only if a bundle was made during it
+# looks before a storage counts as too busy: each is void only if what it missed was moved meanwhile
 _LOOKS = 5
 _PAGE = 1000
 _T = TypeVar("_T")
@@ -113,33 +113,39 @@ class Bundled:
         if all(map(_is_temporary, wanted)):
             return self.inner.stat_many(wanted)
 
-        def look() -> tuple[dict[str, Entry | None], bool]:
-            members = self._members(wanted)
+        def look(members: Mapping[str, Member]) -> dict[str, Entry | None]:
             found = self._told(members)
             single = [path for path in wanted if path not in members]
-            found.update(self.inner.stat_many(single) if single else {})
-            return found, all(found[path] is not None for path in single)
+            return found | (self.inner.stat_many(single) if single else {})
 
-        return self._settled(look)
+        found: dict[str, Entry | None] = {}
+        for found in self._looks(wanted, look):
+            if all(found.values()):
+                break
+        return found
 
-    def _settled(self, look: Callable[[], tuple[_T, bool]]) -> _T:
-        """What ``look`` finds; again if it misses something that may have been packed meanwhile."""
+    def _looks(
+        self, paths: Sequence[str], look: Callable[[Mapping[str, Member]], _T]
+    ) -> Iterator[_T]:
+        """What ``look`` finds, told which of ``paths`` are members: for whoever misses something,
+        again for as long as the index has changed its mind of them meanwhile."""
+        members = self._members(paths, fresh=True)
         for _ in range(_LOOKS):
-            before = self.index.look(lambda: self.index.generation)
-            found, whole = look()
-            if whole or self.index.look(lambda: self.index.generation) == before:
-                return found
+            yield look(members)
+            before, members = members, self._members(paths, fresh=True)
+            if members == before:
+                return
         raise self._unavailable("its bundles change too fast to look at it")
 
     def _unavailable(self, message: str) -> StorageUnavailableError:
         return StorageUnavailableError(storage=self.name, message=message)
 
-    def _members(self, paths: Iterable[str]) -> dict[str, Member]:
+    def _members(self, paths: Iterable[str], *, fresh: bool = False) -> dict[str, Member]:
         def look() -> dict[str, Member]:
             found = ((path, self.index.get(path)) for path in paths)
             return {path: member for path, member in found if member is not None}
 
-        return self.index.look(look, fresh=False)
+        return self.index.look(look, fresh=fresh)
 
     def _told(self, members: Mapping[str, Member]) -> dict[str, Entry | None]:
         """Entries of members, as far as their bundles are there."""
@@ -189,18 +195,17 @@ class Bundled:
         if _is_temporary(path):
             return self.inner.open_read(path)
 
-        def look() -> tuple[ReadStream | None, bool]:
+        def look(members: Mapping[str, Member]) -> ReadStream | None:
             with suppress(PayloadNotFoundError):
-                member = self._members([path]).get(path)
-                if member is None:
-                    return self.inner.open_read(path), True
+                if (member := members.get(path)) is None:
+                    return self.inner.open_read(path)
                 tar = tar_path(member.bundle)
-                return open_range(self.inner, tar, member.offset, member.size), True
-            return None, False
+                return open_range(self.inner, tar, member.offset, member.size)
+            return None
 
-        stream = self._settled(look)
-        if stream is not None:
-            return stream
+        for stream in self._looks([path], look):
+            if stream is not None:
+                return stream
         if self.index.look(lambda: self.index.is_folder(path), fresh=False):
             raise PathRefusedError(storage=self.name, path=path, message="not a regular file")
         raise PayloadNotFoundError(storage=self.name, path=path)

@@ -484,6 +484,25 @@ def test_two_packers_at_once_harm_nothing(disk, root):
     pytest.fail("it never came through")
 
 
+def test_what_goes_on_elsewhere_voids_no_look(disk, root, monkeypatch):
+    """However many others move other members: what is not there is told as such."""
+    fill(disk)
+    pack(disk, any_digest, FAR)
+    other = bundled(Unsynced("other", str(root)))
+    inner, names = disk.inner.stat_many, iter(range(100))
+    moved = next(iter(FILES))
+
+    def busy(paths):
+        nonlocal moved
+        if "nothing" in paths:
+            before, moved = moved, f"moved/{next(names)}"
+            other.rename(before, moved)
+        return inner(paths)
+
+    monkeypatch.setattr(disk.inner, "stat_many", busy)
+    assert disk.stat("nothing") is None
+
+
 def test_a_tar_that_reads_back_differently_does_not_count(disk, root):
     """A bit that flips on its way to the medium ends the packing; the single files stay."""
 

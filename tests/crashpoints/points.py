@@ -143,10 +143,14 @@ def watch_commits(engine: Engine, points: Points) -> None:
     commit = engine.dialect.do_commit
 
     def do_commit(connection: Any) -> None:
+        if threading.current_thread().name == "dlm-traffic":
+            # what is told every few seconds comes where it likes, and is no part of the work
+            return commit(connection)
         wrote = connection.execute("SELECT pg_current_xact_id_if_assigned()").fetchone()[0]
         points.passed("before commit")
         commit(connection)
         if wrote:
             points.passed("after commit")
+        return None
 
     engine.dialect.do_commit = do_commit  # type: ignore[method-assign]

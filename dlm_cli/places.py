@@ -86,23 +86,20 @@ def location_list(as_json: Json = False) -> None:
     show_json(found) if as_json else show_table(found, columns)
 
 
+_ROOT_HELP = (
+    "/folder (posix), bucket/prefix (s3), user@host:port/folder (sftp), URL (webdav, http, xrootd)."
+)
+_INTERFACE_HELP = "posix, s3, sftp, webdav, http, rclone, xrootd. Others by entry point."
+
+
 @storage_app.command("add")
 @plain_errors
 def storage_add(
     name: Name,
     location: Annotated[str, typer.Option(help="Name of its location.")],
-    root: Annotated[
-        str,
-        typer.Option(
-            help="/folder (posix), bucket/prefix (s3), user@host:port/folder (sftp), "
-            "URL (webdav, http, xrootd)."
-        ),
-    ],
+    root: Annotated[str, typer.Option(help=_ROOT_HELP)],
     phase: Annotated[str, typer.Option(help="PLASMA, GAS, LIQUID or SOLID.")] = "LIQUID",
-    interface: Annotated[
-        str,
-        typer.Option(help="posix, s3, sftp, webdav, http, rclone, xrootd. Others by entry point."),
-    ] = "posix",
+    interface: Annotated[str, typer.Option(help=_INTERFACE_HELP)] = "posix",
     storage_class: Annotated[
         str | None, typer.Option("--class", help="disk, object, tape.")
     ] = None,
@@ -128,10 +125,9 @@ def storage_add(
     from dlm_core.catalogue.places import add_storage, set_storage
     from dlm_core.storages.open import open_storage
 
-    options = _options(capacity, high_watermark, low_watermark, trash_grace, concurrency)
     terms = _verify_options(verify_every, verify_per_second, verify_per_day)
     terms |= limit_options(max_bytes_per_second, max_concurrency)
-    options |= terms
+    own = _options(capacity, high_watermark, low_watermark, trash_grace, concurrency)
     chosen = parse_pairs(config, "--config")
     default_class = "object" if interface == "s3" else "disk"
     kind = parse_choice("class", storage_class or default_class, ("disk", "object", "tape"))
@@ -151,7 +147,7 @@ def storage_add(
             config=chosen,
             managed=managed,
             mode="read_only" if read_only or not managed else "read_write",
-            options=options,
+            options=own | terms,
             now=context.clock(),
         )
         # never is no default

@@ -1,7 +1,9 @@
 """Housekeeping, once a day: partitions, the tally, the log's seals, temporary files, old runs."""
 
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
+from typing import TypeVar
 
 import dagster as dg
 
@@ -24,6 +26,7 @@ _TEMP_AGE = timedelta(days=2)
 _DEADLINE_AGE = timedelta(days=7)
 _PRUNED_AT_ONCE = 500
 _REPORTED_DAYS = 90
+_T = TypeVar("_T")
 
 
 @dg.op(
@@ -81,34 +84,34 @@ def _tell(context: dg.OpExecutionContext, core: Context) -> None:
 
 def _export(context: dg.OpExecutionContext, core: Context) -> None:
     hours = core.settings.export_hours
-    for run in export_due(core, timedelta(hours=hours)) if hours else ():
-        try:
-            report = run()
-        except DlmError as error:
-            context.log.warning(f"{error.code}: {error}")
-        else:
-            context.log.info(
-                f"storage {report.storage}: description {report.generation} of {report.replicas} "
-                f"replicas, {report.written} of {report.files} files written"
-            )
+    for report in _each(context, export_due(core, timedelta(hours=hours)) if hours else ()):
+        context.log.info(
+            f"storage {report.storage}: description {report.generation} of {report.replicas} "
+            f"replicas, {report.written} of {report.files} files written"
+        )
 
 
 def _pack(context: dg.OpExecutionContext, core: Context) -> None:
-    for run in pack_due(core):
+    for report in _each(context, pack_due(core)):
+        context.log.info(
+            f"storage {report.storage}: {report.members} files packed into {report.bundles} "
+            f"bundles, {report.removed} bundles removed, {report.waiting} files wait, "
+            f"{report.offline} are offline"
+        )
+        if report.refused:
+            context.log.warning(
+                f"storage {report.storage}: {len(report.refused)} files are not what the "
+                f"catalogue says and were not packed, e.g. {report.refused[0]!r}"
+            )
+
+
+def _each(context: dg.OpExecutionContext, runs: Iterable[Callable[[], _T]]) -> Iterator[_T]:
+    """The reports of what is done for one storage after another; a failure stops no other."""
+    for run in runs:
         try:
-            report = run()
+            yield run()
         except DlmError as error:
             context.log.warning(f"{error.code}: {error}")
-        else:
-            context.log.info(
-                f"storage {report.storage}: {report.members} files packed into {report.bundles} "
-                f"bundles, {report.removed} bundles removed, {report.waiting} files wait"
-            )
-            if report.refused:
-                context.log.warning(
-                    f"storage {report.storage}: {len(report.refused)} files are not what the "
-                    f"catalogue says and were not packed, e.g. {report.refused[0]!r}"
-                )
 
 
 @dg.job(

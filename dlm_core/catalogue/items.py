@@ -104,7 +104,16 @@ def announce(
     )
     if created != _count(connection):
         _settle_known(connection)
-    new = rows(
+    new = _announce_replicas(connection, storage_id, terms, actor, now)
+    known = _known(connection, storage_id) if new != _count(connection) else []
+    return Merged(created, new - created, known)
+
+
+def _announce_replicas(
+    connection: Connection, storage_id: uuid.UUID, terms: Terms, actor: str, now: datetime
+) -> int:
+    """A PENDING replica, an admit operation and its urgency for each row whose place is free."""
+    made = rows(
         connection,
         """WITH made AS (
              INSERT INTO replica (uid, oid, storage_id, path, size, mtime, expires_at,
@@ -131,9 +140,8 @@ def announce(
         expires=terms.replica_expires_at,
         actor=actor,
         now=now,
-    )[0]["n"]
-    known = _known(connection, storage_id) if new != _count(connection) else []
-    return Merged(created, new - created, known)
+    )
+    return int(made[0]["n"])
 
 
 def _must_be_in_use(connection: Connection, storage_id: uuid.UUID) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any, Self
+from collections.abc import Callable
 
 from dlm_core.storages.port import ReadStream, Storage
+from dlm_core.storages.streams import StreamOver
 
 _BLOCK = 1 << 20
 
 
-class Slice:
+class Slice(StreamOver):
     """The next ``size`` bytes of ``stream``; its stamp is the whole file's."""
 
     def __init__(self, stream: ReadStream, size: int) -> None:
-        self._stream, self._left = stream, size
-        self.size, self.opened = size, stream.opened
+        super().__init__(stream)
+        self.size = self._left = size
 
     def read(self, size: int = -1, /) -> bytes:
         """At most ``size`` bytes; all that are left if it is negative."""
@@ -25,18 +25,6 @@ class Slice:
         block = self._stream.read(wanted) if wanted else b""
         self._left -= len(block)
         return block
-
-    def stamp(self) -> Hashable:
-        return self._stream.stamp()
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
 
 
 def open_range(storage: Storage, path: str, offset: int, size: int) -> ReadStream:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, cast
 
 from dlm_core.storages.port import Readable, ReadStream, Storage
+from dlm_core.storages.streams import StreamOver
 from dlm_core.transfers.reading import Interrupted
 
 #: at most so many bytes are read in one go, so that the pace is even
@@ -149,25 +150,12 @@ class _PacedReader:
         return block
 
 
-class _PacedStream(_PacedReader):
+class _PacedStream(_PacedReader, StreamOver):
     """A stream whose bytes come no faster than the paces."""
 
     def __init__(self, inner: ReadStream, take: Callable[[int], None]) -> None:
-        super().__init__(inner, take)
-        self._stream = inner
-        self.size, self.opened = inner.size, inner.opened
-
-    def stamp(self) -> Hashable:
-        return self._stream.stamp()
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+        _PacedReader.__init__(self, inner, take)
+        StreamOver.__init__(self, inner)
 
 
 class _Paced:

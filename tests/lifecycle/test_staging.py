@@ -254,15 +254,20 @@ def expire_on_disk(site, oids):
         site.execute("UPDATE data_item SET target_phase = 'LIQUID' WHERE oid = :oid", oid=oid)
 
 
+def let_go_of_disk(site, oid):
+    """The copy on disk expires, and its grace is over."""
+    expire_on_disk(site, [oid])
+    site.settle()
+    site.advance(hours=2)
+    site.settle()
+
+
 def test_a_purge_recalls_no_survivor(site):
     """The tape copy is there with its size and was read within stage_proof_days: the copy on disk
     may go, and nothing is staged for it."""
     (oid,) = on_both(site)
     site.advance(days=300)
-    expire_on_disk(site, [oid])
-    site.settle()
-    site.advance(hours=2)
-    site.settle()
+    let_go_of_disk(site, oid)
     assert site.replicas(oid) == {"disk": "DELETED", "tape": "READY"}
     assert site.tape.calls() == [] and site.tape.stubs() == ["test/x0"]
 
@@ -272,10 +277,7 @@ def test_a_survivor_read_too_long_ago_stops_the_purge_until_it_is_read(site):
     recalled by itself; once the tape copy was verified the purge goes on."""
     (oid,) = on_both(site)
     site.advance(days=366)
-    expire_on_disk(site, [oid])
-    site.settle()
-    site.advance(hours=2)
-    site.settle()
+    let_go_of_disk(site, oid)
     assert site.replicas(oid) == {"disk": "TRASHED", "tape": "READY"}
     assert site.tape.calls() == []
     ask_to_verify(site)

@@ -25,7 +25,6 @@ from dlm_core.storages.bundle_rebuild import rebuild_index
 from dlm_core.storages.bundle_tar import Member
 from dlm_core.storages.bundles import Bundled
 from dlm_core.storages.conformance import get, put
-from dlm_core.storages.open import open_storage
 from dlm_core.storages.packing import pack
 from dlm_core.storages.posix import PosixStorage
 from tests.backends import bundled
@@ -577,18 +576,6 @@ def test_what_plain_tar_lists_is_what_the_index_says(disk, root):
     assert listed == {p: (disk.index.get(p).offset, len(d)) for p, d in FILES.items()}
     assert infos[-1].name == f".dlm/bundles/tar/{tar.stem}.members"
     assert tar.stat().st_size % 10240 == 0
-
-
-def test_the_config_of_any_storage_may_ask_for_bundles(root):
-    """Sizes as people write them; what is wrong is told in one line."""
-    found = open_storage("disk", "posix", str(root), {"bundle_bytes": "10GiB", "mount": "/"})
-    assert isinstance(found, Bundled)
-    assert found.config.bundle_bytes == 10 << 30
-    assert found.config.bundle_below == 64 << 20
-    with pytest.raises(InvalidValueError, match="bundle_bytes"):
-        open_storage("disk", "posix", str(root), {"bundle_below": "1MiB"})
-    with pytest.raises(InvalidValueError):
-        open_storage("disk", "posix", str(root), {"bundle_bytes": "1GiB", "repack_share": "2"})
 
 
 def test_an_unbroken_stream_of_bytes_is_read_and_written(disk):

@@ -11,6 +11,7 @@ from dlm_core.storages.open import open_storage
 from dlm_core.storages.packing import pack
 from tests.backends import bundled, s3_config
 from tests.fakes import FAR, StoppedError, Stopping, any_digest
+from tests.payloads import contents
 
 FILES = {f"block-{n % 2}/{n}": b"bytes of %d" % n for n in range(5)}
 
@@ -24,10 +25,6 @@ def bucket(s3):
         return open_storage("bucket", "s3", root, s3_config(s3))
 
     return opened
-
-
-def contents(storage):
-    return {entry.path: get(storage, entry.path) for entry in storage.walk()}
 
 
 def test_two_workers_share_the_bundles_of_a_bucket(bucket):

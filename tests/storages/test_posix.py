@@ -1,7 +1,6 @@
 """What a POSIX storage promises beyond the contract of all."""
 
 import errno
-import io
 import os
 import subprocess
 
@@ -20,6 +19,7 @@ from dlm_core.errors import (
 from dlm_core.storages import kernel, posix
 from dlm_core.storages.posix import PosixStorage
 from dlm_core.types import make_uri, uri_path
+from tests.payloads import get, put
 
 
 @pytest.fixture(params=["openat2", "realpath"])
@@ -33,15 +33,6 @@ def disk(request, tmp_path, monkeypatch):
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside/secret").write_bytes(b"secret")
     return PosixStorage("disk", str(tmp_path / "root"))
-
-
-def put(storage, path, data=b"payload"):
-    storage.write(path, io.BytesIO(data), len(data))
-
-
-def get(storage, path):
-    with storage.open_read(path) as stream:
-        return stream.read()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.mover import CopyTask, copy_batch
 from dlm_core.types import PayloadKind
 from tests.backends import open_dav_by_rclone, open_memory_by_rclone, open_s3_by_rclone
+from tests.payloads import contents, get, put
 from tests.servers import USER, answering, web_server
 
 
@@ -41,19 +42,6 @@ def source(tmp_path):
 def remote(tmp_path):
     (tmp_path / "out").mkdir()
     return open_storage("out", "rclone", str(tmp_path / "out"), {"type": "local"})
-
-
-def put(storage, path, data=b"payload"):
-    return storage.write(path, io.BytesIO(data), len(data))
-
-
-def get(storage, path):
-    with storage.open_read(path) as stream:
-        return stream.read()
-
-
-def contents(storage):
-    return {entry.path: get(storage, entry.path) for entry in storage.walk()}
 
 
 def task(source, path, data, digest=None):

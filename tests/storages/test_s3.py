@@ -17,6 +17,7 @@ from dlm_core.errors import (
 from dlm_core.storages import s3 as adapter
 from dlm_core.storages.open import open_storage
 from tests.backends import s3_config
+from tests.payloads import put
 
 PART = adapter.PART_SIZE
 
@@ -24,10 +25,6 @@ PART = adapter.PART_SIZE
 @pytest.fixture
 def bucket(s3):
     return open_storage("bucket", "s3", f"{s3.bucket}/{uuid.uuid4().hex}", s3_config(s3))
-
-
-def put(storage, path, data=b"payload"):
-    return storage.write(path, io.BytesIO(data), len(data))
 
 
 def paths(storage, below=""):

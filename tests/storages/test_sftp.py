@@ -25,6 +25,7 @@ from dlm_core.errors import (
 )
 from dlm_core.storages import ssh
 from dlm_core.storages.open import open_storage
+from tests.payloads import put
 from tests.sshd import SshServer, make_key, ssh_server
 
 ODD = ("new\nline", "back\\slash", "tab\t", "not utf-8 \udcff", "-rf", "$(true)", "a" * 255)
@@ -50,10 +51,6 @@ def own(tmp_path):
 
 def at(server: SshServer, root: Path, **config: object):
     return open_storage("far", "sftp", server.root(root), server.config(**config))
-
-
-def put(storage, path, data=b"payload"):
-    return storage.write(path, io.BytesIO(data), len(data))
 
 
 def calls(storage):

@@ -24,21 +24,13 @@ from dlm_core.storages.open import open_storage
 from dlm_core.transfers.mover import CopyTask, copy_batch
 from dlm_core.types import PayloadKind
 from tests.backends import open_dav
+from tests.payloads import get, put
 from tests.servers import USER, answering, wsgidav_server
 
 
 @pytest.fixture
 def dav(wsgidav):
     return open_dav(wsgidav)
-
-
-def put(storage, path, data=b"payload"):
-    return storage.write(path, io.BytesIO(data), len(data))
-
-
-def get(storage, path):
-    with storage.open_read(path) as stream:
-        return stream.read()
 
 
 def calls(storage):

@@ -1,6 +1,5 @@
 """What XRootD storages promise beyond the contract of all, against Debian's real server."""
 
-import io
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from dlm_core.errors import (
     StorageUnavailableError,
 )
 from dlm_core.storages.open import open_storage
+from tests.payloads import contents, get, put
 from tests.xrootd import make_keytab, xrootd_server
 
 
@@ -37,19 +37,6 @@ def far(xrootd, root):
 def folder(xrootd, root):
     """Where the storage's files lie."""
     return xrootd.folder / root.rpartition("/")[2]
-
-
-def put(storage, path, data=b"payload"):
-    return storage.write(path, io.BytesIO(data), len(data))
-
-
-def get(storage, path):
-    with storage.open_read(path) as stream:
-        return stream.read()
-
-
-def contents(storage):
-    return {entry.path: get(storage, entry.path) for entry in storage.walk()}
 
 
 # --- what the operator gives ----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -83,6 +84,7 @@ def context(home: Path, **settings: Any) -> Iterator[Context]:
     url = embedded.database_url(home, name)
     schema.upgrade(url)
     engine = make_engine(url)
+    gc.freeze()  # as a run's process does
     try:
         yield Context(engine, Settings(home=home, **settings), "user:bench")
     finally:

@@ -1,5 +1,6 @@
 """The jobs: each one op that drains what is due, in batches, and tells what it did in aggregate."""
 
+import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -189,6 +190,9 @@ def _drain(core: Context, work: Work, settings: Settings) -> Report:
     one, which then lets the work in hand end or be given back."""
     result: list[Report] = []
     failure: list[BaseException] = []
+    # what was imported lives as long as this run's process: the collector need not look through
+    # it again for every few thousand files
+    gc.freeze()
 
     def body() -> None:
         try:

@@ -37,6 +37,8 @@ class Due:
 
 Question = Callable[[Connection, Settings, datetime], Due]
 
+#: operations for which another drainer is worth its start
+_WORTH_A_RUN = 1000
 _ACTIVE = [
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.QUEUED,
@@ -132,7 +134,8 @@ def _sensor(name: str, question: Question, most: int | None = None) -> dg.Sensor
         active = context.instance.get_runs_count(
             dg.RunsFilter(job_name=f"{name}_job", statuses=_ACTIVE)
         )
-        drainers = min(most or current.max_drainers, -(-due.amount // current.batch_size))
+        a_run = min(current.batch_size, _WORTH_A_RUN)
+        drainers = min(most or current.max_drainers, -(-due.amount // a_run))
         wanted = drainers - active
         if wanted <= 0:
             return dg.SensorResult(skip_reason=f"{due.words}; {active} runs are at it")

@@ -123,6 +123,13 @@ _PICKY = """AND NOT EXISTS (
     r.storage_id = ANY(:avoid) OR r.size > CAST(:most AS bigint)))"""
 
 
+# by index for each row: a join might read all replicas for a few operations
+_WEIGHT = """coalesce((
+  SELECT greatest(coalesce(r.size, i.size), CASE WHEN i.kind = 'directory' THEN 65536 * (
+           SELECT count(*) FROM manifest_file f WHERE f.oid = i.oid) END)
+    FROM replica r JOIN data_item i USING (oid) WHERE r.uid = due.uid), 0)"""
+
+
 def claim_operations(
     connection: Connection,
     kinds: Sequence[OperationKind],
@@ -134,23 +141,31 @@ def claim_operations(
     now: datetime,
     avoid: Sequence[uuid.UUID] = (),
     most_bytes: int | None = None,
+    together_bytes: int | None = None,
 ) -> list[dict[str, Any]]:
     """Claim up to ``limit`` due operations until ``now + lease``; commit before doing the work.
 
     What is first by priority, then by its due time, comes first. ``token`` is new for every claim:
-    only who holds it can extend or finish. Left out are replicas
-    on the storages ``avoid`` and those of more than ``most_bytes``.
+    only who holds it can extend or finish. Left out are replicas on the storages ``avoid`` and
+    those of more than ``most_bytes``; it ends when the payloads have ``together_bytes``, where
+    every file of a directory counts as one of 64 KiB at least.
     """
     picky = "" if not avoid and most_bytes is None else _PICKY
     found = rows(
         connection,
         f"""WITH due AS MATERIALIZED (
-             SELECT operation_id FROM operation o
+             SELECT operation_id, uid, priority, due_at FROM operation o
               WHERE state = 'QUEUED' AND kind = ANY(:kinds) AND due_at <= :now {picky}
-              ORDER BY priority, due_at LIMIT :limit FOR UPDATE SKIP LOCKED)
+              ORDER BY priority, due_at LIMIT :limit FOR UPDATE SKIP LOCKED),
+           chosen AS MATERIALIZED (
+             SELECT operation_id, coalesce(sum(bytes) OVER (
+               ORDER BY priority, due_at, operation_id
+               ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS before
+             FROM (SELECT due.*, {_WEIGHT} AS bytes FROM due) weighed)
            UPDATE operation o SET state = 'RUNNING', attempts = attempts + 1, worker = :worker,
                   lease_token = :token, lease_until = :until
-             FROM due WHERE o.operation_id = due.operation_id
+             FROM chosen WHERE o.operation_id = chosen.operation_id
+              AND chosen.before < coalesce(CAST(:together AS bigint), chosen.before + 1)
            RETURNING o.operation_id, o.kind, o.oid, o.uid, o.reason, o.attempts, o.plan_id,
                      o.created_at, o.source_uid, o.error_code, o.priority, o.due_at""",
         kinds=[kind.value for kind in kinds],
@@ -159,6 +174,7 @@ def claim_operations(
         limit=limit,
         until=now + lease,
         now=now,
+        together=together_bytes,
         **({"avoid": list(avoid), "most": most_bytes} if picky else {}),
     )
     # an UPDATE returns them in any order

@@ -7,6 +7,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -44,6 +45,7 @@ from dlm_core.lifecycle.traffic import looking_at, reading_from
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage
 from dlm_core.transfers.checksums import observe
+from dlm_core.transfers.pooled import TINY, Turns, near
 from dlm_core.transfers.reading import Interrupted
 from dlm_core.transfers.throttle import Pace
 from dlm_core.types import (
@@ -157,8 +159,12 @@ def look_at(
         took = time.monotonic() - begun
         return Look(target["operation_id"], target["uid"], seen, failure, took, stamp, told)
 
+    turns = Turns(storage.concurrency)
+
     def read_together(group: Sequence[Mapping[str, Any]]) -> list[Look]:
-        return [look for target in group if (look := read(target)) is not None]
+        tiny = near(storage) and all((target["size"] or 0) <= TINY for target in group)
+        with turns.one() if tiny else nullcontext():
+            return [look for target in group if (look := read(target)) is not None]
 
     with ThreadPoolExecutor(storage.concurrency, "dlm-look") as pool:
         for looks in pool.map(read_together, _groups(targets, storage.concurrency)):

@@ -44,6 +44,11 @@ _BUSY_SECONDS = 2.0
 LARGE = 256 << 20
 #: a claim of copies that takes longer is not waited for before the next one
 _PATIENCE_SECONDS = 5.0
+#: bytes of a claim, so that something is left for other drainers
+_CLAIMED_BYTES = 16 << 30
+#: deletions of a claim: after each the guard looks at how they went
+_DELETIONS = 1000
+_DELETING = (OperationKind.TRASH, OperationKind.PURGE)
 #: slowest and first failed operations that a report names
 _SLOWEST = 10
 
@@ -352,6 +357,7 @@ class _Crew:
     def _claim(self, kind: OperationKind) -> Claim | None:
         context, token = self._context, new_id()
         last = self._at_once > 1 and len(self._going) == self._at_once - 1
+        limit = context.settings.batch_size
 
         def claim(connection: Connection) -> list[dict[str, Any]]:
             return queue.claim_operations(
@@ -359,7 +365,8 @@ class _Crew:
                 [kind],
                 token=token,
                 worker=context.worker,
-                limit=context.settings.batch_size,
+                limit=min(limit, _DELETIONS) if kind in _DELETING else limit,
+                together_bytes=_CLAIMED_BYTES,
                 lease=context.settings.lease,
                 now=context.clock(),
                 avoid=context.traffic.filled(),

@@ -155,6 +155,38 @@ def rename_moves_files_and_trees(storage: Storage, folder: str) -> None:
     _want(storage, gone, "the tree is there after its removal")
 
 
+def many_are_renamed_as_one(storage: Storage, folder: str) -> None:
+    """Where a storage renames many at once, each ends as if it were the only one."""
+    rename_many = getattr(storage, "rename_many", None)
+    if rename_many is None:
+        return
+    for name in ("a/1", "a/2", "b/3", "taken"):
+        put(storage, f"{folder}/{name}", name.encode())
+    steps = (("a/1", "x/1"), ("a/none", "x/none"), ("a/2", "taken"), ("b/3", "y/z/3"))
+    errors = rename_many([(f"{folder}/{old}", f"{folder}/{new}") for old, new in steps])
+    kinds = [error and type(error) for error in errors]
+    wanted = [None, PayloadNotFoundError, PayloadExistsError, None]
+    _want(storage, kinds == wanted, f"the renames ended in {kinds}")
+    there = {one.path[len(folder) + 1 :]: get(storage, one.path) for one in storage.walk(folder)}
+    kept = {"x/1": b"a/1", "a/2": b"a/2", "taken": b"taken", "y/z/3": b"b/3"}
+    _want(storage, there == kept, f"after them there are {there}")
+
+
+def many_are_written_as_one(storage: Storage, folder: str) -> None:
+    """Where a storage takes many small files at once, each ends as if it were the only one."""
+    write_many = getattr(storage, "write_many", None)
+    if write_many is None:
+        return
+    put(storage, f"{folder}/taken")
+    names = ("1", "taken", "sub/2", "empty")
+    errors = write_many([(f"{folder}/{n}", b"" if n == "empty" else n.encode()) for n in names])
+    kinds = [error and type(error) for error in errors]
+    _want(storage, kinds == [None, PayloadExistsError, None, None], f"the writes ended in {kinds}")
+    there = {one.path[len(folder) + 1 :]: get(storage, one.path) for one in storage.walk(folder)}
+    kept = {"1": b"1", "taken": b"payload", "sub/2": b"sub/2", "empty": b""}
+    _want(storage, there == kept, f"after them there are {there}")
+
+
 def what_is_not_there_is_said_so(storage: Storage, folder: str) -> None:
     """Reading or renaming nothing is an error of its own; removing nothing is fine."""
     path = f"{folder}/nothing"
@@ -275,6 +307,8 @@ CHECKS: tuple[Check, ...] = (
     a_large_write_does_not_overwrite,
     one_of_several_writers_wins,
     rename_moves_files_and_trees,
+    many_are_renamed_as_one,
+    many_are_written_as_one,
     what_is_not_there_is_said_so,
     a_failing_source_leaves_nothing_visible,
     paths_that_leave_the_root_are_refused,

@@ -8,6 +8,8 @@ import os
 import stat
 import sys
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
@@ -17,6 +19,9 @@ _RESOLVE_NO_SYMLINKS = 4
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
+_syscall.argtypes = (
+    ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t
+)  # fmt: skip
 
 
 class _OpenHow(ctypes.Structure):
@@ -32,11 +37,15 @@ def _failed(path: str) -> OSError:
     return OSError(code, os.strerror(code), path)
 
 
+@cache
+def _how(flags: int, mode: int) -> Any:
+    return ctypes.byref(_OpenHow(flags, mode, _RESOLVE_NO_SYMLINKS))
+
+
 def open_by_openat2(full: str, flags: int, mode: int = 0) -> int:
     """open(2) where the kernel itself follows no link in any part of the path: no race."""
-    how = _OpenHow(flags, mode, _RESOLVE_NO_SYMLINKS)
     descriptor: int = _syscall(
-        _OPENAT2, _AT_FDCWD, os.fsencode(full), ctypes.byref(how), ctypes.sizeof(how)
+        _OPENAT2, _AT_FDCWD, os.fsencode(full), _how(flags, mode), ctypes.sizeof(_OpenHow)
     )
     if descriptor < 0:
         raise _failed(full)

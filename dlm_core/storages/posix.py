@@ -8,12 +8,14 @@ import os
 import posixpath
 import shutil
 import stat as stat_module
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from typing import Any
 
 from dlm_core.errors import (
     AccessDeniedError,
+    DlmError,
     PathRefusedError,
     PayloadExistsError,
     PayloadNotFoundError,
@@ -374,6 +376,48 @@ class PosixStorage:
             raise self._translate_making(error, destination) from error
         finally:
             os.close(folder)
+
+    def rename_many(self, pairs: Sequence[tuple[str, str]]) -> list[DlmError | None]:
+        """As :meth:`rename` for each; folders of names that follow each other are opened once."""
+        errors: list[DlmError | None] = []
+        for _, group in groupby(pairs, lambda pair: tuple(map(posixpath.dirname, pair))):
+            errors += self._rename_between(list(group))
+        return errors
+
+    def _rename_between(self, pairs: Sequence[tuple[str, str]]) -> list[DlmError | None]:
+        """Of names in the same two folders; what does not go at once is tried by itself."""
+        left, (source, destination) = list(pairs), pairs[0]
+        with (
+            suppress(OSError, DlmError),
+            self._folder(source) as old,
+            self._folder(destination) as new,
+        ):
+            left = [pair for pair in pairs if not self._moved(old, new, pair)]
+        errors = {pair: self._error_of_rename(pair) for pair in left}
+        return [errors.get(pair) for pair in pairs]
+
+    @contextmanager
+    def _folder(self, path: str) -> Iterator[int]:
+        descriptor, _ = self._open_folder(self._full(path))
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _moved(self, old: int, new: int, pair: tuple[str, str]) -> bool:
+        source, destination = map(self._full, pair)
+        try:
+            rename_noreplace(old, posixpath.basename(source), new, posixpath.basename(destination))
+        except OSError:
+            return False
+        return True
+
+    def _error_of_rename(self, pair: tuple[str, str]) -> DlmError | None:
+        try:
+            self.rename(*pair)
+        except DlmError as error:
+            return error
+        return None
 
     def _rename_from(self, folder: int, name: str, new: str) -> None:
         try:

@@ -340,18 +340,20 @@ class SftpStorage:
         looked: set[str] = set()
         free = asyncio.Semaphore(self.concurrency)
 
-        async def one(session: Session, path: str, what: _P) -> DlmError | None:
+        # a tuple: an error that is a result must not be taken for one that was raised
+        async def one(session: Session, path: str, what: _P) -> tuple[DlmError | None]:
             try:
                 self._octets(path)
                 async with free:
                     await self.told(session, path, work(session, path, what, looked), making=True)
             except DlmError as error:
-                return error
-            return None
+                return (error,)
+            return (None,)
 
         async def in_loop() -> list[DlmError | None]:
             async with self.connections.session(min(len(pairs), LARGE_WEIGHT)) as session:
-                return await every(*(one(session, *pair) for pair in pairs))
+                ended = await every(*(one(session, *pair) for pair in pairs))
+            return [error for (error,) in ended]
 
         return ssh.run(in_loop())
 

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from hashlib import md5, sha256
 from typing import Any, cast
@@ -29,12 +29,14 @@ from dlm_core.errors import (
     SourceDamagedError,
     StorageUnavailableError,
 )
-from dlm_core.storages.port import ReadStream, Storage, temp_path
+from dlm_core.storages.port import Storage, temp_path
 from dlm_core.transfers.checksums import observe
-from dlm_core.transfers.pooled import MAX_CHUNK, at_once, each, in_chunks
-from dlm_core.transfers.reading import BLOCK, HashingReader, Interrupted, Progress, read_up_to
+from dlm_core.transfers.pooled import MAX_CHUNK, TINY, Turns, at_once, in_chunks, near
+from dlm_core.transfers.proving import Prover
+from dlm_core.transfers.reading import HashingReader, Interrupted, Progress, read_up_to
 from dlm_core.transfers.resuming import Resuming
 from dlm_core.transfers.tasks import (
+    SMALL,
     Copy,
     CopyResult,
     CopyTask,
@@ -42,14 +44,13 @@ from dlm_core.transfers.tasks import (
     Lane,
     can_be_listed,
     groups,
+    interrupted,
     sub_batches,
 )
 from dlm_core.types import PayloadKind
 
 __all__ = ["CopyResult", "CopyTask", "Lane", "copy_batch"]
 
-#: files up to this size are read whole: one read, one hash, one write
-_SMALL = 1 << 20
 # folders for temporary files: threads that make files in one folder wait for each other
 _SLOTS = 16
 
@@ -80,10 +81,10 @@ def copy_batch(
     progress : told the bytes of each block that was read, from several threads.
     lane : limits on files at once that others have a part in, and who watches.
     """
-    mover = _Mover(source, destination, progress, stop, lane or Lane())
+    threads = concurrency or at_once(source, destination)
+    mover = _Mover(source, destination, progress, stop, lane or Lane(), Turns(threads))
     if resume_bytes is not None:
         mover.resumed_above = resume_bytes
-    threads = concurrency or at_once(source, destination)
     finishing: Future[list[CopyResult]] | None = None
     with ThreadPoolExecutor(threads, "dlm-copy") as pool, ThreadPoolExecutor(1) as finisher:
         # a sub-batch is flushed and verified while the next one is written
@@ -106,21 +107,21 @@ class _Mover:
         progress: Progress | None,
         stop: threading.Event | None,
         lane: Lane,
+        turns: Turns,
     ) -> None:
         self.source, self.destination, self.lane = source, destination, lane
+        self.turns, self.near = turns, near(source, destination)
         self.progress, self.stop = progress, stop or threading.Event()
         self.atomic = bool(getattr(destination, "atomic_write", False))
         self.part_size: Callable[[int], int] | None = getattr(destination, "part_size", None)
         self.write_many = getattr(destination, "write_many", None)
         self.rename_many = getattr(destination, "rename_many", None)
-        self.digest_many = getattr(destination, "digest_many", None)
         self.take_many = getattr(destination, "take_many", None)
         self.copy_from = getattr(destination, "copy_from", None)
-        self.read_back = getattr(destination, "read_back", destination.open_read)
-        self.opened_ahead = MAX_CHUNK if hasattr(destination, "read_back") else 1
         self.write_on = getattr(destination, "write_on", None)
         self.resumed_above = sys.maxsize
         self.outage: DlmError | None = None
+        self.prover = Prover(source, destination, self.stop, lane, self._turn)
 
     def write(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[Copy]:
         """Bring the bytes of one sub-batch over; errors are kept beside the files."""
@@ -133,32 +134,33 @@ class _Mover:
             self._take_together(folder, [f for f in files if f.written.startswith(folder)])
             files = [file for file in files if not file.made]
         if self.write_many is not None:
-            small = [file for file in files if file.size <= _SMALL]
+            small = [file for file in files if file.size <= SMALL]
             list(pool.map(self._write_together, groups(small)))
-            files = [file for file in files if file.size > _SMALL]
-        each(pool, self._write, files)
+            files = [file for file in files if file.size > SMALL]
+        in_chunks(pool, self._write_chunk, files)
         return copies
 
     def finish(self, copies: Sequence[Copy], pool: ThreadPoolExecutor) -> list[CopyResult]:
         """Make durable, verify, show; fewer results than copies only if ``stop`` is set."""
         files = [file for copy in copies for file in copy.files]
         if self.atomic:
-            self._compare_etags(files)
+            self.prover.compare_etags(files)
         else:
             self._flush(files)
-            self._ask_for_digests(files)
+            self.prover.ask_for_digests(files)
         unproven = [file for file in files if not file.error and not file.proven]
-        in_chunks(pool, self._verify, unproven, self.opened_ahead)
+        in_chunks(pool, self.prover.read_back, unproven, self.prover.opened_ahead)
         stopped = self.stop.is_set()
-        renamed = self._rename_together(copies)
-        results = each(pool, lambda copy: self._settle(copy, renamed), copies)
+        results = self._publish(copies, pool)
         if not self.atomic:
             results = self._make_names_durable(results)
         self._clear_together(copies)
+        if not stopped:
+            return results
         return [
-            replace(result, stopped=stopped and result.error is not None)
+            replace(result, stopped=result.error is not None)
             for result in results
-            if result.error is None or result.partial or not stopped
+            if result.error is None or result.partial
         ]
 
     def _prepare(self, task: CopyTask, slot: int, folder: str | None) -> Copy:
@@ -227,9 +229,20 @@ class _Mover:
             except DlmError:
                 pass  # the sweep finds it
 
+    def _turn(self, files: Sequence[File]) -> AbstractContextManager[None]:
+        """Held while tiny files are at work between near storages."""
+        tiny = self.near and all(file.size <= TINY for file in files)
+        return self.turns.one() if tiny else nullcontext()
+
+    def _write_chunk(self, files: Sequence[File]) -> list[None]:
+        with self._turn(files):
+            for file in files:
+                self._write(file)
+        return []
+
     def _write(self, file: File) -> None:
         def work() -> None:
-            if file.size <= _SMALL:
+            if file.size <= SMALL:
                 self._write_small(file)
             elif not self._copied_there(file):
                 self._write_large(file)
@@ -249,7 +262,7 @@ class _Mover:
             with self.lane.places(False, file.size):
                 work()
         except Interrupted:
-            file.error = _interrupted(self.source)
+            file.error = interrupted(self.source)
         except DlmError as error:
             self._note(file, error)
         file.seconds += time.monotonic() - begun
@@ -265,19 +278,23 @@ class _Mover:
     def _write_together(self, files: Sequence[File]) -> None:
         """Small files that the destination takes many of at once."""
         data: dict[str, bytes] = {}
-        for file in files:
-            self._attempt(file, lambda file=file: data.update({file.written: self._read(file)}))  # type: ignore[misc]
+        with self.turns.one() if near(self.source) else nullcontext():
+            for file in files:
+                self._attempt(
+                    file,
+                    lambda file=file: data.update({file.written: self._read(file)}),  # type: ignore[misc]
+                )
         read = [file for file in files if file.written in data]
         if not read or self.write_many is None:
             return
         begun = time.monotonic()
         try:
-            with self.lane.places(False, _SMALL):
+            with self.lane.places(False, SMALL):
                 errors = self._together(
                     self.write_many, [(f.written, data[f.written]) for f in read]
                 )
         except Interrupted:
-            errors = [_interrupted(self.source)] * len(read)
+            errors = [interrupted(self.source)] * len(read)
         for file, error in zip(read, errors, strict=True):
             file.seconds += (time.monotonic() - begun) / len(read)
             if error is not None:
@@ -380,123 +397,18 @@ class _Mover:
             for file in files:
                 file.error = file.error or error
 
-    # --- verify ----------------------------------------------------------------------------------
-
-    def _compare_etags(self, files: Sequence[File]) -> None:
-        """One listing tells the ETags of the whole sub-batch; they are digests of the bytes there.
-
-        A file whose ETag is of another kind (encrypted by a key service, say) is read back.
-        """
-        waiting = {file.written: file for file in files if file.made and file.etag}
-        if not waiting:
-            return
-        try:
-            entries = self.destination.stat_many(waiting)
-        except DlmError:
-            return  # read them back instead
-        for path, file in waiting.items():
-            entry = entries.get(path)
-            file.proven = entry is not None and (entry.size, entry.etag) == (file.size, file.etag)
-
-    def _ask_for_digests(self, files: Sequence[File]) -> None:
-        """The far side reads what it has just made durable and tells digests of the sub-batch.
-
-        Another machine's word proves these bytes: it was not told what we expect, and only who has
-        read them all can say it. Any other answer proves nothing; the file is read back.
-        """
-        waiting = {file.written: file for file in files if file.made and not file.error}
-        if self.digest_many is None or not waiting:
-            return
-        try:
-            told = self.digest_many(list(waiting), self.stop)
-        except DlmError:
-            return  # read them back instead
-        for path, digest in told.items():
-            waiting[path].proven = digest == waiting[path].digest
-
-    def _verify(self, files: Sequence[File]) -> list[None]:
-        """Read files back; all are opened first, so that the medium is at work on the next ones."""
-        try:
-            most = max(file.size for file in files)
-            with self.lane.places(True, most), ExitStack() as opened:
-                for file, stream in self._opened(files, opened):
-                    self._verify_one(file, stream)
-        except Interrupted:
-            for file in files:
-                file.error = file.error or _interrupted(self.destination)
-        return []
-
-    def _opened(self, files: Sequence[File], opened: ExitStack) -> list[tuple[File, ReadStream]]:
-        return [
-            (file, opened.enter_context(stream))
-            for file in files
-            if (stream := self._open_back(file)) is not None
-        ]
-
-    def _open_back(self, file: File) -> ReadStream | None:
-        try:
-            return self.read_back(file.written)
-        except PayloadNotFoundError:
-            file.error = self._damaged(file, "nothing")
-        except DlmError as error:
-            file.error = error
-        return None
-
-    def _verify_one(self, file: File, stream: ReadStream) -> None:
-        begun = time.monotonic()
-        try:
-            size, found = self._digest_of(stream, file)
-            if (found, size) != (file.digest, file.size):
-                told = f"{found} ({size} bytes)"
-                file.error = (self._damaged_source(file) if file.direct else None) or self._damaged(
-                    file, told
-                )
-        except PayloadNotFoundError:
-            file.error = self._damaged(file, "nothing")
-        except Interrupted:
-            file.error = _interrupted(self.destination)
-        except DlmError as error:
-            file.error = error
-        file.kept = file.resumable and isinstance(file.error, StorageUnavailableError)
-        file.seconds += time.monotonic() - begun
-
-    def _digest_of(self, stream: ReadStream, file: File) -> tuple[int, str]:
-        hasher, size = sha256(), 0
-        while block := stream.read(min(BLOCK, file.size - size + 1)):
-            hasher.update(block)
-            size += len(block)
-            if file.size > _SMALL:
-                self.lane.watch(file.operation_id, "check", len(block))
-            if size > file.size:
-                break
-            if size < file.size and self.stop.is_set():
-                raise Interrupted
-        return size, f"sha256:{hasher.hexdigest()}"
-
-    def _damaged_source(self, file: File) -> DlmError | None:
-        """What is wrong with the source of a copy that the destination made by itself, if it is."""
-        try:
-            seen = observe(self.source, file.source, stop=self.stop)
-        except DlmError as error:
-            return error
-        if self.stop.is_set():
-            raise Interrupted
-        if (seen.digest, seen.size) == (file.digest, file.size):
-            return None
-        return SourceDamagedError(
-            where=f"{self.source.name}:{file.source}",
-            expected=f"{file.digest} ({file.size} bytes)",
-            found=f"{seen.digest} ({seen.size} bytes)",
-        )
-
-    def _damaged(self, file: File, found: str) -> DestinationDamagedError:
-        return DestinationDamagedError(
-            where=f"{self.destination.name}:{file.final}",
-            expected=f"{file.digest} ({file.size} bytes)",
-            found=found,
-        )
-
     # --- publish ---------------------------------------------------------------------------------
+
+    def _publish(self, copies: Sequence[Copy], pool: ThreadPoolExecutor) -> list[CopyResult]:
+        # far away all of them in one request, near by few at a time
+        far = {} if self.near else self._rename_together(copies)
+
+        def settle(some: Sequence[Copy]) -> list[CopyResult]:
+            with self._turn([]):
+                renamed = self._rename_together(some) if self.near else far
+                return [self._settle(copy, renamed) for copy in some]
+
+        return in_chunks(pool, settle, copies)
 
     def _rename_together(self, copies: Sequence[Copy]) -> dict[str, DlmError | None]:
         """How the renaming of each verified copy ended, by temporary name; or nothing."""
@@ -578,10 +490,6 @@ class _Mover:
                     self.destination.remove(file.written)
         except DlmError:
             pass  # the sweep finds it; the task's own error is the one to tell
-
-
-def _interrupted(storage: Storage) -> DlmError:
-    return StorageUnavailableError(storage=storage.name, message="interrupted")
 
 
 def _of_destination(error: DlmError, file: File) -> DlmError:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 from dlm_core.storages.port import Storage
 
 MAX_CHUNK = 16
+#: of near files up to this size, in bytes, the interpreter's own work is most
+TINY = 64 << 10
+#: turns that each of several threads has had before they are compared with fewer threads
+_TRIED = 4
+#: what twice the threads have to be faster by
+_FASTER = 1.1
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -17,16 +26,65 @@ _R = TypeVar("_R")
 def at_once(*ends: Storage) -> int:
     """How many transfers suit both ends: what is far away hides its latency behind many requests,
     disks want few."""
-    remote = any(
+    chosen = [one.concurrency for one in ends]
+    return max(1, min(chosen)) if near(*ends) else max(chosen)
+
+
+def near(*ends: Storage) -> bool:
+    """Whether no network protocol of ours is between us and any of them."""
+    return not any(
         getattr(one, "atomic_write", False) or getattr(one, "remote", False) for one in ends
     )
-    chosen = [one.concurrency for one in ends]
-    return max(chosen) if remote else max(1, min(chosen))
 
 
-def each(pool: ThreadPoolExecutor, function: Callable[[_T], _R], things: Sequence[_T]) -> list[_R]:
-    """``pool.map`` in chunks: handing over a small file costs as much as copying it."""
-    return in_chunks(pool, lambda chunk: list(map(function, chunk)), things)
+class Turns:
+    """Lets as many threads work on tiny files at a time as are fastest together.
+
+    The interpreter runs one thread at a time, and threads that want it in turns after every call of
+    the system may spend more on the handing over than on the files: on a fast disk one is the best,
+    on a busy network file system ``most`` are. So it begins with one, and goes on doubling while
+    that makes it faster.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._width = most, 1
+        self._free, self._lock = threading.Semaphore(1), threading.Lock()
+        self._trying = most > 1
+        self._ended, self._begun, self._rate = 0, 0.0, 0.0
+        self._too_many = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A turn, for as long as it lasts."""
+        self._free.acquire()
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._trying:
+                    self._try()
+                if self._too_many:
+                    self._too_many -= 1
+                else:
+                    self._free.release()
+
+    def _try(self) -> None:
+        """Another turn of this width has ended; after some of them they are compared."""
+        self._ended += 1
+        if self._ended == 1:
+            self._begun = time.perf_counter()  # before that it was still another width's
+        if self._ended <= _TRIED * self._width:
+            return
+        rate = (self._ended - 1) / (time.perf_counter() - self._begun)
+        if rate < _FASTER * self._rate:
+            self._trying = False
+            self._too_many = self._width - self._width // 2
+        elif self._width == self._most:
+            self._trying = False
+        else:
+            more = min(2 * self._width, self._most) - self._width
+            self._width, self._rate, self._ended = self._width + more, rate, 0
+            self._free.release(more)
 
 
 def in_chunks(
@@ -35,8 +93,8 @@ def in_chunks(
     things: Sequence[_T],
     longest: int = MAX_CHUNK,
 ) -> list[_R]:
-    """What ``function`` gives for chunks of at most ``longest`` things, in their order; few things
-    are spread over all threads."""
+    """What ``function`` gives for chunks of at most ``longest`` things, in their order; handing
+    over a small file costs as much as copying it. Few things are spread over all threads."""
     length = max(1, min(longest, len(things) // (4 * pool._max_workers)))
     chunks = [things[n : n + length] for n in range(0, len(things), length)]
     return [one for done in pool.map(function, chunks) for one in done]

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from dlm_core.errors import DlmError
+from dlm_core.errors import DlmError, StorageUnavailableError
+from dlm_core.storages.port import Storage
 from dlm_core.types import ManifestEntry, PayloadKind
 
+#: files up to this size are read whole: one read, one hash, one write
+SMALL = 1 << 20
 # small files that are written in one call, where the destination has one
 _TOGETHER_FILES = 64
 _TOGETHER_BYTES = 4 << 20
@@ -129,6 +132,11 @@ def sub_batches(tasks: Sequence[CopyTask]) -> Iterator[list[CopyTask]]:
         files += more
     if batch:
         yield batch
+
+
+def interrupted(storage: Storage) -> DlmError:
+    """What is said of a file whose copying was stopped."""
+    return StorageUnavailableError(storage=storage.name, message="interrupted")
 
 
 def can_be_listed(task: CopyTask) -> bool:

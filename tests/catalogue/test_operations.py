@@ -31,7 +31,11 @@ def site(engine, tmp_path) -> Site:
 
 
 def claim(
-    connection: Connection, site: Site, token: uuid.UUID | None = None, limit: int = 9
+    connection: Connection,
+    site: Site,
+    token: uuid.UUID | None = None,
+    limit: int = 9,
+    together_bytes: int | None = None,
 ) -> list[dict[str, Any]]:
     return queue.claim_operations(
         connection,
@@ -41,6 +45,7 @@ def claim(
         limit=limit,
         lease=_LEASE,
         now=site.now,
+        together_bytes=together_bytes,
     )
 
 
@@ -62,6 +67,33 @@ def test_what_one_claims_another_does_not_wait_for_nor_get(site):
     mine, others = site.context.transact(first)
     assert len(mine) == len(others) == 1
     assert mine[0]["operation_id"] != others[0]["operation_id"]
+
+
+@pytest.mark.parametrize(("most", "claimed"), [(1, 1), (10, 1), (11, 2), (99, 2)])
+def test_a_claim_ends_when_it_has_enough_bytes(site, most, claimed):
+    """Two payloads of ten bytes: what exceeds the limit is left for others, but for one payload,
+    whose turn would never come."""
+    found = site.context.transact(lambda c: claim(c, site, together_bytes=most))
+    assert len(found) == claimed
+    assert len(site.context.transact(lambda c: claim(c, site))) == 2 - claimed
+
+
+def test_the_files_of_a_directory_count_too(site):
+    """Directory payloads of many tiny files fill a claim: each file is work, and costs memory."""
+    for name in ("p", "q"):
+        oid = site.add_item(name, b"some bytes", "a", kind="directory")
+        site.execute(
+            "INSERT INTO manifest_file (oid, path, size, digest) "
+            "SELECT oid, n::text, 0, digest FROM data_item, generate_series(1, 3) n "
+            "WHERE oid = :oid",
+            oid=oid,
+        )
+    site.context.transact(lambda c: request_verification(c, actor="user:test", now=site.now))
+    enough = 3 * 65536 + 20
+    found = site.context.transact(lambda c: claim(c, site, together_bytes=enough))
+    assert len(found) == 3
+    found = site.context.transact(lambda c: claim(c, site, together_bytes=enough))
+    assert len(found) == 1
 
 
 def test_a_lease_holds_until_its_end(site):

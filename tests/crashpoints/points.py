@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import Engine
 
 from dlm_core.storages.port import Storage
-from tests.fakes import Wrapped
+from tests.fakes import Wrapped, refuse_batches
 
 _LOOKS = ("stat", "stat_many", "walk", "open_read", "read_back", "usage", "check")
 _EFFECTS = ("write", "rename", "remove", "flush")
@@ -71,6 +71,7 @@ class CrashingStorage(Wrapped):
         self.concurrency = 1  # so that the points come in the same order each time
 
     def __getattr__(self, attribute: str) -> Any:
+        refuse_batches(attribute)
         call = getattr(self.inner, attribute)
         if attribute in _LOOKS:
             return self._looking(attribute, call)

@@ -280,8 +280,8 @@ LIFECYCLE = (
     Mutant(
         "no-read-back",
         "dlm_core/transfers/mover.py",
-        "in_chunks(pool, self._verify, unproven, self.opened_ahead)",
-        "in_chunks(pool, self._verify, [], self.opened_ahead)",
+        "in_chunks(pool, self.prover.read_back, unproven, self.prover.opened_ahead)",
+        "in_chunks(pool, self.prover.read_back, [], self.prover.opened_ahead)",
         "the digest of the source is believed of the destination",
         (
             (
@@ -310,16 +310,14 @@ LIFECYCLE = (
         "renamed-before-verified",
         "dlm_core/transfers/mover.py",
         (
-            "        in_chunks(pool, self._verify, unproven, self.opened_ahead)\n"
+            "        in_chunks(pool, self.prover.read_back, unproven, self.prover.opened_ahead)\n"
             "        stopped = self.stop.is_set()\n"
-            "        renamed = self._rename_together(copies)\n"
-            "        results = each(pool, lambda copy: self._settle(copy, renamed), copies)\n"
+            "        results = self._publish(copies, pool)\n"
         ),
         (
             "        stopped = self.stop.is_set()\n"
-            "        renamed = self._rename_together(copies)\n"
-            "        results = each(pool, lambda copy: self._settle(copy, renamed), copies)\n"
-            "        in_chunks(pool, self._verify, unproven, self.opened_ahead)\n"
+            "        results = self._publish(copies, pool)\n"
+            "        in_chunks(pool, self.prover.read_back, unproven, self.prover.opened_ahead)\n"
         ),
         "a copy is visible before it was verified",
         (
@@ -332,7 +330,7 @@ LIFECYCLE = (
     ),
     Mutant(
         "far-digest-not-compared",
-        "dlm_core/transfers/mover.py",
+        "dlm_core/transfers/proving.py",
         "told.items():\n            waiting[path].proven = digest == waiting[path].digest",
         "told.items():\n            waiting[path].proven = bool(digest)",
         "any digest that the far side tells is taken for the right one",

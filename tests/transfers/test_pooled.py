@@ -1,0 +1,68 @@
+"""How many threads are at tiny files at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from dlm_core.transfers.pooled import Turns
+
+_THREADS = 4
+
+
+def most_at_once(turns: Turns, work: Callable[[], None], count: int) -> list[int]:
+    """How many were at it when each of ``count`` turns began."""
+    at_it, seen, lock = 0, [], threading.Lock()
+
+    def one(_: int) -> None:
+        nonlocal at_it
+        with turns.one():
+            with lock:
+                at_it += 1
+                seen.append(at_it)
+            work()
+            with lock:
+                at_it -= 1
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(one, range(count)))
+    return seen
+
+
+def test_who_waits_gets_company():
+    """Work that waits, as for a network file system, is done by all threads before long."""
+    seen = most_at_once(Turns(_THREADS), lambda: time.sleep(0.01), 80)
+    assert seen[0] == 1
+    assert max(seen[-20:]) == _THREADS
+
+
+def test_what_cannot_be_shared_stays_with_one():
+    """Work that only one thread at a time can do is not given to several: a second one is tried,
+    is not faster, and is sent away."""
+    interpreter = threading.Lock()
+
+    def work() -> None:
+        with interpreter:
+            time.sleep(0.005)
+
+    seen = most_at_once(Turns(_THREADS), work, 60)
+    assert max(seen) <= 2
+    assert max(seen[-20:]) == 1
+
+
+def test_a_single_thread_needs_no_trial():
+    """With room for one there is never a second."""
+    assert max(most_at_once(Turns(1), lambda: time.sleep(0.001), 30)) == 1
+
+
+def test_a_turn_that_fails_is_given_back():
+    """An error ends the turn, and the next one can have it."""
+    turns = Turns(_THREADS)
+    for _ in range(30):
+        with pytest.raises(OSError, match="medium"), turns.one():
+            raise OSError("medium")
+    assert max(most_at_once(turns, lambda: None, 10)) >= 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from dlm_core.errors import InvalidValueError
@@ -16,11 +16,15 @@ KEPT_SECONDS = 2.0
 #: what AWS's own chain found, unless it renews itself (a role's keys do), in seconds
 CHAIN_SECONDS = 60.0
 
+# obstore asks for new keys so long before they expire (and not again within 0.1 s): told this, it
+# keeps them as long as we do, and signing a request takes no call into Python
+_ASKED_AHEAD = timedelta(minutes=5)
+
 Keys = dict[str, Any]
 
 
 class KeyProvider:
-    """Gives obstore the keys of a storage whenever it signs a request; thread-safe.
+    """Gives obstore the keys of a storage whenever it wants them; thread-safe.
 
     Parameters
     ----------
@@ -40,8 +44,8 @@ class KeyProvider:
             if time.monotonic() >= self._until:
                 self._keys = self._read()
                 self._until = time.monotonic() + self._kept_seconds
-            # it asks again for the next request: how long they are kept is our business
-            return self._keys | {"expires_at": datetime.now(UTC)}
+            left = timedelta(seconds=self._until - time.monotonic())
+            return self._keys | {"expires_at": datetime.now(UTC) + _ASKED_AHEAD + left}
 
 
 def from_references(

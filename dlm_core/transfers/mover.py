@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -53,6 +54,8 @@ __all__ = ["CopyResult", "CopyTask", "Lane", "copy_batch"]
 
 # folders for temporary files: threads that make files in one folder wait for each other
 _SLOTS = 16
+# sub-batches at work at a time
+_AT_ONCE = 2
 
 
 def copy_batch(
@@ -85,18 +88,17 @@ def copy_batch(
     mover = _Mover(source, destination, progress, stop, lane or Lane(), Turns(threads))
     if resume_bytes is not None:
         mover.resumed_above = resume_bytes
-    finishing: Future[list[CopyResult]] | None = None
-    with ThreadPoolExecutor(threads, "dlm-copy") as pool, ThreadPoolExecutor(1) as finisher:
-        # a sub-batch is flushed and verified while the next one is written
+    going: deque[Future[list[CopyResult]]] = deque()
+    with ThreadPoolExecutor(threads, "dlm-copy") as pool, ThreadPoolExecutor(_AT_ONCE) as batches:
+        # one sub-batch is written while another is flushed and verified
         for batch in sub_batches(tasks):
-            copies = mover.write(batch, pool)
-            if finishing is not None:
-                yield from finishing.result()
-            finishing = finisher.submit(mover.finish, copies, pool)
+            going.append(batches.submit(mover.copy, batch, pool))
+            if len(going) == _AT_ONCE:
+                yield from going.popleft().result()
             if mover.stop.is_set():
                 break
-        if finishing is not None:
-            yield from finishing.result()
+        while going:
+            yield from going.popleft().result()
 
 
 class _Mover:
@@ -123,6 +125,10 @@ class _Mover:
         self.outage: DlmError | None = None
         self.prover = Prover(source, destination, self.stop, lane, self._turn)
 
+    def copy(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[CopyResult]:
+        """The results of one sub-batch; fewer than tasks only if ``stop`` is set."""
+        return self.finish(self.write(tasks, pool), pool)
+
     def write(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[Copy]:
         """Bring the bytes of one sub-batch over; errors are kept beside the files."""
         folder = temp_path(f"b/{uuid.uuid4().hex}") if self.take_many else None
@@ -141,7 +147,7 @@ class _Mover:
         return copies
 
     def finish(self, copies: Sequence[Copy], pool: ThreadPoolExecutor) -> list[CopyResult]:
-        """Make durable, verify, show; fewer results than copies only if ``stop`` is set."""
+        """Make durable, verify, show."""
         files = [file for copy in copies for file in copy.files]
         if self.atomic:
             self.prover.compare_etags(files)

@@ -23,6 +23,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def rotate(file, value) -> None:
+    """Write a secret, and wait as long as the one before is kept."""
+    file.write_text(value)
+    time.sleep(0.15)
+
+
 def references(folder, *names):
     return {name: f"file:{folder / name}" for name in names or ("access_key", "secret_key")}
 
@@ -35,7 +41,7 @@ def test_a_rotated_key_is_used_without_opening_the_storage_again(s3, folder):
     storage = open_storage("bucket", "s3", f"{s3.bucket}/{uuid.uuid4().hex}", config)
     with pytest.raises(AccessDeniedError):
         storage.stat("x")
-    (folder / "secret_key").write_text(s3.secret_key)
+    rotate(folder / "secret_key", s3.secret_key)
     storage.write("x", io.BytesIO(b"1"), 1)
     assert storage.stat("x").size == 1
 
@@ -47,11 +53,12 @@ def test_a_secret_that_is_gone_for_a_moment_is_an_outage(s3, folder):
     config = {"endpoint": s3.endpoint, **references(folder)}
     storage = open_storage("bucket", "s3", f"{s3.bucket}/{uuid.uuid4().hex}", config)
     (folder / "secret_key").unlink()
+    time.sleep(0.15)
     for call in (lambda: storage.stat("x"), storage.check, lambda: list(storage.walk())):
         with pytest.raises(StorageUnavailableError, match="secret_key ") as caught:
             call()
         assert "\n" not in str(caught.value) and s3.access_key not in str(caught.value)
-    (folder / "secret_key").write_text(s3.secret_key)
+    rotate(folder / "secret_key", s3.secret_key)
     storage.check()
 
 
@@ -127,7 +134,7 @@ def test_a_session_token_goes_with_the_keys(folder, recorder):
     storage = open_storage("x", "s3", "bucket", config)
     assert ask(storage, seen) == ("first-access_key", "first-session_token")
     for name in names:
-        (folder / name).write_text(f"second-{name}")
+        rotate(folder / name, f"second-{name}")
     assert ask(storage, seen) == ("second-access_key", "second-session_token")
 
 
@@ -147,9 +154,10 @@ def test_without_references_aws_finds_the_keys(folder, recorder, monkeypatch):
         storage.stat("x")
     text = "[default]\naws_access_key_id = {}\naws_secret_access_key = s\n"
     for key in ("of-a-file", "rotated"):
-        (folder / "credentials").write_text(text.format(key))
+        rotate(folder / "credentials", text.format(key))
         assert ask(storage, seen) == (key, None)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of-a-variable")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "t")
+    time.sleep(0.15)
     assert ask(storage, seen) == ("of-a-variable", "t")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -47,26 +48,35 @@ class Turns:
     """
 
     def __init__(self, most: int) -> None:
-        self._most, self._width = most, 1
-        self._free, self._lock = threading.Semaphore(1), threading.Lock()
+        self._most, self._width, self._free = most, 1, 1
+        self._lock, self._waiting = threading.Lock(), deque[threading.Lock]()
         self._trying = most > 1
         self._ended, self._begun, self._rate = 0, 0.0, 0.0
-        self._too_many = 0
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """A turn, for as long as it lasts."""
-        self._free.acquire()
+        """A turn, for as long as it lasts; who came first has the next one."""
+        self._enter()
         try:
             yield
         finally:
             with self._lock:
+                self._free += 1
                 if self._trying:
                     self._try()
-                if self._too_many:
-                    self._too_many -= 1
-                else:
-                    self._free.release()
+                while self._waiting and self._free > 0:
+                    self._free -= 1
+                    self._waiting.popleft().release()
+
+    def _enter(self) -> None:
+        with self._lock:
+            if self._free > 0:
+                self._free -= 1
+                return
+            called = threading.Lock()
+            called.acquire()
+            self._waiting.append(called)
+        called.acquire()
 
     def _try(self) -> None:
         """Another turn of this width has ended; after some of them they are compared."""
@@ -76,15 +86,13 @@ class Turns:
         if self._ended <= _TRIED * self._width:
             return
         rate = (self._ended - 1) / (time.perf_counter() - self._begun)
+        width = min(2 * self._width, self._most)
         if rate < _FASTER * self._rate:
+            self._trying, width = False, self._width // 2
+        elif width == self._width:
             self._trying = False
-            self._too_many = self._width - self._width // 2
-        elif self._width == self._most:
-            self._trying = False
-        else:
-            more = min(2 * self._width, self._most) - self._width
-            self._width, self._rate, self._ended = self._width + more, rate, 0
-            self._free.release(more)
+        self._free += width - self._width
+        self._width, self._rate, self._ended = width, rate, 0
 
 
 def in_chunks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
@@ -27,6 +27,10 @@ from dlm_core.types import OperationState, ReplicaState, StorageMode, decode_pat
 Row = Mapping[str, Any]
 #: payloads let in by one transaction, and the seconds after which fewer will do
 _FEWEST, _MOST, _SOON = 256, 512, 1.0
+#: transactions at a time: small payloads are read faster than the catalogue writes them
+_WRITERS = 2
+
+Writing = Future[list[tuple[Look, queue.Outcome]]]
 
 
 def execute_admit(context: Context, claim: Claim) -> Report:
@@ -67,7 +71,7 @@ def execute_admit(context: Context, claim: Claim) -> Report:
             )  # fmt: skip
     if over:
         context.transact(lambda c: queue.finish_operations(c, claim.token, over, context.clock()))
-    with ThreadPoolExecutor(1, "dlm-write") as writer:
+    with ThreadPoolExecutor(_WRITERS, "dlm-write") as writer:
         for storage_id, targets in waiting.items():
             with reading_from(context, storages[storage_id]) as storage:
                 files = files_of(context, storage, targets) if is_cold(storage) else {}
@@ -86,35 +90,34 @@ def _admit_storage(
     writer: ThreadPoolExecutor,
     report: Report,
 ) -> None:
-    writing: Future[list[tuple[Look, queue.Outcome]]] | None = None
+    writing: deque[Writing] = deque()
     gathered: list[Look] = []
 
-    def write() -> Future[list[tuple[Look, queue.Outcome]]]:
+    def write() -> None:
+        if len(writing) == _WRITERS:
+            _note(writing.popleft(), operations, report)
         prepared = [_prepare(storage, details[look.uid], look) for look in gathered]
         gathered.clear()
-        _note(writing, operations, report)
-        return writer.submit(_write, context, claim, operations, prepared)
+        writing.append(writer.submit(_write, context, claim, operations, prepared))
 
     begun = time.monotonic()
     for look in looks:
         gathered.append(look)
         # a transaction costs as much as some fifty rows of it, and the processor is what hashing
         # small payloads waits for; large ones are written soon, so that little is left for the end
-        free = writing is None or writing.done()
+        free = len(writing) < _WRITERS or writing[0].done()
         enough = _FEWEST if time.monotonic() - begun < _SOON else 1
         if len(gathered) >= (enough if free else _MOST):
-            writing, begun = write(), time.monotonic()
+            write()
+            begun = time.monotonic()
     if gathered:
-        writing = write()
-    _note(writing, operations, report)
+        write()
+    for one in writing:
+        _note(one, operations, report)
 
 
-def _note(
-    writing: Future[list[tuple[Look, queue.Outcome]]] | None,
-    operations: Mapping[uuid.UUID, Row],
-    report: Report,
-) -> None:
-    for look, outcome in writing.result() if writing else ():
+def _note(writing: Writing, operations: Mapping[uuid.UUID, Row], report: Report) -> None:
+    for look, outcome in writing.result():
         size = look.observation.size if look.observation else 0
         report.note(operations[look.operation_id], outcome, size, look.seconds)
 

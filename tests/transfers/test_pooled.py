@@ -6,9 +6,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
+from dlm_core.transfers import pooled
 from dlm_core.transfers.pooled import Turns
 
 _THREADS = 4
@@ -40,14 +42,16 @@ def test_who_waits_gets_company():
     assert max(seen[-20:]) == _THREADS
 
 
-def test_what_cannot_be_shared_stays_with_one():
-    """Work that only one thread at a time can do is not given to several: a second one is tried,
-    is not faster, and is sent away."""
-    interpreter = threading.Lock()
+def test_what_cannot_be_shared_stays_with_one(monkeypatch):
+    """Work that takes as long however many are at it, as what the interpreter does, is not given to
+    several: a second one is tried, is not faster, and is sent away."""
+    clock, lock = SimpleNamespace(now=0.0), threading.Lock()
+    monkeypatch.setattr(pooled, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     def work() -> None:
-        with interpreter:
-            time.sleep(0.005)
+        with lock:
+            clock.now += 0.005
+        time.sleep(0.001)
 
     seen = most_at_once(Turns(_THREADS), work, 60)
     assert max(seen) <= 2

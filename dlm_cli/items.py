@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +34,7 @@ By = Annotated[
 ]
 _PHASES = ("PLASMA", "GAS", "LIQUID", "SOLID")
 _KINDS = ", ".join(OperationKind)
+_POLL_SECONDS = 0.5
 
 item_app = typer.Typer(no_args_is_help=True, help="Data items: look, and ask why.")
 watch_app = typer.Typer(no_args_is_help=True, help="Folders whose new files are registered.")
@@ -254,6 +257,33 @@ def item_why(uri: Uri, version: Version = None, as_json: Json = False) -> None:
     with catalogue() as context:
         found = context.transact(lambda c: explain_item(c, uri, version))
     show_json(found) if as_json else _explain(found)
+
+
+@item_app.command("wait")
+@plain_errors
+def item_wait(
+    uri: Uri,
+    version: Version = None,
+    timeout: Annotated[
+        str, typer.Option(help="Wait at most so long: 30s, 15m, 12h.", metavar="DURATION")
+    ] = "10m",
+) -> None:
+    """Wait until nothing is being done about an item, nor due."""
+    from dlm_core.catalogue.browse import underway
+    from dlm_core.errors import StillUnderwayError
+
+    most = (parse_duration(timeout) or timedelta()).total_seconds()
+    begun, shown = time.monotonic(), ""
+    with catalogue() as context:
+        while found := context.transact(lambda c: underway(c, uri, version, context.clock())):
+            told = ", ".join(found)
+            if told != shown:
+                print(told, flush=True)
+            shown = told
+            if time.monotonic() - begun >= most:
+                raise StillUnderwayError(uri=uri, seconds=most, underway=told)
+            time.sleep(_POLL_SECONDS)
+    print(f"{uri} is at rest")
 
 
 def _explain(found: dict[str, Any]) -> None:

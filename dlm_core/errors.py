@@ -297,3 +297,14 @@ class RestoreRefusedError(SafetyError):
     """bringing the catalogue back into database {database!r} is refused: it {found}; {hint}"""
 
     code = "DLM-507"
+
+
+# --- waiting: exit code 1 ----------------------------------------------------------------------
+
+
+class StillUnderwayError(DlmError):
+    """{uri} is not at rest after {seconds:g} s: {underway}; see 'dlm item why {uri}', and whether
+    'dlm up' is running"""
+
+    code = "DLM-601"
+    retryable = True

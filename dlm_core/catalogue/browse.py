@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from dlm_core.catalogue.deletions import item_due
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.errors import IllegalTransitionError, NotFoundError
 
@@ -229,6 +230,29 @@ def explain_item(connection: Connection, uri: str, version: int | None = None) -
             or [{"due_at": None}]
         )[0]["due_at"],
     }
+
+
+def underway(
+    connection: Connection, uri: str, version: int | None, now: datetime
+) -> tuple[str, ...]:
+    """What is being done about an item or due by now; nothing when it is at rest.
+
+    What is to be done later (a purge after its grace, say), or waits for a person, does not count.
+    """
+    oid = get_item(connection, uri, version)["oid"]
+    found = rows(
+        connection,
+        """SELECT DISTINCT o.kind || ' ' || o.state AS told FROM replica r
+             JOIN operation o ON o.uid = r.uid
+            WHERE r.oid = :oid AND (o.state = 'RUNNING'
+               OR o.state = 'QUEUED' AND (o.due_at <= :now OR o.attempts > 0))
+           UNION ALL
+           SELECT 'planning' FROM evaluation WHERE oid = :oid AND due_at <= :now""",
+        oid=oid,
+        now=now,
+    )
+    expiring = ["expiry"] if item_due(connection, oid, now) else []
+    return tuple(sorted(row["told"] for row in found) + expiring)
 
 
 def _weight(connection: Connection, oid: uuid.UUID) -> int:

@@ -129,6 +129,18 @@ def expire_items(
     return len(oids)
 
 
+def item_due(connection: Connection, oid: uuid.UUID, now: datetime) -> bool:
+    """Whether an item, or a replica of it, has passed its time and could be trashed now."""
+    found = rows(
+        connection,
+        f"""SELECT EXISTS ({_DUE_ITEMS}{_FREE_ITEM}{_UNHELD} AND i.oid = :oid)
+                OR EXISTS ({_DUE_REPLICAS}{_FREE_REPLICA} AND r.oid = :oid) AS due""",
+        oid=oid,
+        now=now,
+    )
+    return bool(found[0]["due"])
+
+
 def select_expired(
     connection: Connection, now: datetime, limit: int, plan_id: uuid.UUID | None = None
 ) -> list[uuid.UUID]:

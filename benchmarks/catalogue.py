@@ -108,14 +108,19 @@ def _columns(connection: Any, table: str) -> str:
 
 def fill(core: Context, count: int) -> None:
     """READY items with three READY replicas each, made in the database."""
-    # what the triggers would do, at the speed of the tables
+    # what the triggers would do, at the speed of the tables; keys in the order of time, as the DLM
+    # makes them
+    key = (
+        "(left(uuid7_floor(now() - interval '2 hours' + {} * interval '1 ms')::text, 14) || '7' "
+        "|| substr(gen_random_uuid()::text, 16))::uuid"
+    )
     sql = f"""
       SET LOCAL session_replication_role = replica;
       INSERT INTO data_item (oid, uri, uri_bucket, size, digest, state)
-        SELECT gen_random_uuid(), 'fill:' || n / 1000 || '/' || n, lpad(to_hex(n % 1048576), 5, '0'),
+        SELECT {key.format("n")}, 'fill:' || n / 1000 || '/' || n, lpad(to_hex(n % 1048576), 5, '0'),
                1000, 'sha256:' || repeat('0', 64), 'READY' FROM generate_series(1, {count}) n;
       INSERT INTO replica (uid, oid, storage_id, path, size, state, digest, checked_at)
-        SELECT gen_random_uuid(), oid, storage_id, 'fill/' || uri, 1000, 'READY',
+        SELECT {key.format("row_number() OVER ()")}, oid, storage_id, 'fill/' || uri, 1000, 'READY',
                'sha256:' || repeat('0', 64), now()
           FROM data_item, (SELECT storage_id FROM storage) s;
       INSERT INTO tally SELECT 'item', NULL, state, count(*), sum(size) FROM data_item GROUP BY state;

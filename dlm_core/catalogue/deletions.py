@@ -34,7 +34,7 @@ class Due:
 
 
 _DUE_REPLICAS = f"""
-  SELECT r.uid, r.size, r.delete_after FROM replica r JOIN storage s USING (storage_id)
+  SELECT r.uid, r.oid, r.size, r.delete_after FROM replica r JOIN storage s USING (storage_id)
    WHERE r.delete_after <= :now AND r.delete_after IS NOT NULL AND r.state IN {_DELETABLE}
      AND (NOT s.managed OR s.mode IN ('read_write', 'draining', 'lost', 'retired'))"""
 # after a recovery a person has to confirm holds and times first
@@ -129,15 +129,15 @@ def expire_items(
     return len(oids)
 
 
-def select_expired(
+def prove_expired(
     connection: Connection, now: datetime, limit: int, plan_id: uuid.UUID | None = None
-) -> list[uuid.UUID]:
-    """Uids of replicas that are due to be deleted, longest due first: those that no plan names, or
-    those that ``plan_id`` does.
+) -> list[Proof]:
+    """As :func:`prove`, of the ``limit`` replicas that are due to be deleted, longest due first:
+    those that no plan names, or those that ``plan_id`` does.
 
     Those on storages where the DLM may not write now (offline, or read-only though managed) wait.
     """
-    found = rows(
+    return _prove(
         connection,
         f"""{_DUE_REPLICAS}{_PLANNED_REPLICA if plan_id else _FREE_REPLICA}
              ORDER BY r.delete_after LIMIT :limit""",
@@ -145,7 +145,6 @@ def select_expired(
         limit=limit,
         **({"plan": plan_id} if plan_id else {}),
     )
-    return [row["uid"] for row in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,19 +181,39 @@ def prove(connection: Connection, uids: Sequence[uuid.UUID]) -> list[Proof]:
     refuses. After a recovery of the catalogue only what was looked at since counts: survivors, and
     the copy itself, whose place may be another's by now; an EXPIRED item waits to be confirmed.
     """
+    return _prove(
+        connection, "SELECT uid, oid FROM replica WHERE uid = ANY(:uids)", uids=list(uids)
+    )
+
+
+def _prove(connection: Connection, going: str, **parameters: object) -> list[Proof]:
+    """Prove for the replicas that the query ``going`` names.
+
+    What a lock was waited for is seen as it is then: the proof is made of the locked rows alone.
+    """
     run(connection, "LOCK TABLE hold IN SHARE MODE")
-    copy_rows(connection, "going", {"uid": "uuid"}, ((uid,) for uid in uids))
+    run(connection, "DROP TABLE IF EXISTS pg_temp.going, pg_temp.item, pg_temp.copy, pg_temp.proof")
+    if not run(
+        connection, f"CREATE TEMPORARY TABLE going ON COMMIT DROP AS {going}", **parameters
+    ):
+        return []
+    run(connection, "ANALYZE going")
     run(
         connection,
-        """SELECT FROM data_item WHERE oid IN (SELECT oid FROM replica JOIN going USING (uid))
+        """CREATE TEMPORARY TABLE item ON COMMIT DROP AS
+           SELECT oid, uri, collection_id, state, target_phase, expiry_reason FROM data_item
+            WHERE oid IN (SELECT oid FROM going)
             ORDER BY oid FOR NO KEY UPDATE""",
     )
     run(
         connection,
-        """SELECT FROM replica WHERE oid IN (SELECT r.oid FROM replica r JOIN going USING (uid))
+        """CREATE TEMPORARY TABLE copy ON COMMIT DROP AS
+           SELECT uid, oid, storage_id, path, state, size, trashed_at, checked_at, expires_at,
+                  expiry_reason FROM replica
+            WHERE oid IN (SELECT oid FROM going)
             ORDER BY uid FOR NO KEY UPDATE""",
     )
-    run(connection, "DROP TABLE IF EXISTS pg_temp.proof")
+    run(connection, "ANALYZE item (oid), copy (uid, oid)")
     run(connection, f"CREATE TEMPORARY TABLE proof ON COMMIT DROP AS {_PROVE}")
     return [_proof(row) for row in rows(connection, _PROVEN)]
 
@@ -202,7 +221,8 @@ def prove(connection: Connection, uids: Sequence[uuid.UUID]) -> list[Proof]:
 # its rows stay in the database: certificates are made of them
 _PROVE = """
 WITH known AS MATERIALIZED (
-  SELECT coalesce(proof_floor(), '-infinity') AS floor, recovery_unconfirmed() AS unconfirmed),
+  SELECT coalesce(proof_floor(), '-infinity') AS floor, recovery_unconfirmed() AS unconfirmed,
+         dlm_now() AS now),
 target AS (
   SELECT r.uid, r.oid, r.storage_id, r.path, r.state, r.size, r.trashed_at, s.trash_grace,
          -- on what is lost there is nothing to remove: the record alone ends
@@ -211,17 +231,14 @@ target AS (
          known.unconfirmed,
          i.uri, i.collection_id, i.state AS item_state, i.target_phase,
          coalesce(r.expiry_reason, i.expiry_reason, 'its time is over') AS reason
-    FROM going g JOIN replica r USING (uid) JOIN data_item i USING (oid) JOIN storage s USING (storage_id)
+    FROM going g JOIN copy r USING (uid) JOIN item i ON i.oid = r.oid JOIN storage s USING (storage_id)
     CROSS JOIN known),
 good AS (
   SELECT r.oid, r.uid, r.storage_id, s.name AS storage, s.location_id, l.name AS location,
          r.checked_at, r.checked_at >= known.floor AS seen, phase_weight(s.phase) AS weight
-    FROM (SELECT DISTINCT oid FROM target) t
-    -- OFFSET 0: by the item's key, never through an index of all READY replicas
-    CROSS JOIN LATERAL (SELECT * FROM replica WHERE oid = t.oid OFFSET 0) r
-    JOIN storage s USING (storage_id) JOIN location l USING (location_id) CROSS JOIN known
+    FROM copy r JOIN storage s USING (storage_id) JOIN location l USING (location_id) CROSS JOIN known
    WHERE r.state = 'READY' AND s.mode IN ('read_write', 'read_only')
-     AND (r.expires_at IS NULL OR r.expires_at > dlm_now())
+     AND (r.expires_at IS NULL OR r.expires_at > known.now)
      AND NOT EXISTS (SELECT FROM going g WHERE g.uid = r.uid)),
 weighed AS (
   SELECT oid, sum(best) AS weight, sum(said) AS said FROM (

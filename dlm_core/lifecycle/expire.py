@@ -163,10 +163,7 @@ def plan_batch(
     """
     now = context.clock()
     catalogue.expire_items(connection, now, limit, plan_id)
-    due = catalogue.select_expired(connection, now, limit, plan_id)
-    if not due:
-        return [], []
-    proofs = catalogue.prove(connection, due)
+    proofs = catalogue.prove_expired(connection, now, limit, plan_id)
     # what another worker trashed between the selection and the lock is no longer ours
     live = [p for p in proofs if p.state in ("READY", "SUSPECT", "CORRUPTED", "MISSING")]
     granted = [p for p in live if p.refusal is None]

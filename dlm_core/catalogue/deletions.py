@@ -52,6 +52,11 @@ _PLANNED_REPLICA = """ AND EXISTS (
 _PLANNED_ITEM = """ AND EXISTS (
   SELECT FROM plan_entry k WHERE k.plan_id = :plan AND k.oid = i.oid AND k.basis = 'item_expired')"""
 
+_LONGEST_FIRST = " ORDER BY r.delete_after LIMIT :limit"
+#: replicas that are due and that no plan names, and those that one names
+EXPIRED = f"{_DUE_REPLICAS}{_FREE_REPLICA}{_LONGEST_FIRST}"
+EXPIRED_OF_PLAN = f"{_DUE_REPLICAS}{_PLANNED_REPLICA}{_LONGEST_FIRST}"
+
 #: the replicas that are due and that no plan names, as the entries of one
 DUE_ENTRIES = f"""
   WITH item AS MATERIALIZED ({_DUE_ITEMS}{_FREE_ITEM}{_UNHELD})
@@ -137,14 +142,9 @@ def prove_expired(
 
     Those on storages where the DLM may not write now (offline, or read-only though managed) wait.
     """
-    return _prove(
-        connection,
-        f"""{_DUE_REPLICAS}{_PLANNED_REPLICA if plan_id else _FREE_REPLICA}
-             ORDER BY r.delete_after LIMIT :limit""",
-        now=now,
-        limit=limit,
-        **({"plan": plan_id} if plan_id else {}),
-    )
+    named = {"plan": plan_id} if plan_id else {}
+    query = EXPIRED_OF_PLAN if plan_id else EXPIRED
+    return _prove(connection, query, now=now, limit=limit, **named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,10 +233,14 @@ target AS (
          coalesce(r.expiry_reason, i.expiry_reason, 'its time is over') AS reason
     FROM going g JOIN copy r USING (uid) JOIN item i ON i.oid = r.oid JOIN storage s USING (storage_id)
     CROSS JOIN known),
+place AS MATERIALIZED (
+  SELECT s.storage_id, s.mode, s.name AS storage, s.location_id, l.name AS location,
+         phase_weight(s.phase) AS weight
+    FROM storage s JOIN location l USING (location_id)),
 good AS (
-  SELECT r.oid, r.uid, r.storage_id, s.name AS storage, s.location_id, l.name AS location,
-         r.checked_at, r.checked_at >= known.floor AS seen, phase_weight(s.phase) AS weight
-    FROM copy r JOIN storage s USING (storage_id) JOIN location l USING (location_id) CROSS JOIN known
+  SELECT r.oid, r.uid, s.storage_id, s.storage, s.location_id, s.location, s.weight,
+         r.checked_at, r.checked_at >= known.floor AS seen
+    FROM copy r JOIN place s USING (storage_id) CROSS JOIN known
    WHERE r.state = 'READY' AND s.mode IN ('read_write', 'read_only')
      AND (r.expires_at IS NULL OR r.expires_at > known.now)
      AND NOT EXISTS (SELECT FROM going g WHERE g.uid = r.uid)),
@@ -305,8 +309,8 @@ def certify(
     to TRASHED in the same statement; 'purge' and 'release' only certify, the replica is DELETED
     once the bytes are confirmed absent.
     """
-    columns = {"deletion_id": "uuid", "step": "text", "uid": "uuid"}
-    certificates = ((new_id(), step, proof.uid) for proof, step in proofs)
+    columns = {"deletion_id": "uuid", "operation_id": "uuid", "step": "text", "uid": "uuid"}
+    certificates = ((new_id(), new_id(), step, proof.uid) for proof, step in proofs)
     copy_rows(connection, "certificate", columns, certificates)
     run(
         connection,
@@ -328,6 +332,31 @@ def certify(
         """UPDATE replica r SET deletion_id = c.deletion_id,
                   state = CASE c.step WHEN 'trash' THEN 'TRASHED' ELSE r.state END
              FROM certificate c WHERE r.uid = c.uid""",
+    )
+
+
+def queue_trashing(
+    connection: Connection, *, actor: str, now: datetime, plan_id: uuid.UUID | None = None
+) -> None:
+    """Queue the move of the bytes of what :func:`certify` trashed in this transaction; what else
+    was queued to be read or written there is cancelled."""
+    run(
+        connection,
+        """UPDATE operation SET state = 'CANCELLED', finished_at = :now
+            WHERE uid = ANY(ARRAY(SELECT uid FROM certificate)) AND kind IN ('copy', 'verify')
+              AND state = 'QUEUED'""",
+        now=now,
+    )
+    run(
+        connection,
+        """INSERT INTO operation (operation_id, kind, oid, uid, plan_id, reason, actor, due_at,
+                                  created_at)
+           SELECT c.operation_id, 'trash', p.oid, p.uid, CAST(:plan AS uuid), p.reason, :actor,
+                  :now, :now
+             FROM certificate c JOIN proof p USING (uid) WHERE c.step = 'trash'""",
+        plan=plan_id,
+        actor=actor,
+        now=now,
     )
 
 

@@ -200,16 +200,7 @@ def trash(
         valid_for=valid_for,
         plan_id=plan_id,
     )
-    catalogue.cancel_operations(connection, [p.uid for p in proofs], ["copy", "verify"], now)
-    queue.insert_operations(
-        connection,
-        [
-            queue.NewOperation(OperationKind.TRASH, p.oid, p.uid, p.reason, now, plan_id)
-            for p in proofs
-        ],
-        actor,
-        now,
-    )
+    catalogue.queue_trashing(connection, actor=actor, now=now, plan_id=plan_id)
 
 
 def propose_expiry(context: Context, limit: int = 1000) -> list[Proof]:

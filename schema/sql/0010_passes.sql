@@ -94,3 +94,27 @@ BEGIN
     ON CONFLICT (oid) DO UPDATE SET due_at = least(evaluation.due_at, EXCLUDED.due_at), attempts = 0;
   RETURN NULL;
 END $$;
+
+CREATE OR REPLACE FUNCTION data_item_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE v_actor CONSTANT text := dlm_actor();
+BEGIN
+  IF EXISTS (SELECT FROM new_rows WHERE state <> 'INITIALISED') THEN
+    PERFORM dlm_refuse('a data item starts as INITIALISED');
+  END IF;
+  INSERT INTO event (noun, action, oid, new_state, actor)
+    SELECT 'item', 'created', oid, state, v_actor FROM new_rows;
+  INSERT INTO tally SELECT 'item', NULL, state, count(*), coalesce(sum(size), 0) FROM new_rows GROUP BY state;
+  RETURN NULL;
+END $$;
+
+CREATE OR REPLACE FUNCTION replica_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE v_actor CONSTANT text := dlm_actor();
+BEGIN
+  IF EXISTS (SELECT FROM new_rows WHERE state <> 'PENDING') THEN
+    PERFORM dlm_refuse('a replica starts as PENDING');
+  END IF;
+  INSERT INTO event (noun, action, oid, uid, storage_id, new_state, actor)
+    SELECT 'replica', 'created', oid, uid, storage_id, state, v_actor FROM new_rows;
+  INSERT INTO tally SELECT 'replica', storage_id, state, count(*), sum(size) FROM new_rows GROUP BY storage_id, state;
+  RETURN NULL;
+END $$;

@@ -221,8 +221,8 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         lambda c: deletions.count_expiry_due(c, LATER),
         {"replica_expiring", "data_item_expiring"},
     ),
-    "expired replicas are proven": (
-        lambda c: deletions.prove_expired(c, LATER, 1000),
+    "expired replicas are selected": (
+        lambda c: rows(c, deletions.EXPIRED, now=LATER, limit=1000),
         {"replica_expiring"},
     ),
     "items expire": (

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from dlm_core.catalogue.engine import copy_rows, rows, run
+from dlm_core.catalogue.engine import copy_rows, each, rows, run
 from dlm_core.catalogue.replicas import Seen
 from dlm_core.types import new_id
 
@@ -215,7 +215,7 @@ def _prove(connection: Connection, going: str, **parameters: object) -> list[Pro
     )
     run(connection, "ANALYZE item (oid), copy (uid, oid)")
     run(connection, f"CREATE TEMPORARY TABLE proof ON COMMIT DROP AS {_PROVE}")
-    return [_proof(row) for row in rows(connection, _PROVEN)]
+    return [_proof(row) for row in each(connection, _PROVEN)]
 
 
 # its rows stay in the database: certificates are made of them

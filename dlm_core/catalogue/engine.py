@@ -111,10 +111,16 @@ def transact(
 
 def rows(connection: Connection, sql: str, **parameters: object) -> list[dict[str, Any]]:
     """The rows of a query as dictionaries."""
+    return list(each(connection, sql, **parameters))
+
+
+def each(connection: Connection, sql: str, **parameters: object) -> Iterator[dict[str, Any]]:
+    """The rows of a query as dictionaries, one after the other: for many that are not kept."""
     result = connection.execute(text(sql), parameters)
     # RowMapping looks every key up again; this is five times faster
     keys = tuple(result.keys())
-    return [dict(zip(keys, row, strict=True)) for row in result.all()]
+    for row in result:
+        yield dict(zip(keys, row, strict=True))
 
 
 def run(connection: Connection, sql: str, **parameters: object) -> int:

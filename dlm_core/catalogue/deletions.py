@@ -15,9 +15,9 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from dlm_core.catalogue.engine import copy_rows, each, rows, run
+from dlm_core.catalogue.engine import KEY, copy_rows, each, rows, run
 from dlm_core.catalogue.replicas import Seen
-from dlm_core.types import new_id
+from dlm_core.types import new_key
 
 #: how refusals begin that are not for want of copies
 _HELD = "under a hold"
@@ -309,8 +309,8 @@ def certify(
     to TRASHED in the same statement; 'purge' and 'release' only certify, the replica is DELETED
     once the bytes are confirmed absent.
     """
-    columns = {"deletion_id": "uuid", "operation_id": "uuid", "step": "text", "uid": "uuid"}
-    certificates = ((new_id(), new_id(), step, proof.uid) for proof, step in proofs)
+    columns = {"deletion_id": KEY, "operation_id": KEY, "step": "text", "uid": "uuid"}
+    certificates = ((new_key(), new_key(), step, proof.uid) for proof, step in proofs)
     copy_rows(connection, "certificate", columns, certificates)
     run(
         connection,

@@ -21,6 +21,8 @@ Rows = Sequence[Mapping[str, Any]]
 #: deadlock_detected and serialization_failure: nothing happened, try the transaction again
 _TRY_AGAIN = {"40P01", "40001"}
 _TRIES = 6
+#: type of a column of uuids that are given as bytes (types.new_key) to copy_rows and copy_into
+KEY = "key"
 
 
 # Work is looked up by key, a batch at a time: a plan that reads the whole catalogue instead, since
@@ -131,10 +133,12 @@ def run(connection: Connection, sql: str, **parameters: object) -> int:
 def copy_rows(connection: Connection, table: str, columns: Mapping[str, str], records: Any) -> None:
     """Stage ``records`` (tuples) in a new temporary ``table`` by binary COPY and analyse it.
 
-    ``columns`` maps names to PostgreSQL types. Both are ours, never a user's.
+    ``columns`` maps names to PostgreSQL types, or to :data:`KEY`. Both are ours, never a user's.
     """
     run(connection, f"DROP TABLE IF EXISTS pg_temp.{table}")
-    body = ", ".join(f"{name} {kind}" for name, kind in columns.items())
+    body = ", ".join(
+        f"{name} {'uuid' if kind == KEY else kind}" for name, kind in columns.items()
+    )
     run(connection, f"CREATE TEMPORARY TABLE {table} ({body}) ON COMMIT DROP")
     copy_into(connection, table, columns, records)
     run(connection, f"ANALYZE {table}")
@@ -144,7 +148,8 @@ def copy_into(connection: Connection, table: str, columns: Mapping[str, str], re
     """Append ``records`` (tuples of ``columns``) to a ``table`` by binary COPY."""
     cursor = connection.connection.cursor()
     with cursor.copy(f"COPY {table} ({', '.join(columns)}) FROM STDIN (FORMAT BINARY)") as copy:
-        copy.set_types(list(columns.values()))
+        # on the wire a uuid is its bytes
+        copy.set_types(["bytea" if kind == KEY else kind for kind in columns.values()])
         for record in records:
             copy.write_row(record)
 

@@ -12,14 +12,14 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
-from dlm_core.catalogue.engine import copy_rows, rows, run
+from dlm_core.catalogue.engine import KEY, copy_rows, rows, run
 from dlm_core.catalogue.urgency import STEP, Urgency, set_urgency
 from dlm_core.errors import IllegalTransitionError, NotFoundError
-from dlm_core.types import Observation, PayloadKind, encode_path, new_id, uri_bucket
+from dlm_core.types import Observation, PayloadKind, encode_path, new_id, new_key, uri_bucket
 
 _STAGED = {
     "uri": "text", "uri_bucket": "text", "path": "text", "size": "int8", "mtime": "float8",
-    "kind": "text", "digest": "text", "oid": "uuid", "uid": "uuid", "operation_id": "uuid",
+    "kind": "text", "digest": "text", "oid": KEY, "uid": KEY, "operation_id": KEY,
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def announce(
         _STAGED,
         (
             (a.uri, uri_bucket(a.uri), a.path, a.size, a.mtime, a.kind.value, a.digest,
-             new_id(), new_id(), new_id())
+             new_key(), new_key(), new_key())
             for a in announcements
         ),
     )  # fmt: skip

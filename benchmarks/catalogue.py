@@ -19,7 +19,7 @@ from dlm_core.lifecycle.expire import plan_batch
 from dlm_core.lifecycle.work import Context
 
 _CHUNK = 10_000
-_REGISTERED = {table: "true" for table in ("data_item", "replica", "event", "operation")}
+_REGISTERED = dict.fromkeys(("data_item", "replica", "event", "operation"), "true")
 
 
 def places(core: Context, folder: Path) -> dict[str, uuid.UUID]:

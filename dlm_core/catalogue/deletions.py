@@ -193,9 +193,7 @@ def _prove(connection: Connection, going: str, **parameters: object) -> list[Pro
     """
     run(connection, "LOCK TABLE hold IN SHARE MODE")
     run(connection, "DROP TABLE IF EXISTS pg_temp.going, pg_temp.item, pg_temp.copy, pg_temp.proof")
-    if not run(
-        connection, f"CREATE TEMPORARY TABLE going ON COMMIT DROP AS {going}", **parameters
-    ):
+    if not run(connection, f"CREATE TEMPORARY TABLE going ON COMMIT DROP AS {going}", **parameters):
         return []
     run(connection, "ANALYZE going")
     run(

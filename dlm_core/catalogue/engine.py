@@ -136,9 +136,7 @@ def copy_rows(connection: Connection, table: str, columns: Mapping[str, str], re
     ``columns`` maps names to PostgreSQL types, or to :data:`KEY`. Both are ours, never a user's.
     """
     run(connection, f"DROP TABLE IF EXISTS pg_temp.{table}")
-    body = ", ".join(
-        f"{name} {'uuid' if kind == KEY else kind}" for name, kind in columns.items()
-    )
+    body = ", ".join(f"{name} {'uuid' if kind == KEY else kind}" for name, kind in columns.items())
     run(connection, f"CREATE TEMPORARY TABLE {table} ({body}) ON COMMIT DROP")
     copy_into(connection, table, columns, records)
     run(connection, f"ANALYZE {table}")

@@ -67,7 +67,7 @@ DUE_ENTRIES = f"""
   SELECT r.uid, r.oid, r.size,
          CASE i.state WHEN 'EXPIRED' THEN 'item_expired' ELSE 'replica_expired' END,
          coalesce(r.expiry_reason, 'its time is over')
-    FROM ({_DUE_REPLICAS}{_FREE_REPLICA}) due JOIN replica r USING (uid) JOIN data_item i USING (oid)
+    FROM ({_DUE_REPLICAS}{_FREE_REPLICA}) due JOIN replica r USING (uid) JOIN data_item i ON i.oid = r.oid
    WHERE NOT EXISTS (SELECT FROM item WHERE item.oid = r.oid)"""
 
 

@@ -307,6 +307,8 @@ def certify(
     to TRASHED in the same statement; 'purge' and 'release' only certify, the replica is DELETED
     once the bytes are confirmed absent.
     """
+    if not proofs:
+        return
     columns = {"deletion_id": KEY, "operation_id": KEY, "step": "text", "uid": "uuid"}
     certificates = ((new_key(), new_key(), step, proof.uid) for proof, step in proofs)
     copy_rows(connection, "certificate", columns, certificates)

@@ -1,8 +1,8 @@
 """Certificates and what they allow: trash, purge, release. Every proof is made under locks.
 
 A proof locks the items and then *all* their replicas in key order, so that two deletions of two
-copies of one item take turns, and looks again only then: at READ COMMITTED the second statement
-sees what the other transaction did.
+copies of one item take turns, and is made of the rows as they are once they are locked: at READ
+COMMITTED a locking statement returns what the transaction that it waited for has written.
 """
 
 from __future__ import annotations

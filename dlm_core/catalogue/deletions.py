@@ -1,8 +1,8 @@
 """Certificates and what they allow: trash, purge, release. Every proof is made under locks.
 
 A proof locks the items and then *all* their replicas in key order, so that two deletions of two
-copies of one item take turns, and looks again only then: at READ COMMITTED the second statement
-sees what the other transaction did.
+copies of one item take turns, and is made of the rows as they are once they are locked: at READ
+COMMITTED a locking statement returns what the transaction that it waited for has written.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from dlm_core.catalogue.engine import copy_rows, rows, run
+from dlm_core.catalogue.engine import KEY, copy_rows, each, rows, run
 from dlm_core.catalogue.replicas import Seen
-from dlm_core.types import new_id
+from dlm_core.types import new_key
 
 #: how refusals begin that are not for want of copies
 _HELD = "under a hold"
@@ -34,7 +34,7 @@ class Due:
 
 
 _DUE_REPLICAS = f"""
-  SELECT r.uid, r.size, r.delete_after FROM replica r JOIN storage s USING (storage_id)
+  SELECT r.uid, r.oid, r.size, r.delete_after FROM replica r JOIN storage s USING (storage_id)
    WHERE r.delete_after <= :now AND r.delete_after IS NOT NULL AND r.state IN {_DELETABLE}
      AND (NOT s.managed OR s.mode IN ('read_write', 'draining', 'lost', 'retired'))"""
 # after a recovery a person has to confirm holds and times first
@@ -52,6 +52,11 @@ _PLANNED_REPLICA = """ AND EXISTS (
 _PLANNED_ITEM = """ AND EXISTS (
   SELECT FROM plan_entry k WHERE k.plan_id = :plan AND k.oid = i.oid AND k.basis = 'item_expired')"""
 
+_LONGEST_FIRST = " ORDER BY r.delete_after LIMIT :limit"
+#: replicas that are due and that no plan names, and those that one names
+EXPIRED = f"{_DUE_REPLICAS}{_FREE_REPLICA}{_LONGEST_FIRST}"
+EXPIRED_OF_PLAN = f"{_DUE_REPLICAS}{_PLANNED_REPLICA}{_LONGEST_FIRST}"
+
 #: the replicas that are due and that no plan names, as the entries of one
 DUE_ENTRIES = f"""
   WITH item AS MATERIALIZED ({_DUE_ITEMS}{_FREE_ITEM}{_UNHELD})
@@ -62,7 +67,7 @@ DUE_ENTRIES = f"""
   SELECT r.uid, r.oid, r.size,
          CASE i.state WHEN 'EXPIRED' THEN 'item_expired' ELSE 'replica_expired' END,
          coalesce(r.expiry_reason, 'its time is over')
-    FROM ({_DUE_REPLICAS}{_FREE_REPLICA}) due JOIN replica r USING (uid) JOIN data_item i USING (oid)
+    FROM ({_DUE_REPLICAS}{_FREE_REPLICA}) due JOIN replica r USING (uid) JOIN data_item i ON i.oid = r.oid
    WHERE NOT EXISTS (SELECT FROM item WHERE item.oid = r.oid)"""
 
 
@@ -141,23 +146,17 @@ def item_due(connection: Connection, oid: uuid.UUID, now: datetime) -> bool:
     return bool(found[0]["due"])
 
 
-def select_expired(
+def prove_expired(
     connection: Connection, now: datetime, limit: int, plan_id: uuid.UUID | None = None
-) -> list[uuid.UUID]:
-    """Uids of replicas that are due to be deleted, longest due first: those that no plan names, or
-    those that ``plan_id`` does.
+) -> list[Proof]:
+    """As :func:`prove`, of the ``limit`` replicas that are due to be deleted, longest due first:
+    those that no plan names, or those that ``plan_id`` does.
 
     Those on storages where the DLM may not write now (offline, or read-only though managed) wait.
     """
-    found = rows(
-        connection,
-        f"""{_DUE_REPLICAS}{_PLANNED_REPLICA if plan_id else _FREE_REPLICA}
-             ORDER BY r.delete_after LIMIT :limit""",
-        now=now,
-        limit=limit,
-        **({"plan": plan_id} if plan_id else {}),
-    )
-    return [row["uid"] for row in found]
+    named = {"plan": plan_id} if plan_id else {}
+    query = EXPIRED_OF_PLAN if plan_id else EXPIRED
+    return _prove(connection, query, now=now, limit=limit, **named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,27 +193,46 @@ def prove(connection: Connection, uids: Sequence[uuid.UUID]) -> list[Proof]:
     refuses. After a recovery of the catalogue only what was looked at since counts: survivors, and
     the copy itself, whose place may be another's by now; an EXPIRED item waits to be confirmed.
     """
+    return _prove(
+        connection, "SELECT uid, oid FROM replica WHERE uid = ANY(:uids)", uids=list(uids)
+    )
+
+
+def _prove(connection: Connection, going: str, **parameters: object) -> list[Proof]:
+    """Prove for the replicas that the query ``going`` names.
+
+    What a lock was waited for is seen as it is then: the proof is made of the locked rows alone.
+    """
     run(connection, "LOCK TABLE hold IN SHARE MODE")
-    copy_rows(connection, "going", {"uid": "uuid"}, ((uid,) for uid in uids))
+    run(connection, "DROP TABLE IF EXISTS pg_temp.going, pg_temp.item, pg_temp.copy, pg_temp.proof")
+    if not run(connection, f"CREATE TEMPORARY TABLE going ON COMMIT DROP AS {going}", **parameters):
+        return []
+    run(connection, "ANALYZE going")
     run(
         connection,
-        """SELECT FROM data_item WHERE oid IN (SELECT oid FROM replica JOIN going USING (uid))
+        """CREATE TEMPORARY TABLE item ON COMMIT DROP AS
+           SELECT oid, uri, collection_id, state, target_phase, expiry_reason FROM data_item
+            WHERE oid IN (SELECT oid FROM going)
             ORDER BY oid FOR NO KEY UPDATE""",
     )
     run(
         connection,
-        """SELECT FROM replica WHERE oid IN (SELECT r.oid FROM replica r JOIN going USING (uid))
+        """CREATE TEMPORARY TABLE copy ON COMMIT DROP AS
+           SELECT uid, oid, storage_id, path, state, size, trashed_at, checked_at, expires_at,
+                  expiry_reason FROM replica
+            WHERE oid IN (SELECT oid FROM going)
             ORDER BY uid FOR NO KEY UPDATE""",
     )
-    run(connection, "DROP TABLE IF EXISTS pg_temp.proof")
+    run(connection, "ANALYZE item (oid), copy (uid, oid)")
     run(connection, f"CREATE TEMPORARY TABLE proof ON COMMIT DROP AS {_PROVE}")
-    return [_proof(row) for row in rows(connection, _PROVEN)]
+    return [_proof(row) for row in each(connection, _PROVEN)]
 
 
 # its rows stay in the database: certificates are made of them
 _PROVE = """
 WITH known AS MATERIALIZED (
-  SELECT coalesce(proof_floor(), '-infinity') AS floor, recovery_unconfirmed() AS unconfirmed),
+  SELECT coalesce(proof_floor(), '-infinity') AS floor, recovery_unconfirmed() AS unconfirmed,
+         dlm_now() AS now),
 target AS (
   SELECT r.uid, r.oid, r.storage_id, r.path, r.state, r.size, r.trashed_at, s.trash_grace,
          -- on what is lost there is nothing to remove: the record alone ends
@@ -223,17 +241,18 @@ target AS (
          known.unconfirmed,
          i.uri, i.collection_id, i.state AS item_state, i.target_phase,
          coalesce(r.expiry_reason, i.expiry_reason, 'its time is over') AS reason
-    FROM going g JOIN replica r USING (uid) JOIN data_item i USING (oid) JOIN storage s USING (storage_id)
+    FROM going g JOIN copy r USING (uid) JOIN item i ON i.oid = r.oid JOIN storage s USING (storage_id)
     CROSS JOIN known),
+place AS MATERIALIZED (
+  SELECT s.storage_id, s.mode, s.name AS storage, s.location_id, l.name AS location,
+         phase_weight(s.phase) AS weight
+    FROM storage s JOIN location l USING (location_id)),
 good AS (
-  SELECT r.oid, r.uid, r.storage_id, s.name AS storage, s.location_id, l.name AS location,
-         r.checked_at, r.checked_at >= known.floor AS seen, phase_weight(s.phase) AS weight
-    FROM (SELECT DISTINCT oid FROM target) t
-    -- OFFSET 0: by the item's key, never through an index of all READY replicas
-    CROSS JOIN LATERAL (SELECT * FROM replica WHERE oid = t.oid OFFSET 0) r
-    JOIN storage s USING (storage_id) JOIN location l USING (location_id) CROSS JOIN known
+  SELECT r.oid, r.uid, s.storage_id, s.storage, s.location_id, s.location, s.weight,
+         r.checked_at, r.checked_at >= known.floor AS seen
+    FROM copy r JOIN place s USING (storage_id) CROSS JOIN known
    WHERE r.state = 'READY' AND s.mode IN ('read_write', 'read_only')
-     AND (r.expires_at IS NULL OR r.expires_at > dlm_now())
+     AND (r.expires_at IS NULL OR r.expires_at > known.now)
      AND NOT EXISTS (SELECT FROM going g WHERE g.uid = r.uid)),
 weighed AS (
   SELECT oid, sum(best) AS weight, sum(said) AS said FROM (
@@ -300,8 +319,10 @@ def certify(
     to TRASHED in the same statement; 'purge' and 'release' only certify, the replica is DELETED
     once the bytes are confirmed absent.
     """
-    columns = {"deletion_id": "uuid", "step": "text", "uid": "uuid"}
-    certificates = ((new_id(), step, proof.uid) for proof, step in proofs)
+    if not proofs:
+        return
+    columns = {"deletion_id": KEY, "operation_id": KEY, "step": "text", "uid": "uuid"}
+    certificates = ((new_key(), new_key(), step, proof.uid) for proof, step in proofs)
     copy_rows(connection, "certificate", columns, certificates)
     run(
         connection,
@@ -323,6 +344,31 @@ def certify(
         """UPDATE replica r SET deletion_id = c.deletion_id,
                   state = CASE c.step WHEN 'trash' THEN 'TRASHED' ELSE r.state END
              FROM certificate c WHERE r.uid = c.uid""",
+    )
+
+
+def queue_trashing(
+    connection: Connection, *, actor: str, now: datetime, plan_id: uuid.UUID | None = None
+) -> None:
+    """Queue the move of the bytes of what :func:`certify` trashed in this transaction; what else
+    was queued to be read or written there is cancelled."""
+    run(
+        connection,
+        """UPDATE operation SET state = 'CANCELLED', finished_at = :now
+            WHERE uid = ANY(ARRAY(SELECT uid FROM certificate)) AND kind IN ('copy', 'verify')
+              AND state = 'QUEUED'""",
+        now=now,
+    )
+    run(
+        connection,
+        """INSERT INTO operation (operation_id, kind, oid, uid, plan_id, reason, actor, due_at,
+                                  created_at)
+           SELECT c.operation_id, 'trash', p.oid, p.uid, CAST(:plan AS uuid), p.reason, :actor,
+                  :now, :now
+             FROM certificate c JOIN proof p USING (uid) WHERE c.step = 'trash'""",
+        plan=plan_id,
+        actor=actor,
+        now=now,
     )
 
 

@@ -21,6 +21,8 @@ Rows = Sequence[Mapping[str, Any]]
 #: deadlock_detected and serialization_failure: nothing happened, try the transaction again
 _TRY_AGAIN = {"40P01", "40001"}
 _TRIES = 6
+#: type of a column of uuids that are given as bytes (types.new_key) to copy_rows and copy_into
+KEY = "key"
 
 
 # Work is looked up by key, a batch at a time: a plan that reads the whole catalogue instead, since
@@ -111,10 +113,16 @@ def transact(
 
 def rows(connection: Connection, sql: str, **parameters: object) -> list[dict[str, Any]]:
     """The rows of a query as dictionaries."""
+    return list(each(connection, sql, **parameters))
+
+
+def each(connection: Connection, sql: str, **parameters: object) -> Iterator[dict[str, Any]]:
+    """The rows of a query as dictionaries, one after the other: for many that are not kept."""
     result = connection.execute(text(sql), parameters)
     # RowMapping looks every key up again; this is five times faster
     keys = tuple(result.keys())
-    return [dict(zip(keys, row, strict=True)) for row in result.all()]
+    for row in result:
+        yield dict(zip(keys, row, strict=True))
 
 
 def run(connection: Connection, sql: str, **parameters: object) -> int:
@@ -125,10 +133,10 @@ def run(connection: Connection, sql: str, **parameters: object) -> int:
 def copy_rows(connection: Connection, table: str, columns: Mapping[str, str], records: Any) -> None:
     """Stage ``records`` (tuples) in a new temporary ``table`` by binary COPY and analyse it.
 
-    ``columns`` maps names to PostgreSQL types. Both are ours, never a user's.
+    ``columns`` maps names to PostgreSQL types, or to :data:`KEY`. Both are ours, never a user's.
     """
     run(connection, f"DROP TABLE IF EXISTS pg_temp.{table}")
-    body = ", ".join(f"{name} {kind}" for name, kind in columns.items())
+    body = ", ".join(f"{name} {'uuid' if kind == KEY else kind}" for name, kind in columns.items())
     run(connection, f"CREATE TEMPORARY TABLE {table} ({body}) ON COMMIT DROP")
     copy_into(connection, table, columns, records)
     run(connection, f"ANALYZE {table}")
@@ -138,7 +146,8 @@ def copy_into(connection: Connection, table: str, columns: Mapping[str, str], re
     """Append ``records`` (tuples of ``columns``) to a ``table`` by binary COPY."""
     cursor = connection.connection.cursor()
     with cursor.copy(f"COPY {table} ({', '.join(columns)}) FROM STDIN (FORMAT BINARY)") as copy:
-        copy.set_types(list(columns.values()))
+        # on the wire a uuid is its bytes
+        copy.set_types(["bytea" if kind == KEY else kind for kind in columns.values()])
         for record in records:
             copy.write_row(record)
 

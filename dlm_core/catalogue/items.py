@@ -10,15 +10,16 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
 
-from dlm_core.catalogue.engine import copy_rows, rows, run
+from dlm_core.catalogue.engine import KEY, copy_rows, rows, run
 from dlm_core.catalogue.urgency import STEP, Urgency, set_urgency
 from dlm_core.errors import IllegalTransitionError, NotFoundError
-from dlm_core.types import Observation, PayloadKind, encode_path, new_id, uri_bucket
+from dlm_core.types import Observation, PayloadKind, encode_path, new_id, new_key, uri_bucket
 
 _STAGED = {
     "uri": "text", "uri_bucket": "text", "path": "text", "size": "int8", "mtime": "float8",
-    "kind": "text", "digest": "text", "oid": "uuid", "uid": "uuid", "operation_id": "uuid",
+    "kind": "text", "digest": "text", "oid": KEY, "uid": KEY, "operation_id": KEY,
 }  # fmt: skip
 
 
@@ -83,65 +84,96 @@ def announce(
         _STAGED,
         (
             (a.uri, uri_bucket(a.uri), a.path, a.size, a.mtime, a.kind.value, a.digest,
-             new_id(), new_id(), new_id())
+             new_key(), new_key(), new_key())
             for a in announcements
         ),
     )  # fmt: skip
-    _settle_taken(connection, storage_id)
-    created = run(
-        connection,
-        """INSERT INTO data_item (oid, uri, uri_bucket, kind, size, digest, target_phase,
-                                  collection_id, owner, tags, expires_at, created_at)
-           SELECT oid, uri, uri_bucket, kind, size, digest, :phase, CAST(:collection AS uuid),
-                  :owner, CAST(:tags AS jsonb), CAST(:expires AS timestamptz), :now
-             FROM announced ON CONFLICT DO NOTHING""",
-        phase=terms.target_phase,
-        collection=terms.collection_id,
-        owner=terms.owner,
-        tags=Jsonb(terms.tags or {}),
-        expires=terms.item_expires_at,
-        now=now,
-    )
-    if created != _count(connection):
-        _settle_known(connection)
-    new = _announce_replicas(connection, storage_id, terms, actor, now)
-    known = _known(connection, storage_id) if new != _count(connection) else []
-    return Merged(created, new - created, known)
+    merging = _Merging(connection, storage_id, terms, actor, now)
+    if not _settle_taken(connection, storage_id):
+        try:
+            # most often all is new: to look for each row whether it is costs as much as its index
+            with connection.begin_nested():
+                return merging("")
+        except IntegrityError:
+            pass
+    return merging(" ON CONFLICT DO NOTHING")
 
 
-def _announce_replicas(
-    connection: Connection, storage_id: uuid.UUID, terms: Terms, actor: str, now: datetime
-) -> int:
-    """A PENDING replica, an admit operation and its urgency for each row whose place is free."""
-    made = rows(
-        connection,
-        """WITH made AS (
-             INSERT INTO replica (uid, oid, storage_id, path, size, mtime, expires_at,
-                                  created_at, accessed_at)
-             SELECT uid, oid, :storage, path, size, mtime, CAST(:expires AS timestamptz), :now, :now
-               FROM announced ON CONFLICT DO NOTHING RETURNING uid),
-           queued AS (
-             INSERT INTO operation (operation_id, kind, oid, uid, reason, actor, due_at, created_at,
-                                    priority, deadline)
-             SELECT a.operation_id, 'admit', a.oid, a.uid, 'announced', :actor, :now, :now,
-                    :priority * :step, :needed_by
-               FROM announced a JOIN made USING (uid)),
-           urgent AS (
-             INSERT INTO urgency (oid, priority, needed_by)
-             SELECT DISTINCT a.oid, CAST(:priority AS int2), CAST(:needed_by AS timestamptz)
-               FROM announced a JOIN made USING (uid)
-              WHERE :priority <> 0 OR CAST(:needed_by AS timestamptz) IS NOT NULL
-             ON CONFLICT DO NOTHING)
-           SELECT count(*) AS n FROM made""",
-        priority=terms.urgency.priority,
-        needed_by=terms.urgency.needed_by,
-        step=STEP,
-        storage=storage_id,
-        expires=terms.replica_expires_at,
-        actor=actor,
-        now=now,
-    )
-    return int(made[0]["n"])
+@dataclass(frozen=True, slots=True)
+class _Merging:
+    """Items, replicas and operations of the chunk that is staged."""
+
+    connection: Connection
+    storage_id: uuid.UUID
+    terms: Terms
+    actor: str
+    now: datetime
+
+    def __call__(self, conflict: str) -> Merged:
+        """Merge; ``conflict`` says what becomes of rows that are there already."""
+        count = _count(self.connection)
+        created = self._insert_items(conflict)
+        if created != count:
+            _settle_known(self.connection)
+        new = self._insert_replicas(conflict)
+        # a staged uid is in the catalogue only if it was made just now
+        made = "" if new == count else " AND EXISTS (SELECT FROM replica r WHERE r.uid = a.uid)"
+        self._insert_operations(made)
+        known = [] if new == count else _known(self.connection, self.storage_id)
+        return Merged(created, new - created, known)
+
+    def _insert_items(self, conflict: str) -> int:
+        return run(
+            self.connection,
+            f"""INSERT INTO data_item (oid, uri, uri_bucket, kind, size, digest, target_phase,
+                                       collection_id, owner, tags, expires_at, created_at)
+                SELECT oid, uri, uri_bucket, kind, size, digest, :phase, CAST(:collection AS uuid),
+                       :owner, CAST(:tags AS jsonb), CAST(:expires AS timestamptz), :now
+                  FROM announced{conflict}""",
+            phase=self.terms.target_phase,
+            collection=self.terms.collection_id,
+            owner=self.terms.owner,
+            tags=Jsonb(self.terms.tags or {}),
+            expires=self.terms.item_expires_at,
+            now=self.now,
+        )
+
+    def _insert_replicas(self, conflict: str) -> int:
+        return run(
+            self.connection,
+            f"""INSERT INTO replica (uid, oid, storage_id, path, size, mtime, expires_at,
+                                     created_at, accessed_at)
+                SELECT uid, oid, :storage, path, size, mtime, CAST(:expires AS timestamptz), :now,
+                       :now FROM announced{conflict}""",
+            storage=self.storage_id,
+            expires=self.terms.replica_expires_at,
+            now=self.now,
+        )
+
+    def _insert_operations(self, made: str) -> None:
+        """An admit operation and its urgency for each replica that was made."""
+        urgency = self.terms.urgency
+        run(
+            self.connection,
+            f"""INSERT INTO operation (operation_id, kind, oid, uid, reason, actor, due_at,
+                                       created_at, priority, deadline)
+                SELECT operation_id, 'admit', oid, uid, 'announced', :actor, :now, :now,
+                       :priority, :needed_by FROM announced a WHERE true{made}""",
+            priority=urgency.priority * STEP,
+            needed_by=urgency.needed_by,
+            actor=self.actor,
+            now=self.now,
+        )
+        if urgency != Urgency():
+            run(
+                self.connection,
+                f"""INSERT INTO urgency (oid, priority, needed_by)
+                    SELECT DISTINCT oid, CAST(:priority AS int2), CAST(:needed_by AS timestamptz)
+                      FROM announced a WHERE true{made}
+                    ON CONFLICT DO NOTHING""",
+                priority=urgency.priority,
+                needed_by=urgency.needed_by,
+            )
 
 
 def _must_be_in_use(connection: Connection, storage_id: uuid.UUID) -> None:
@@ -168,9 +200,10 @@ def _count(connection: Connection) -> int:
     return int(rows(connection, "SELECT count(*) AS n FROM announced")[0]["n"])
 
 
-def _settle_taken(connection: Connection, storage_id: uuid.UUID) -> None:
-    """A place that is another item's makes no new item: the key that is there already is refused."""
-    run(
+def _settle_taken(connection: Connection, storage_id: uuid.UUID) -> int:
+    """A place that is another item's makes no new item: the key that is there already is refused.
+    Returns how many places are taken."""
+    return run(
         connection,
         """UPDATE announced a SET oid = r.oid FROM replica r
             WHERE r.storage_id = :storage AND r.path = a.path AND r.state <> 'DELETED'

@@ -11,8 +11,8 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from dlm_core.catalogue.engine import copy_into, rows, run
-from dlm_core.types import OperationKind, OperationState, new_id
+from dlm_core.catalogue.engine import KEY, copy_into, rows, run
+from dlm_core.types import OperationKind, OperationState, new_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Backoff:
 
 
 _NEW = {
-    "operation_id": "uuid", "kind": "text", "oid": "uuid", "uid": "uuid", "reason": "text",
+    "operation_id": KEY, "kind": "text", "oid": "uuid", "uid": "uuid", "reason": "text",
     "due_at": "timestamptz", "plan_id": "uuid", "priority": "int2",
     "deadline": "timestamptz", "actor": "text", "created_at": "timestamptz",
 }  # fmt: skip
@@ -74,7 +74,7 @@ def insert_operations(
 ) -> int:
     """Queue operations; the number queued."""
     records = [
-        (new_id(), op.kind.value, op.oid, op.uid, op.reason, op.due_at, op.plan_id, op.priority,
+        (new_key(), op.kind.value, op.oid, op.uid, op.reason, op.due_at, op.plan_id, op.priority,
          op.deadline, actor, now)
         for op in operations
     ]  # fmt: skip

@@ -163,10 +163,7 @@ def plan_batch(
     """
     now = context.clock()
     catalogue.expire_items(connection, now, limit, plan_id)
-    due = catalogue.select_expired(connection, now, limit, plan_id)
-    if not due:
-        return [], []
-    proofs = catalogue.prove(connection, due)
+    proofs = catalogue.prove_expired(connection, now, limit, plan_id)
     # what another worker trashed between the selection and the lock is no longer ours
     live = [p for p in proofs if p.state in ("READY", "SUSPECT", "CORRUPTED", "MISSING")]
     granted = [p for p in live if p.refusal is None]
@@ -203,16 +200,7 @@ def trash(
         valid_for=valid_for,
         plan_id=plan_id,
     )
-    catalogue.cancel_operations(connection, [p.uid for p in proofs], ["copy", "verify"], now)
-    queue.insert_operations(
-        connection,
-        [
-            queue.NewOperation(OperationKind.TRASH, p.oid, p.uid, p.reason, now, plan_id)
-            for p in proofs
-        ],
-        actor,
-        now,
-    )
+    catalogue.queue_trashing(connection, actor=actor, now=now, plan_id=plan_id)
 
 
 def propose_expiry(context: Context, limit: int = 1000) -> list[Proof]:

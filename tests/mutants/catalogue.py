@@ -8,8 +8,8 @@ CATALOGUE = (
     Mutant(
         "proof-without-replica-locks",
         "dlm_core/catalogue/deletions.py",
-        ('            ORDER BY uid FOR NO KEY UPDATE""",\n    )\n    run(connection, "DROP'),
-        ('            ORDER BY uid""",\n    )\n    run(connection, "DROP'),
+        ('            ORDER BY uid FOR NO KEY UPDATE""",\n    )\n    run(connection, "ANALYZE'),
+        ('            ORDER BY uid""",\n    )\n    run(connection, "ANALYZE'),
         "survivors are not locked while a deletion is proven",
         (
             "lifecycle/test_interleavings.py::test_a_deletion_waits_for_what_is_found_of_its_survivor",
@@ -28,8 +28,8 @@ CATALOGUE = (
     Mutant(
         "proof-without-hold-lock",
         "dlm_core/catalogue/deletions.py",
-        ('    run(connection, "LOCK TABLE hold IN SHARE MODE")\n    copy_rows'),
-        "    copy_rows",
+        ('    run(connection, "LOCK TABLE hold IN SHARE MODE")\n    run(connection, "DROP'),
+        '    run(connection, "DROP',
         "a hold slips in between proof and certificate",
         (
             (
@@ -98,7 +98,7 @@ CATALOGUE = (
     Mutant(
         "expiring-is-survivor",
         "dlm_core/catalogue/deletions.py",
-        "     AND (r.expires_at IS NULL OR r.expires_at > dlm_now())\n",
+        "     AND (r.expires_at IS NULL OR r.expires_at > known.now)\n",
         "",
         "a copy that is leaving itself counts as a survivor",
         ("lifecycle/test_survivors.py::test_only_what_was_read_and_matched_is_a_survivor",),

@@ -7,15 +7,15 @@ from tests.mutants.mutant import Mutant
 RULES = (
     Mutant(
         "certificate-not-needed",
-        "schema/sql/0001_functions.sql",
-        ("    IF FOUND THEN\n      PERFORM dlm_refuse(format('replica %s cannot be deleted"),
-        ("    IF false THEN\n      PERFORM dlm_refuse(format('replica %s cannot be deleted"),
+        "schema/sql/0010_passes.sql",
+        "        WHEN NOT EXISTS (\n             SELECT FROM deletion d",
+        "        WHEN false AND NOT EXISTS (\n             SELECT FROM deletion d",
         "psql trashes without a certificate",
         ("schema/test_rules.py::test_nothing_is_trashed_without_a_certificate",),
     ),
     Mutant(
         "certificate-of-any-time",
-        "schema/sql/0001_functions.sql",
+        "schema/sql/0010_passes.sql",
         " AND d.valid_until >= dlm_now() END",
         " END",
         "a certificate allows a deletion after its time",
@@ -29,7 +29,7 @@ RULES = (
     ),
     Mutant(
         "certificate-of-another-transaction",
-        "schema/sql/0001_functions.sql",
+        "schema/sql/0010_passes.sql",
         "d.step = 'trash' AND d.xid = pg_current_xact_id()",
         "d.step = 'trash'",
         "an old certificate allows a new trashing",
@@ -37,16 +37,16 @@ RULES = (
     ),
     Mutant(
         "last-copy-by-psql",
-        "schema/sql/0001_functions.sql",
-        ("    IF FOUND THEN\n      PERFORM dlm_refuse(format('replica %s is the last good copy"),
-        ("    IF false THEN\n      PERFORM dlm_refuse(format('replica %s is the last good copy"),
+        "schema/sql/0010_passes.sql",
+        "        WHEN NOT EXISTS (SELECT FROM (SELECT state",
+        "        WHEN false AND NOT EXISTS (SELECT FROM (SELECT state",
         "the database lets the last good copy go",
         ("schema/test_rules.py::test_the_last_good_copy_stays_until_its_item_has_expired",),
         "SKA DLM 2: decreasing the phase deletes every copy",
     ),
     Mutant(
         "unread-is-ready",
-        "schema/sql/0001_functions.sql",
+        "schema/sql/0010_passes.sql",
         "i.oid = n.oid AND i.digest = n.digest AND i.size = n.size OFFSET 0",
         "i.oid = n.oid AND i.size = n.size OFFSET 0",
         "a replica with another digest is READY",
@@ -83,20 +83,17 @@ RULES = (
     ),
     Mutant(
         "event-not-written",
-        "schema/sql/0001_functions.sql",
-        (
-            "     WHERE o.state <> n.state OR o.expires_at IS DISTINCT FROM n.expires_at "
-            "OR o.deletion_id IS"
-        ),
-        "     WHERE o.expires_at IS DISTINCT FROM n.expires_at OR o.deletion_id IS",
+        "schema/sql/0010_passes.sql",
+        "        FROM changed WHERE moved OR expiring OR certified),",
+        "        FROM changed WHERE expiring OR certified),",
         "a replica's change of state is not in the log",
         ("schema/test_rules.py::test_every_change_of_state_is_an_event",),
     ),
     Mutant(
         "tally-wrong",
-        "schema/sql/0001_functions.sql",
-        "SELECT o.storage_id, o.state, -1, -o.size FROM",
-        "SELECT o.storage_id, o.state, -1, -n.size FROM",
+        "schema/sql/0010_passes.sql",
+        "SELECT storage_id, a, -1, -old_size FROM",
+        "SELECT storage_id, a, -1, -size FROM",
         "bytes per storage do not add up",
         ("schema/test_rules.py::test_the_tally_is_a_recount_after_any_changes",),
     ),

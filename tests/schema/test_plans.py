@@ -222,7 +222,7 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         {"replica_expiring", "data_item_expiring"},
     ),
     "expired replicas are selected": (
-        lambda c: deletions.select_expired(c, LATER, 1000),
+        lambda c: rows(c, deletions.EXPIRED, now=LATER, limit=1000),
         {"replica_expiring"},
     ),
     "items expire": (

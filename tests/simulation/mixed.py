@@ -1,0 +1,137 @@
+"""The same rules on storages of all kinds, and those that only bundles and tapes have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, ClassVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from dlm_core.lifecycle.staging import request_staging
+from dlm_core.storages.bundle_tar import tar_path
+from tests.simulation.machine import Lifecycle, a_point, an_event, an_index, recorded
+from tests.simulation.shelves import KINDS, Shelf
+from tests.simulation.world import Crash
+
+
+class Mixed(Lifecycle):
+    """A site with bundles and tapes among its storages."""
+
+    kinds: ClassVar[Any] = KINDS
+
+    def _shelves(self, *, cold: bool) -> list[Shelf]:
+        shelves = self.world.shelves.values()
+        return [one for one in shelves if (one.cold if cold else one.bundles)]
+
+    # --- bundles ---------------------------------------------------------------------------------
+
+    @precondition(lambda self: self._shelves(cold=False))
+    @rule()
+    @recorded
+    def pack(self) -> None:
+        self._tell("pack")
+        self._guard(lambda: self.world.run(self.world.worker("A"), "packing"))
+        members = sum(len(shelf.members()) for shelf in self._shelves(cold=False))
+        self.model.seen["packing with members afterwards"] += members > 0
+
+    @precondition(lambda self: self._shelves(cold=False))
+    @rule(point=a_point, event=st.one_of(an_event, st.sampled_from(("crash", "packing"))),
+          which=an_index)  # fmt: skip
+    @recorded
+    def pack_disturbed(self, point: int, event: str, which: int) -> None:
+        """While bundles are made, something else happens."""
+        self._tell("pack and at point", point, event, which)
+        self._disturbed("packing", point, event, which)
+
+    @rule(job=st.sampled_from(("replication", "expiry", "verification")), point=a_point)
+    @recorded
+    def packed_meanwhile(self, job: str, point: int) -> None:
+        """While a job works, bundles are made."""
+        self._tell("run", job, "and at point", point, "pack")
+        self._disturbed(job, point, "packing", 0)
+
+    def _disturbed(self, job: str, point: int, event: str, which: int) -> None:
+        worker = self.world.worker("A")
+        if event == "crash":
+            worker.process.arm(point, worker.process.crash)
+        else:
+            worker.process.arm(
+                point, partial(self._disturb, worker, job, event, which), patient=True
+            )
+        try:
+            self._guard(lambda: self.world.run(worker, job))
+        except Crash:
+            self.model.seen[f"crash in {job} with bundles"] += 1
+
+    def _disturb(self, worker: Any, job: str, event: str, which: int) -> None:
+        if event == "packing":
+            self.world.run(self.world.worker("P"), "packing")
+        else:
+            super()._disturb(worker, job, event, which)
+
+    @precondition(lambda self: any(shelf.members() for shelf in self._shelves(cold=False)))
+    @rule(which=an_index)
+    @recorded
+    def lose_a_bundle(self, which: int) -> None:
+        """A tar goes with all its members, unless one of them is the last good copy."""
+        found = [
+            (shelf, bundle, places)
+            for shelf in self._shelves(cold=False)
+            for bundle, places in sorted(_by_bundle(shelf).items())
+            if self.model.may_harm_all(shelf.name, places)
+        ]
+        if not found:
+            return
+        shelf, bundle, places = found[which % len(found)]
+        self._tell("lose a bundle of", shelf.name, "with", *places)
+        shelf.drop(bundle)
+        for path in places:
+            self.model.harm(shelf.name, path, None)
+        self.model.seen["a bundle lost"] += 1
+
+    # --- tapes -----------------------------------------------------------------------------------
+
+    @precondition(lambda self: self._shelves(cold=True))
+    @rule(which=an_index)
+    @recorded
+    def migrate(self, which: int) -> None:
+        """A tape's manager moves to the silo what is not damaged: that is never seen there."""
+        tapes = self._shelves(cold=True)
+        shelf = tapes[which % len(tapes)]
+        self._tell("migrate", shelf.name)
+        moved = shelf.migrate(list(self._spared(shelf)))
+        self.model.seen["migrations to a silo"] += moved > 0
+
+    def _spared(self, shelf: Shelf) -> Iterator[str]:
+        members = shelf.members()
+        for storage, path in self.model.taken:
+            if storage == shelf.name:
+                yield tar_path(members[path].bundle) if path in members else path
+
+    @precondition(lambda self: any(shelf.wanted for shelf in self._shelves(cold=True)))
+    @rule()
+    @recorded
+    def deliver(self) -> None:
+        self._tell("deliver what was asked for")
+        came = sum(shelf.deliver() for shelf in self._shelves(cold=True))
+        self.model.seen["deliveries from a silo"] += came > 0
+
+    @precondition(lambda self: self._shelves(cold=True) and self._has_items())
+    @rule(which=an_index)
+    @recorded
+    def stage(self, which: int) -> None:
+        item = self._item(which)
+        self._tell("ask for", item.uri)
+        self._ask(
+            lambda c: request_staging(c, oids=[item.oid], actor="user:test", now=self.model.now)
+        )
+
+
+def _by_bundle(shelf: Shelf) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for path, member in shelf.members().items():
+        if (shelf.root / tar_path(member.bundle)).exists():
+            found.setdefault(member.bundle, []).append(path)
+    return found

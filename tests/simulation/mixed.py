@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -97,26 +96,18 @@ class Mixed(Lifecycle):
     @rule(which=an_index)
     @recorded
     def migrate(self, which: int) -> None:
-        """A tape's manager moves to the silo what is not damaged: that is never seen there."""
         tapes = self._shelves(cold=True)
         shelf = tapes[which % len(tapes)]
         self._tell("migrate", shelf.name)
-        moved = shelf.migrate(list(self._spared(shelf)))
-        self.model.seen["migrations to a silo"] += moved > 0
-
-    def _spared(self, shelf: Shelf) -> Iterator[str]:
-        members = shelf.members()
-        for storage, path in self.model.taken:
-            if storage == shelf.name:
-                yield tar_path(members[path].bundle) if path in members else path
+        self.world.migrate(shelf)
 
     @precondition(lambda self: any(shelf.wanted for shelf in self._shelves(cold=True)))
     @rule()
     @recorded
     def deliver(self) -> None:
         self._tell("deliver what was asked for")
-        came = sum(shelf.deliver() for shelf in self._shelves(cold=True))
-        self.model.seen["deliveries from a silo"] += came > 0
+        for shelf in self._shelves(cold=True):
+            shelf.deliver()
 
     @precondition(lambda self: self._shelves(cold=True) and self._has_items())
     @rule(which=an_index)

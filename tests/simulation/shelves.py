@@ -7,6 +7,7 @@ the index says, bytes of what a tape has migrated in its silo.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -36,8 +37,10 @@ class Unsynced(PosixStorage):
 class Shelf:
     """The folder of one storage; ``prompt`` tapes bring back at once what is asked for."""
 
-    def __init__(self, name: str, kind: str, root: Path, *, prompt: bool = False) -> None:
-        self.name, self.root, self.prompt = name, root, prompt
+    def __init__(
+        self, name: str, kind: str, root: Path, seen: Counter[str], *, prompt: bool = False
+    ) -> None:
+        self.name, self.root, self.seen, self.prompt = name, root, seen, prompt
         self.bundles = (
             BundleConfig.model_validate(_BUNDLES) if kind in ("bundled", "vault") else None
         )
@@ -119,10 +122,11 @@ class Shelf:
 
     # --- the tape --------------------------------------------------------------------------------
 
-    def migrate(self, spared: Sequence[str]) -> int:
-        """Move bytes to the silo, but those of the ``spared`` and of the bundles' index; how many
-        files."""
-        count = 0
+    def migrate(self, spared: Sequence[str]) -> None:
+        """Move bytes to the silo, but those in which ``spared`` paths lie and those of the bundles'
+        index."""
+        members = self.members()
+        spared = [tar_path(members[path].bundle) if path in members else path for path in spared]
         for path, entry in list(walk(str(self.root))):
             own = path.startswith(f"{FOLDER}/") and not path.endswith(".tar")
             if own or path in spared or entry.inode() in self.silo:
@@ -132,11 +136,10 @@ class Shelf:
             with file.open("r+b") as stub:
                 stub.write(bytes(status.st_size))
             os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-            count += 1
-        return count
+            self.seen["file migrated to a silo"] += 1
 
-    def deliver(self) -> int:
-        """Bring back what was asked for; how many files."""
+    def deliver(self) -> None:
+        """Bring back what was asked for."""
         stubs = [path for path in sorted(self.wanted) if self.is_stub(path)]
         self.wanted.clear()
         for path in stubs:
@@ -145,7 +148,7 @@ class Shelf:
             with file.open("r+b") as whole:
                 whole.write(self.silo.pop(status.st_ino))
             os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-        return len(stubs)
+            self.seen["file delivered from a silo"] += 1
 
     def is_stub(self, path: str) -> bool:
         """Whether the bytes of a file are in the silo."""

@@ -367,11 +367,18 @@ class World:
         self.keep_house()
 
     def keep_house(self) -> None:
-        """Bundles are made and what tapes were asked for comes, now and then."""
+        """Now and then bundles are made, what tapes were asked for comes, what lies there goes."""
         if len(self.kinds) > 1 and self.model.step % 2:
             self.pack(self.worker("packer"))
             for shelf in self.shelves.values():
                 shelf.deliver()
+                if self.model.step % 4 == 1:
+                    self.migrate(shelf)
+
+    def migrate(self, shelf: Shelf) -> None:
+        """A tape's manager moves to the silo what is not damaged: damage is never seen there."""
+        if shelf.cold:
+            shelf.migrate([path for name, path in self.model.taken if name == shelf.name])
 
     def is_due(self, job: str) -> bool:
         """What the sensor of a job asks."""
@@ -396,7 +403,9 @@ class World:
         root = self.folder / name
         root.mkdir()
         kind = self.kinds[(number + self.salt) % len(self.kinds)]
-        shelf = self.shelves[name] = Shelf(name, kind, root, prompt=self.salt % 3 > 0)
+        shelf = self.shelves[name] = Shelf(
+            name, kind, root, self.model.seen, prompt=self.salt % 3 > 0
+        )
         known = {store.location for store in self.model.stores.values()}
         weight = types.Phase(phase).weight
         self.model.stores[name] = Store(name, location, weight)

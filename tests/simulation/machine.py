@@ -24,7 +24,8 @@ from dlm_core.lifecycle.register import Source, Terms, register_list
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
 from tests.simulation.model import TEMPORARY, Item, Replica, Violation
-from tests.simulation.world import FAULTS, JOBS, Crash, World, content
+from tests.simulation.process import Crash
+from tests.simulation.world import FAULTS, JOBS, World, content
 
 _ITEMS, _STORAGES = 4, 6
 #: of the folders and, for 'make simulate', of the catalogue too

@@ -11,8 +11,10 @@ from hypothesis.stateful import precondition, rule
 from dlm_core.lifecycle.staging import request_staging
 from dlm_core.storages.bundle_tar import tar_path
 from tests.simulation.machine import Lifecycle, a_point, an_event, an_index, recorded
+from tests.simulation.process import Crash
 from tests.simulation.shelves import KINDS, Shelf
-from tests.simulation.world import Crash
+
+a_few = st.integers(0, 20)
 
 
 class Mixed(Lifecycle):
@@ -69,6 +71,43 @@ class Mixed(Lifecycle):
             self.world.run(self.world.worker("P"), "packing")
         else:
             super()._disturb(worker, job, event, which)
+
+    @precondition(lambda self: self._live() > 1)
+    @rule(which=an_index, what=st.sampled_from(("item", "copy", "purge", "restore")), point=a_few,
+          outsleeps=st.booleans())  # fmt: skip
+    def cut_off_amid(self, which: int, what: str, point: int, outsleeps: bool) -> None:
+        """Several things are to go or to come back, and the worker that moves them is cut off."""
+        for number in (which, which + 1):
+            if what == "copy":
+                self.retarget(which=number, phase="LIQUID")
+                self.expire_copy(which=number)
+            else:
+                self.expire_item(which=number, later=0)
+        if what in ("purge", "restore"):
+            self.work(job="expiry")
+        if what == "purge":
+            self.advance(seconds=3601)
+        for number in (which, which + 1) if what == "restore" else ():
+            if any(r.state == "TRASHED" for r in self.model.replicas.values()):
+                self.restore(which=number, at_once=False)
+        self.cut_off(job="expiry", point=point, outsleeps=outsleeps)
+
+    @rule(job=st.sampled_from(("expiry", "verification", "replication")), point=a_few,
+          outsleeps=st.booleans())  # fmt: skip
+    @recorded
+    def cut_off(self, job: str, point: int, outsleeps: bool) -> None:
+        """After something was moved the worker's connection is cut, and it sleeps past its lease
+        while the world goes on."""
+        self._tell("run", job, "and cut it off after point", point)
+        worker = self.world.worker("A")
+
+        def sleep() -> None:
+            worker.process.cut = self.world.cut() > 0
+            self.model.seen["cut off while it held locks"] += worker.process.cut
+            self._disturb(worker, job, "outsleep" if outsleeps else "overtake", 0)
+
+        worker.process.arm(point, sleep, after=True)
+        self._guard(lambda: self.world.run(worker, job))
 
     @precondition(lambda self: any(shelf.members() for shelf in self._shelves(cold=False)))
     @rule(which=an_index)

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import random
 import shutil
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -30,6 +29,7 @@ from dlm_core.catalogue.lost import storages_in_audit
 from dlm_core.catalogue.operations import count_due
 from dlm_core.catalogue.replicas import count_evaluations_due
 from dlm_core.errors import (
+    CatalogueUnavailableError,
     DlmError,
     PackingError,
     PayloadNotFoundError,
@@ -53,6 +53,7 @@ from dlm_core.storages.port import PRIVATE, Entry, Usage
 from dlm_core.types import OperationKind
 from tests.fakes import FAR, Wrapped
 from tests.simulation.model import Commit, Hold, Model, Store, Violation
+from tests.simulation.process import Crash, Process
 from tests.simulation.shelves import Shelf
 
 GRACE = timedelta(hours=1)
@@ -72,45 +73,8 @@ _JOBS: dict[str, tuple[Any, Mapping[OperationKind, Any]]] = {
     "rebalance": (plan_rebalance, {}),
 }
 JOBS = tuple(_JOBS)
-#: threads that read ahead of a write come as they like
-_AHEAD = ("dlm-prefetch", "dlm-pack")
 #: what a storage may do to us
 FAULTS = ("honest", "down", "full", "ghost", "hides", "keeps")
-
-
-class Crash(BaseException):
-    """The process is gone: whatever it would still do does not happen."""
-
-
-class Process:
-    """Points of one process: what is to happen at the one that counts."""
-
-    def __init__(self) -> None:
-        self.countdown: int | None = None
-        self.event: Callable[[], None] = lambda: None
-        self.dead = False
-        #: in a transaction, whose locks others would wait for: here they would wait for ever
-        self.locking = False
-        self.patient = False
-
-    def arm(self, point: int, event: Callable[[], None], *, patient: bool = False) -> None:
-        """Let ``event`` happen at the point with this number, counted from now; if it is
-        ``patient``, not before the transaction in hand is over."""
-        self.countdown, self.event, self.patient = point, event, patient
-
-    def point(self) -> None:
-        if self.dead:
-            raise Crash
-        if self.countdown is None or threading.current_thread().name.startswith(_AHEAD):
-            return
-        self.countdown -= 1
-        if self.countdown < 0 and not (self.locking and self.patient):
-            self.countdown = None
-            self.event()
-
-    def crash(self) -> None:
-        self.dead = True
-        raise Crash
 
 
 class Worker(Context):
@@ -164,7 +128,7 @@ class Volume(Wrapped):
             return getattr(self.inner, call)(*arguments)
         finally:
             self.world.model.disk_changed(self.name, self.world.shelves[self.name].tree())
-            self.process.point()
+            self.process.point(after=True)
 
     def stat(self, path: str) -> Entry | None:
         return self.stat_many([path])[path]
@@ -346,6 +310,8 @@ class World:
         try:
             drain(worker, executors, planner)
         except DlmError as error:
+            if worker.process.cut and isinstance(error, CatalogueUnavailableError):
+                return None
             # every trouble of one item is that item's: the others' work goes on
             raise Violation("work-goes-on", f"{job} ended with {error.code}: {error}") from error
 
@@ -438,6 +404,11 @@ class World:
         """Bytes that the catalogue counts on a storage."""
         usage = "SELECT used_bytes FROM storage_usage WHERE name = :name"
         return int(self.user.transact(lambda c: rows(c, usage, name=name))[0]["used_bytes"])
+
+    def cut(self) -> int:
+        """End the connections that are in the middle of a transaction; how many."""
+        with self.engine.connect() as connection:
+            return len(rows(connection, _CUT))
 
     def id_of(self, name: str) -> uuid.UUID:
         with self.engine.connect() as connection:
@@ -547,6 +518,10 @@ _REPLICAS = """
   SELECT r.uid, r.oid, s.name AS storage, r.path FROM replica r JOIN storage s USING (storage_id)
    WHERE r.uid = ANY(:uids)"""
 _SNAPSHOT = text("SELECT pg_current_snapshot()::text FROM set_config('dlm.now', :now, false)")
+_CUT = """
+  SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+   WHERE datname = current_database() AND state = 'idle in transaction'
+     AND pid <> pg_backend_pid()"""
 _BUSY = """
   SELECT FROM operation WHERE oid = :oid AND kind IN ('trash', 'purge', 'restore')
      AND (state = 'RUNNING' OR (kind = 'restore' AND state = 'QUEUED'))"""

@@ -22,6 +22,7 @@ from dlm_core.catalogue import embedded
 from dlm_core.catalogue.engine import make_engine
 from dlm_core.clock import utc_now
 from dlm_core.lifecycle.description import FOLDER, SITE, newest_index, opened, read_index
+from dlm_core.lifecycle.pack import pack_due
 from dlm_core.storages.bundle_tar import FOLDER as BUNDLES
 from dlm_core.storages.bundle_tar import tar_path
 from dlm_core.storages.bundles import Bundled, split_bundling
@@ -185,7 +186,8 @@ def act(url: str, folder: Path, scenario: Scenario, now: datetime, points: Point
 
 
 def recover(url: str, folder: Path, scenario: Scenario, now: datetime) -> State:
-    """A new process: the queue, the commands again, the sensors, the sweep; the state after it.
+    """A new process: the queue, the commands again, the sensors, the daily housekeeping (what a
+    packing left undone, the sweep); the state after it.
 
     Long enough that graces, leases and back-offs are over in every run.
     """
@@ -197,6 +199,8 @@ def recover(url: str, folder: Path, scenario: Scenario, now: datetime) -> State:
         end = site.now + _LONG
         while site.now < end:
             scenario.act(site)
+        for tidy_up in pack_due(site.context):
+            tidy_up()  # a storage's mtimes are later than the site's clock: nothing new is packed
         for row in site.query("SELECT * FROM storage"):
             # files have the time of this machine, whatever the site's clock says
             sweep_temp(open_row(row), timedelta(0), utc_now() + timedelta(hours=1))

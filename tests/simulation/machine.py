@@ -18,7 +18,6 @@ from sqlalchemy import Engine
 
 from dlm_core import types
 from dlm_core.catalogue.browse import set_item_expiry, set_replica_expiry
-from dlm_core.catalogue.engine import run
 from dlm_core.errors import DlmError, NotFoundError
 from dlm_core.lifecycle.register import Source, Terms, register_list
 from dlm_core.lifecycle.trash import request_restore
@@ -226,11 +225,10 @@ class Lifecycle(RuleBasedStateMachine):
         item = self._item(which)
         self._tell("target of", item.uri, "is", phase)
         item.target = phase
-        self._ask(
-            lambda c: run(
-                c, "UPDATE data_item SET target_phase = :t WHERE oid = :o", t=phase, o=item.oid
-            )
-        )
+        try:
+            self._guard(lambda: self.world.retarget(item))
+        except DlmError:
+            pass
 
     @precondition(_has_items)
     @rule(which=an_index, all_items=st.booleans(), later=st.sampled_from((None, 1800)))

@@ -73,10 +73,10 @@ class Mixed(Lifecycle):
             super()._disturb(worker, job, event, which)
 
     @precondition(lambda self: self._live() > 1)
-    @rule(which=an_index, what=st.sampled_from(("item", "copy", "purge", "restore")), point=a_few,
-          outsleeps=st.booleans())  # fmt: skip
-    def cut_off_amid(self, which: int, what: str, point: int, outsleeps: bool) -> None:
-        """Several things are to go or to come back, and the worker that moves them is cut off."""
+    @rule(which=an_index, what=st.sampled_from(("copy", "purge", "restore")), point=a_few)
+    def cut_off_amid(self, which: int, what: str, point: int) -> None:
+        """Several things are to go or to come back, the worker that moves them is cut off, and
+        while it sleeps they are wanted the other way round."""
         for number in (which, which + 1):
             if what == "copy":
                 self.retarget(which=number, phase="LIQUID")
@@ -90,21 +90,28 @@ class Mixed(Lifecycle):
         for number in (which, which + 1) if what == "restore" else ():
             if any(r.state == "TRASHED" for r in self.model.replicas.values()):
                 self.restore(which=number, at_once=False)
-        self.cut_off(job="expiry", point=point, outsleeps=outsleeps)
+        self.cut_off(job="expiry", point=point, then="go" if what == "restore" else "come")
 
     @rule(job=st.sampled_from(("expiry", "verification", "replication")), point=a_few,
-          outsleeps=st.booleans())  # fmt: skip
+          then=st.sampled_from(("sleep", "come", "go")))  # fmt: skip
     @recorded
-    def cut_off(self, job: str, point: int, outsleeps: bool) -> None:
+    def cut_off(self, job: str, point: int, then: str) -> None:
         """After something was moved the worker's connection is cut, and it sleeps past its lease
-        while the world goes on."""
-        self._tell("run", job, "and cut it off after point", point)
+        while others do its work, and all items are wanted more, or no more."""
+        self._tell("run", job, "and cut it off after point", point, "then", then)
         worker = self.world.worker("A")
 
         def sleep() -> None:
             worker.process.cut = self.world.cut() > 0
             self.model.seen["cut off while it held locks"] += worker.process.cut
-            self._disturb(worker, job, "outsleep" if outsleeps else "overtake", 0)
+            self._disturb(worker, job, "overtake", 0)
+            for item in [i for i in self.model.items.values() if self.model.keeps(i)]:
+                if then == "go":
+                    self._expire(item, 0)
+                elif then == "come":
+                    item.target = "SOLID"
+                    self.world.retarget(item)
+            self.world.settle()
 
         worker.process.arm(point, sleep, after=True)
         self._guard(lambda: self.world.run(worker, job))

@@ -8,7 +8,6 @@ import pytest
 
 from dlm_core.catalogue import deletions
 from dlm_core.lifecycle import trash
-from dlm_core.lifecycle.fence import Fence
 from dlm_core.storages.bundle_index import BundleIndex
 from dlm_core.storages.cold import ColdStorage
 from tests.simulation.machine import Lifecycle
@@ -101,11 +100,6 @@ def restored_unread(patch: Patch) -> None:
 def stubs_are_read(patch: Patch) -> None:
     """A cold storage that takes all its files for online."""
     patch.setattr(ColdStorage, "look", lambda _, paths: set(paths))
-
-
-def cut_workers_go_on(patch: Patch) -> None:
-    """A worker whose locks are gone does not ask for them."""
-    patch.setattr(Fence, "pass_through", lambda _: None)
 
 
 def moved_members_vanish(patch: Patch) -> None:

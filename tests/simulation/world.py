@@ -52,7 +52,7 @@ from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import PRIVATE, Entry, Usage
 from dlm_core.types import OperationKind
 from tests.fakes import FAR, Wrapped
-from tests.simulation.model import Commit, Hold, Model, Store, Violation
+from tests.simulation.model import Commit, Hold, Item, Model, Store, Violation
 from tests.simulation.process import Crash, Process
 from tests.simulation.shelves import Shelf
 
@@ -404,6 +404,11 @@ class World:
         """Bytes that the catalogue counts on a storage."""
         usage = "SELECT used_bytes FROM storage_usage WHERE name = :name"
         return int(self.user.transact(lambda c: rows(c, usage, name=name))[0]["used_bytes"])
+
+    def retarget(self, item: Item) -> None:
+        """A user wants an item at its target."""
+        sql = "UPDATE data_item SET target_phase = :t WHERE oid = :o"
+        self.user.transact(lambda c: run(c, sql, t=item.target, o=item.oid))
 
     def cut(self) -> int:
         """End the connections that are in the middle of a transaction; how many."""

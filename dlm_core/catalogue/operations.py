@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, exc, text
 
 from dlm_core.catalogue.engine import KEY, copy_into, rows, run
 from dlm_core.types import OperationKind, OperationState, new_key
@@ -246,6 +246,29 @@ def lock_claimed(
         token=token,
     )
     return {row["operation_id"] for row in found}
+
+
+def lease_left(connection: Connection, token: uuid.UUID, now: datetime) -> timedelta:
+    """How long nobody else can claim any of what ``token`` holds; zero if it holds nothing."""
+    found = rows(
+        connection,
+        """SELECT coalesce(min(lease_until), :now) - :now AS left_over FROM operation
+            WHERE lease_token = :token AND state = 'RUNNING'""",
+        token=token,
+        now=now,
+    )
+    left: timedelta = found[0]["left_over"]
+    return left
+
+
+def holds_locks(connection: Connection) -> bool:
+    """Whether the transaction that ``connection`` is in still lives, and all its locks with it:
+    the server answers in it."""
+    try:
+        connection.execute(text("SELECT 1"))
+    except exc.SQLAlchemyError:
+        return False
+    return True
 
 
 def finish_operations(

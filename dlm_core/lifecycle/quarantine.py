@@ -22,6 +22,7 @@ from dlm_core.errors import (
     PayloadNotFoundError,
     StorageError,
 )
+from dlm_core.lifecycle.fence import Fence
 from dlm_core.lifecycle.work import Claim
 from dlm_core.storages.port import QUARANTINE, Storage, quarantine_path
 from dlm_core.transfers.checksums import observe
@@ -41,8 +42,9 @@ def set_aside(
 ) -> dict[uuid.UUID, StorageError | None]:
     """Quarantine what is still this worker's to judge; by uid the error if that failed."""
     operations = {uid: operation_id for operation_id, uid in damaged}
+    guarded = Fence(connection).around(storage)
     return {
-        uid: _quarantine(storage, details[uid], [operations[uid], claim.token])
+        uid: _quarantine(guarded, details[uid], [operations[uid], claim.token])
         for uid in _still_ours(connection, claim, details, damaged)
     }
 
@@ -145,9 +147,10 @@ def bring_back(
     failed. They count only when they have been read there."""
     paths = {uid: path for (_, uid), path in found.items()}
     moved: dict[uuid.UUID, StorageError | None] = {}
+    guarded = Fence(connection).around(storage)
     for uid in _still_ours(connection, claim, details, list(found)):
         try:
-            storage.rename(paths[uid], decode_path(details[uid]["path"]))
+            guarded.rename(paths[uid], decode_path(details[uid]["path"]))
             moved[uid] = None
         except StorageError as error:
             moved[uid] = error

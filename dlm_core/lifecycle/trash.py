@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection
@@ -27,6 +28,7 @@ from dlm_core.errors import (
     PayloadNotFoundError,
     StorageUnavailableError,
 )
+from dlm_core.lifecycle.fence import fence
 from dlm_core.lifecycle.quarantine import is_payload
 from dlm_core.lifecycle.staging import Wanted, files_below, hold_back, is_cold
 from dlm_core.lifecycle.survivors import look_again, look_at_survivors
@@ -474,8 +476,8 @@ def _effect_chunk(
     write: Callable[[Connection, Sequence[Effected], datetime], None],
     report: Report,
 ) -> None:
-    def one(pair: tuple[Row, Row]) -> Effected:
-        return _tried(*pair, lambda: effect(adapter, pair[1]))
+    def one(storage: Storage, pair: tuple[Row, Row]) -> Effected:
+        return _tried(*pair, lambda: effect(storage, pair[1]))
 
     def read(e: Effected) -> Effected:
         if reading is None or e.error is not None:
@@ -488,8 +490,12 @@ def _effect_chunk(
         # nobody takes over an operation that is locked: what lies there stays ours to the end.
         ids = [operation["operation_id"] for operation, _ in pairs]
         held = queue.lock_claimed(connection, claim.token, ids)
+        guard = fence(connection, context.clock, claim.token, context.settings.lease)
+        act_on = partial(one, guard.around(adapter))
         with ThreadPoolExecutor(adapter.concurrency, "dlm-trash") as pool:
-            return list(pool.map(one, [p for p in pairs if p[0]["operation_id"] in held]))
+            acted = list(pool.map(act_on, [p for p in pairs if p[0]["operation_id"] in held]))
+        guard.raise_if_lost()
+        return acted
 
     acted: list[Effected] = context.transact(act)
     with ThreadPoolExecutor(adapter.concurrency, "dlm-look") as pool:

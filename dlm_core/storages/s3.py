@@ -392,6 +392,12 @@ class S3Storage:
         for name, copied in self.stat_many(pairs).items():
             if copied is None or copied.size != pairs[name].size:
                 raise self._unavailable(f"{name} is not there whole after a copy")
+        # a copy takes its time: what was put there since is not what was copied
+        there_now = self.stat_many([one.path for one in entries])
+        for one in entries:
+            now = there_now[one.path]
+            if now is not None and _version(now) != _version(one):
+                raise self._unavailable(f"{one.path} changed while it was moved")
         with self._translated(source):
             obstore.delete(self._store, [one.path for one in entries])
 
@@ -484,6 +490,11 @@ def _entry(meta: Mapping[str, Any]) -> Entry:
         "file",
         etag.strip('"') if etag else None,
     )
+
+
+def _version(entry: Entry) -> tuple[int, str | None, int]:
+    """What tells an object from another of the same name; a HEAD knows whole seconds only."""
+    return entry.size, entry.etag, int(entry.mtime)
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from dlm_cli.s3_server import s3_server
 from dlm_core.catalogue import embedded, schema
 from tests.backends import offer_keys, s3_config
-from tests.crashpoints.run import Arena, exhaust
+from tests.crashpoints.run import Arena, Servers, exhaust
 from tests.crashpoints.scenarios import SCENARIOS
+from tests.sshd import ssh_server
 
 
 def main(wanted: list[str]) -> int:
@@ -28,9 +29,10 @@ def main(wanted: list[str]) -> int:
         template = Arena(home, "template_dlm", home)
         template.create(template.template, "template1")
         schema.upgrade(template.url(template.template))
-        with s3_server(home / "weed") as server:
+        with s3_server(home / "weed") as server, ssh_server(home / "sshd") as ssh:
             offer_keys(server)
-            one = partial(exhaust, home, server.bucket, s3_config(server))
+            servers = Servers(server.bucket, s3_config(server), ssh.root(""), ssh.config())
+            one = partial(exhaust, home, servers)
             with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
                 for points, lines, text in pool.map(one, chosen):
                     total, failed = total + points, failed + len(lines)

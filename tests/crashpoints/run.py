@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 from sqlalchemy import Engine
@@ -22,6 +22,10 @@ from dlm_core.catalogue import embedded
 from dlm_core.catalogue.engine import make_engine
 from dlm_core.clock import utc_now
 from dlm_core.lifecycle.description import FOLDER, SITE, newest_index, opened, read_index
+from dlm_core.lifecycle.pack import pack_due
+from dlm_core.storages.bundle_tar import FOLDER as BUNDLES
+from dlm_core.storages.bundle_tar import tar_path
+from dlm_core.storages.bundles import Bundled, split_bundling
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import PRIVATE, Storage
 from dlm_core.transfers.sweep import sweep_temp
@@ -36,6 +40,17 @@ _ONE_BY_ONE: dict[str, Any] = {"links_at_once": 1}
 _ROOT = Path(__file__).resolve().parents[2]
 
 
+@dataclass(frozen=True)
+class Servers:
+    """A bucket of an S3 server and an SSH server that leads into any folder, with the configs of
+    storages there."""
+
+    bucket: str = ""
+    s3: dict[str, str] = field(default_factory=dict)
+    ssh: str = ""
+    sftp: dict[str, object] = field(default_factory=dict)
+
+
 @dataclass
 class Arena:
     """A database server and a folder; a prepared scenario is kept in both to start from."""
@@ -43,9 +58,8 @@ class Arena:
     postgres_home: Path
     template: str
     folder: Path
-    #: of an S3 server, for scenarios with objects
-    bucket: str = ""
-    config: dict[str, str] = field(default_factory=dict)
+    #: how the servers are reached
+    servers: Servers = field(default_factory=Servers)
     prepared: str = ""
     now: datetime | None = None
     objects: Storage | None = None
@@ -68,24 +82,28 @@ class Arena:
         self.live.mkdir(parents=True)
         engine = make_engine(embedded.database_url(self.postgres_home, self.prepared))
         site = make_site(engine, self.live, **_ONE_BY_ONE | scenario.settings)
-        self.objects = self._add_objects(site) if scenario.objects else None
+        self.objects = self._add_far(site, scenario.far) if scenario.far else None
         scenario.prepare(site)
         self.now = site.now
         self.kept_objects = read_all(self.objects) if self.objects else {}
         engine.dispose()
         shutil.copytree(self.live, self.kept)
 
-    def _add_objects(self, site: Site) -> Storage:
-        """A posix storage a, and an object store b, at two locations."""
+    def _add_far(self, site: Site, kind: str) -> Storage | None:
+        """A posix storage a, and b of that kind, at two locations; b if its files lie elsewhere."""
         site.add_storage("a", "A")
-        site.add_storage("b", "B", **{"class": "object"})
-        root = f"{self.bucket}/{uuid.uuid4().hex}"
+        folder = site.add_storage("b", "B", **{"class": "object" if kind == "s3" else "disk"})
+        interface, root, config = {
+            "s3": ("s3", f"{self.servers.bucket}/{uuid.uuid4().hex}", self.servers.s3),
+            "sftp": ("sftp", f"{self.servers.ssh}{folder}", self.servers.sftp),
+            "bundled": ("posix", str(folder), {"bundle_bytes": 1 << 20}),
+        }[kind]
         site.execute(
-            "UPDATE storage SET interface = 's3', root = :root, config = CAST(:config AS jsonb) "
-            "WHERE name = 'b'",
-            root=root, config=json.dumps(self.config),
+            "UPDATE storage SET interface = :interface, root = :root, "
+            "config = CAST(:config AS jsonb) WHERE name = 'b'",
+            interface=interface, root=root, config=json.dumps(config),
         )  # fmt: skip
-        return open_storage("b", "s3", root, self.config)
+        return open_storage("b", "s3", root, self.servers.s3) if kind == "s3" else None
 
     def start(self) -> str:
         """A fresh copy of what was prepared, in the same places; its database's name."""
@@ -144,12 +162,19 @@ def open_row(row: Mapping[str, Any]) -> Storage:
     return open_storage(row["name"], row["interface"], row["root"], row["config"])
 
 
+def open_crashing(row: Mapping[str, Any], points: Points) -> Storage:
+    """The same, whose calls are points; of one with bundles, those of what lies beneath."""
+    bundling, rest = split_bundling(row["name"], row["config"])
+    inner = cast(Storage, CrashingStorage(open_row({**row, "config": rest}), points))
+    return inner if bundling is None else cast(Storage, Bundled(inner, bundling))
+
+
 def act(url: str, folder: Path, scenario: Scenario, now: datetime, points: Points) -> datetime:
     """Run the scenario with its points counted; the time at its end, or at its crash."""
     engine = make_engine(url)
     try:
         site = attach(engine, folder, scenario, now)
-        reopen(site, lambda row: CrashingStorage(open_row(row), points))
+        reopen(site, lambda row: open_crashing(row, points))
         watch_commits(engine, points)
         try:
             scenario.act(site)
@@ -161,7 +186,8 @@ def act(url: str, folder: Path, scenario: Scenario, now: datetime, points: Point
 
 
 def recover(url: str, folder: Path, scenario: Scenario, now: datetime) -> State:
-    """A new process: the queue, the commands again, the sensors, the sweep; the state after it.
+    """A new process: the queue, the commands again, the sensors, the daily housekeeping (what a
+    packing left undone, the sweep); the state after it.
 
     Long enough that graces, leases and back-offs are over in every run.
     """
@@ -173,6 +199,8 @@ def recover(url: str, folder: Path, scenario: Scenario, now: datetime) -> State:
         end = site.now + _LONG
         while site.now < end:
             scenario.act(site)
+        for tidy_up in pack_due(site.context):
+            tidy_up()  # a storage's mtimes are later than the site's clock: nothing new is packed
         for row in site.query("SELECT * FROM storage"):
             # files have the time of this machine, whatever the site's clock says
             sweep_temp(open_row(row), timedelta(0), utc_now() + timedelta(hours=1))
@@ -193,6 +221,8 @@ def describe(site: Site) -> State:
                "certificates": certificates, "usage": usage, "manifest": manifest}  # fmt: skip
     state: State = {name: site.query(sql) for name, sql in sources.items()}
     state["files"] = _files(site)
+    state["bundled"] = [line for row in site.query("SELECT * FROM storage ORDER BY name")
+                        for line in _bundled(row)]  # fmt: skip
     state["described"] = [line for row in site.query("SELECT * FROM storage ORDER BY name")
                           for line in _described(row)]  # fmt: skip
     return state
@@ -217,6 +247,20 @@ def _described(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['name']}: {line}" for line in sorted(told + left)]
 
 
+def _bundled(row: Mapping[str, Any]) -> list[str]:
+    """The members of a storage's bundles, and how many tars there are; one that the index does not
+    name, or is not there, is told. Lists of bundles that went go later, with the index's fold."""
+    storage = open_row(row)
+    if not isinstance(storage, Bundled):
+        return []
+    members = storage.index.look(lambda: [path for path, _ in storage.index.since("", "")])
+    named = {tar_path(bundle) for bundle in storage.index.bundles}
+    files = [entry.path for entry in storage.inner.walk(tar_path("").rpartition("/")[0])]
+    there = {path for path in files if path.endswith(".tar")}
+    wrong = [f"{path} is in one only of index and storage" for path in named ^ there]
+    return [f"{row['name']}: {len(named)} bundles", *wrong, *sorted(members)]
+
+
 def _files(site: Site) -> dict[str, bytes]:
     """Contents by path; the ids in names of the DLM's own files replaced by what they stand for."""
     meaning = {
@@ -227,8 +271,8 @@ def _files(site: Site) -> dict[str, bytes]:
     for row in site.query("SELECT * FROM storage"):
         for path, data in read_all(open_row(row)).items():
             parts = path.split("/")
-            if path.startswith(FOLDER):
-                continue  # full of times: see _described
+            if path.startswith((FOLDER, BUNDLES)):
+                continue  # full of times and ids: see _described and _bundled
             if parts[0] == PRIVATE and len(parts) > 2:
                 parts[2] = meaning.get(parts[2].split(".")[0], parts[2])
             found["/".join([row["name"], *parts])] = data
@@ -290,13 +334,11 @@ def difference(expected: State, found: State) -> list[str]:
     return lines
 
 
-def exhaust(
-    home: Path, bucket: str, config: dict[str, str], name: str
-) -> tuple[int, list[str], str]:
+def exhaust(home: Path, servers: Servers, name: str) -> tuple[int, list[str], str]:
     """How many points a scenario has, what failed at which, and its line of the table."""
     scenario = next(one for one in SCENARIOS if one.name == name)
     begun, bad = time.monotonic(), []
-    arena = Arena(home, "template_dlm", home / name.replace(" ", "-"), bucket, config)
+    arena = Arena(home, "template_dlm", home / name.replace(" ", "-"), servers)
     arena.prepare(scenario)
     expected, names = reference(arena, scenario)
     for at, point in enumerate(names, start=1):

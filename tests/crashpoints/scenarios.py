@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dlm_core.catalogue.items import Terms
@@ -16,12 +16,14 @@ from dlm_core.errors import AlreadyExistsError, IllegalTransitionError, NotFound
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.export import export_storage
 from dlm_core.lifecycle.lost import lose_storage, plan_audits, take_back
+from dlm_core.lifecycle.pack import pack_storage
 from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind
+from tests.fakes import FAR
 from tests.site import Site, misread
 
 Step = Callable[[Site], object]
@@ -41,8 +43,8 @@ class Scenario:
     #: how often the sensors look, an hour apart
     rounds: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
-    #: storage b is an object store, whose renames are no single step
-    objects: bool = False
+    #: what storage b is: '' a folder, 's3', whose renames are no single step, 'sftp', 'bundled'
+    far: str = ""
 
     def act(self, site: Site) -> None:
         """The command and what the sensors make of it."""
@@ -269,6 +271,41 @@ def _export(site: Site) -> None:
         export_storage(site.context, row["name"])
 
 
+def _pack(site: Site) -> None:
+    """At a time when everything has waited long enough."""
+    pack_storage(replace(site.context, clock=lambda: FAR), "b")
+
+
+def _packed(then: Step = nothing) -> Step:
+    def prepare(site: Site) -> None:
+        _settled(_several)(site)
+        _pack(site)
+        then(site)
+
+    return prepare
+
+
+def _mostly_gone(site: Site) -> None:
+    """Of a bundle, all but the first member."""
+    site.execute(
+        "UPDATE data_item SET expires_at = :now, expiry_reason = 'done' WHERE size > 1",
+        now=site.now,
+    )
+    site.settle()
+    site.advance(hours=2)
+    site.settle()
+
+
+def _trash(site: Site) -> None:
+    _expire(site)
+    site.settle()
+
+
+def _past_grace(site: Site) -> None:
+    _trash(site)
+    site.advance(hours=2)
+
+
 _KEEP = {"trash_grace_seconds": 90 * 86400}
 
 SCENARIOS = [
@@ -291,16 +328,28 @@ SCENARIOS = [
     Scenario("place a hold", _expired(_one), _hold, rounds=2),
     Scenario("release a hold", _held, _release, rounds=3),
     Scenario("verify damage", _damage, _verify),
-    Scenario("copy to objects", _several, objects=True),
-    Scenario("copy a tree to objects", _tree, objects=True),
-    Scenario("trash an object", _expired(_one), settings=_KEEP, objects=True),
-    Scenario("trash a tree of objects", _expired(_tree), settings=_KEEP, objects=True),
-    Scenario("restore an object", _trashed(_one), _restore, settings=_KEEP, objects=True),
-    Scenario("restore objects", _trashed(_tree), _restore, settings=_KEEP, objects=True),
-    Scenario("purge objects", _purgeable(_tree), objects=True),
+    Scenario("copy to objects", _several, far="s3"),
+    Scenario("copy a tree to objects", _tree, far="s3"),
+    Scenario("trash an object", _expired(_one), settings=_KEEP, far="s3"),
+    Scenario("trash a tree of objects", _expired(_tree), settings=_KEEP, far="s3"),
+    Scenario("restore an object", _trashed(_one), _restore, settings=_KEEP, far="s3"),
+    Scenario("restore objects", _trashed(_tree), _restore, settings=_KEEP, far="s3"),
+    Scenario("purge objects", _purgeable(_tree), far="s3"),
+    Scenario("copy over sftp", _several, far="sftp"),
+    Scenario("copy a tree over sftp", _tree, far="sftp"),
+    Scenario("trash over sftp", _expired(_one), settings=_KEEP, far="sftp"),
+    Scenario("trash a tree over sftp", _expired(_tree), settings=_KEEP, far="sftp"),
+    Scenario("restore over sftp", _trashed(_one), _restore, settings=_KEEP, far="sftp"),
+    Scenario("restore a tree over sftp", _trashed(_tree), _restore, settings=_KEEP, far="sftp"),
+    Scenario("purge a tree over sftp", _purgeable(_tree), far="sftp"),
+    Scenario("pack", _settled(_several), _pack, far="bundled"),
+    Scenario("pack anew", _packed(_mostly_gone), _pack, far="bundled"),
+    Scenario("trash members", _packed(_expire), settings=_KEEP, far="bundled"),
+    Scenario("restore members", _packed(_trash), _restore, settings=_KEEP, far="bundled"),
+    Scenario("purge members", _packed(_past_grace), far="bundled"),
     Scenario("declare a storage lost", _settled(_several), _lose, rounds=2),
     Scenario("take a storage back", _lost, _take_back, rounds=2),
     Scenario("bring back from quarantine", _set_aside),
     Scenario("describe", _described(_one), _export),
-    Scenario("describe objects", _described(_tree), _export, objects=True),
+    Scenario("describe objects", _described(_tree), _export, far="s3"),
 ]

@@ -9,17 +9,21 @@ from dlm_cli.s3_server import S3Server
 from dlm_core.storages.open import open_storage
 from tests.backends import s3_config
 from tests.crashpoints.points import Crash, CrashingStorage, Points
-from tests.crashpoints.run import Arena, crash_at, difference, kill_at, reference
+from tests.crashpoints.run import Arena, Servers, crash_at, difference, kill_at, reference
 from tests.crashpoints.scenarios import SCENARIOS
+from tests.sshd import SshServer
 
 NAMES = {scenario.name: scenario for scenario in SCENARIOS}
 
 
 @pytest.fixture
-def arena(postgres_home: Path, template_database: str, tmp_path: Path, s3: S3Server):
+def arena(
+    postgres_home: Path, template_database: str, tmp_path: Path, s3: S3Server, sshd: SshServer
+):
     """Where scenarios are prepared, interrupted and compared."""
     folder = tmp_path / "arena"
-    arena = Arena(postgres_home, template_database, folder, s3.bucket, s3_config(s3))
+    servers = Servers(s3.bucket, s3_config(s3), sshd.root(""), sshd.config())
+    arena = Arena(postgres_home, template_database, folder, servers)
     yield arena
     arena.drop(arena.prepared)
 

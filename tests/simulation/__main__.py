@@ -12,14 +12,23 @@ import time
 from pathlib import Path
 
 from dlm_core.catalogue import embedded, schema
-from tests.simulation.machine import fast_folder
+from tests.simulation.machine import Lifecycle, fast_folder
+from tests.simulation.mixed import Mixed
 from tests.simulation.run import quick_engine, simulate
+
+MACHINES = {"folders": Lifecycle, "mixed": Mixed}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="simulate", description=__doc__)
     parser.add_argument("--steps", type=int, default=20_000, help="about so many")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--machine",
+        choices=MACHINES,
+        default="mixed",
+        help="folders only, or all kinds of storages",
+    )
     chosen = parser.parse_args()
     # not below the working folder, whose path may be too long for a socket
     home = Path(tempfile.mkdtemp(prefix="dlm-sim-", dir=fast_folder()))
@@ -36,7 +45,8 @@ def main() -> int:
         url = embedded.database_url(home)
         schema.upgrade(url)
         engine = quick_engine(url)
-        result = simulate(engine, chosen.steps, chosen.seed, tell, stop=stop)
+        machine = MACHINES[chosen.machine]
+        result = simulate(engine, chosen.steps, chosen.seed, tell, machine=machine, stop=stop)
         engine.dispose()
     finally:
         embedded.stop(home)

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial, wraps
 from pathlib import Path
@@ -18,13 +18,13 @@ from sqlalchemy import Engine
 
 from dlm_core import types
 from dlm_core.catalogue.browse import set_item_expiry, set_replica_expiry
-from dlm_core.catalogue.engine import run
 from dlm_core.errors import DlmError, NotFoundError
 from dlm_core.lifecycle.register import Source, Terms, register_list
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
 from tests.simulation.model import TEMPORARY, Item, Replica, Violation
-from tests.simulation.world import FAULTS, JOBS, Crash, World, content
+from tests.simulation.process import Crash
+from tests.simulation.world import FAULTS, JOBS, World, content
 
 _ITEMS, _STORAGES = 4, 6
 #: of the folders and, for 'make simulate', of the catalogue too
@@ -73,6 +73,8 @@ class Lifecycle(RuleBasedStateMachine):
     #: what all machines have seen, see Model.seen
     seen: ClassVar[Counter[str]] = Counter()
     told: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
+    #: of its storages
+    kinds: ClassVar[Sequence[str]] = ("posix",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ class Lifecycle(RuleBasedStateMachine):
     @initialize(layout=st.sampled_from(_LAYOUTS), salt=st.integers(0, 999))
     @recorded
     def begin(self, layout: tuple[str, ...], salt: int) -> None:
-        self.world = World(type(self).engine, Path(self._home.name) / "site", salt)
+        self.world = World(Lifecycle.engine, Path(self._home.name) / "site", salt, self.kinds)
         self.model = self.world.model
         self._tell("begin", layout, salt)
         for location in layout:
@@ -101,12 +103,11 @@ class Lifecycle(RuleBasedStateMachine):
     # --- telling ---------------------------------------------------------------------------------
 
     def _tell(self, *words: Any) -> None:
-        cls = type(self)
         self.story.append(" ".join(str(word) for word in words))
-        cls.steps += 1
+        Lifecycle.steps += 1
         self.model.step += 1
         self.model.now += timedelta(seconds=1)
-        cls.told()
+        Lifecycle.told()
 
     def _guard(self, action: Callable[[], Any]) -> Any:
         """Do something; a violation is kept."""
@@ -170,7 +171,7 @@ class Lifecycle(RuleBasedStateMachine):
         """A user brought a copy by hand and registers it."""
         item, name = self._item(which), self._storage(where)
         path = item.uri.removeprefix("test:")
-        free = not (self.world.folder / name / path).exists()
+        free = self.world.shelves[name].is_free(path)
         if not free or self.model.stores[name].mode != "read_write" or not self.model.keeps(item):
             return
         self._tell("register a copy of", item.uri, "on", name)
@@ -224,11 +225,10 @@ class Lifecycle(RuleBasedStateMachine):
         item = self._item(which)
         self._tell("target of", item.uri, "is", phase)
         item.target = phase
-        self._ask(
-            lambda c: run(
-                c, "UPDATE data_item SET target_phase = :t WHERE oid = :o", t=phase, o=item.oid
-            )
-        )
+        try:
+            self._guard(lambda: self.world.retarget(item))
+        except DlmError:
+            pass
 
     @precondition(_has_items)
     @rule(which=an_index, all_items=st.booleans(), later=st.sampled_from((None, 1800)))
@@ -408,7 +408,7 @@ class Lifecycle(RuleBasedStateMachine):
         if not trashed:
             return
         replica = trashed[which % len(trashed)]
-        if self.model.bytes_at(replica.storage, replica.path) is None:
+        if self.world.shelves[replica.storage].is_free(replica.path):
             self._tell("put a stranger at", replica.storage, replica.path)
             self.world.put(replica.storage, replica.path, b"stranger")
             self.model.strangers[replica.storage, replica.path] = b"stranger"

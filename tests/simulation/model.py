@@ -165,6 +165,12 @@ class Model:
                 return False
         return True
 
+    def may_harm_all(self, storage: str, paths: Sequence[str]) -> bool:
+        """As :meth:`may_harm`, of what goes together."""
+        places = {(storage, path) for path in paths}
+        goods = [set(self.good_copies(item)) for item in self.items.values()]
+        return all(good - places for good in goods if good & places)
+
     def harm(self, storage: str, path: str, data: bytes | None) -> None:
         """The environment changed the bytes at a place, or took them (None)."""
         disk = self.stores[storage].disk

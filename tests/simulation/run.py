@@ -61,6 +61,7 @@ def simulate(
     seed_: int,
     tell: Callable[[int], None] = lambda _: None,
     *,
+    machine: type[Lifecycle] = Lifecycle,
     shortened: bool = True,
     stop: threading.Event | None = None,
 ) -> Result:
@@ -77,9 +78,9 @@ def simulate(
     chunk = 0
     while Lifecycle.steps < steps and not (stop is not None and stop.is_set()):
         left = steps - Lifecycle.steps
-        machine = seed(seed_ * 1_000_003 + chunk)(Lifecycle)
+        seeded = seed(seed_ * 1_000_003 + chunk)(machine)
         try:
-            run_state_machine_as_test(machine, settings=_chosen(left))
+            run_state_machine_as_test(seeded, settings=_chosen(left))
         except (Violation, Flaky):
             if Lifecycle.broken is None:
                 raise
@@ -109,9 +110,9 @@ def _chosen(left: int) -> settings:
     )
 
 
-def replay(calls: Calls) -> Lifecycle:
+def replay(calls: Calls, kind: type[Lifecycle] = Lifecycle) -> Lifecycle:
     """A machine after these calls, or after the first that ends in a violation."""
-    machine = Lifecycle()
+    machine = kind()
     try:
         needs = {rule.function.__name__: rule.preconditions for rule in machine.rules}
         for name, arguments in calls:
@@ -142,6 +143,6 @@ def shorten(broken: Lifecycle) -> Lifecycle:
 
 
 def _without(broken: Lifecycle, start: int, end: int, name: str) -> Lifecycle | None:
-    tried = replay([*broken.calls[:start], *broken.calls[end:]])
+    tried = replay([*broken.calls[:start], *broken.calls[end:]], type(broken))
     same = tried.violation is not None and tried.violation.name == name
     return tried if same else None

@@ -8,7 +8,10 @@ import pytest
 
 from dlm_core.catalogue import deletions
 from dlm_core.lifecycle import trash
+from dlm_core.storages.bundle_index import BundleIndex
+from dlm_core.storages.cold import ColdStorage
 from tests.simulation.machine import Lifecycle
+from tests.simulation.mixed import Mixed
 from tests.simulation.run import replay, simulate
 
 Patch = pytest.MonkeyPatch
@@ -94,6 +97,16 @@ def restored_unread(patch: Patch) -> None:
     patch.setattr(trash, "_brought_back", believe)
 
 
+def stubs_are_read(patch: Patch) -> None:
+    """A cold storage that takes all its files for online."""
+    patch.setattr(ColdStorage, "look", lambda _, paths: set(paths))
+
+
+def moved_members_vanish(patch: Patch) -> None:
+    """A rename of what lies in a bundle forgets it."""
+    patch.setattr(BundleIndex, "_do_move", lambda self, source, _: self._do_remove(source))
+
+
 QUICK = [
     (pending_counts, {"survivors-exist", "work-goes-on"}, 1),
     (grace_is_too_short, {"trash-restorable"}, 1),
@@ -121,6 +134,23 @@ def test_what_is_broken_on_purpose_is_found(engine, monkeypatch, sabotage, promi
     assert result.violation is not None, "the fault was not found"
     assert result.violation.split(":")[0] in promises
     assert result.story[0].startswith("begin")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("sabotage", "promises"),
+    [
+        (stubs_are_read, {"good-copy-kept", "nothing-lost"}),
+        (moved_members_vanish, {"no-deletion-without-certificate", "nothing-lost"}),
+    ],
+)
+def test_what_is_broken_in_bundles_and_tapes_is_found(engine, monkeypatch, sabotage, promises):
+    """So are faults of what only other storages than folders do."""
+    sabotage(monkeypatch)
+    result = simulate(engine, 20_000, 1, machine=Mixed, shortened=False)
+    assert result.violation is not None, "the fault was not found"
+    assert result.violation.split(":")[0] in promises
 
 
 def test_the_shortest_story_breaks_the_same_promise(engine, monkeypatch):

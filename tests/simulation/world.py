@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import random
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,16 +29,21 @@ from dlm_core.catalogue.lost import storages_in_audit
 from dlm_core.catalogue.operations import count_due
 from dlm_core.catalogue.replicas import count_evaluations_due
 from dlm_core.errors import (
+    CatalogueUnavailableError,
     DlmError,
+    PackingError,
     PayloadNotFoundError,
+    StorageError,
     StorageFullError,
     StorageUnavailableError,
 )
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.expire import ExpiryPlanner
 from dlm_core.lifecycle.lost import lose_storage, plan_audits, take_back
+from dlm_core.lifecycle.pack import pack_due
 from dlm_core.lifecycle.rebalance import plan_rebalance
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
+from dlm_core.lifecycle.staging import execute_stage
 from dlm_core.lifecycle.trash import execute_purge, execute_restore, execute_trash
 from dlm_core.lifecycle.verify import execute_verify
 from dlm_core.lifecycle.work import Context, StoragePool, drain
@@ -47,8 +51,10 @@ from dlm_core.settings import Settings
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import PRIVATE, Entry, Usage
 from dlm_core.types import OperationKind
-from tests.fakes import Wrapped
-from tests.simulation.model import Commit, Hold, Model, Store, Tree, Violation
+from tests.fakes import FAR, Wrapped
+from tests.simulation.model import Commit, Hold, Item, Model, Store, Violation
+from tests.simulation.process import Crash, Process
+from tests.simulation.shelves import Shelf
 
 GRACE = timedelta(hours=1)
 _BEGIN = datetime(2026, 6, 1, tzinfo=UTC)
@@ -71,47 +77,14 @@ JOBS = tuple(_JOBS)
 FAULTS = ("honest", "down", "full", "ghost", "hides", "keeps")
 
 
-class Crash(BaseException):
-    """The process is gone: whatever it would still do does not happen."""
-
-
-class Process:
-    """Points of one process: what is to happen at the one that counts."""
-
-    def __init__(self) -> None:
-        self.countdown: int | None = None
-        self.event: Callable[[], None] = lambda: None
-        self.dead = False
-        #: in a transaction, whose locks others would wait for: here they would wait for ever
-        self.locking = False
-        self.patient = False
-
-    def arm(self, point: int, event: Callable[[], None], *, patient: bool = False) -> None:
-        """Let ``event`` happen at the point with this number, counted from now; if it is
-        ``patient``, not before the transaction in hand is over."""
-        self.countdown, self.event, self.patient = point, event, patient
-
-    def point(self) -> None:
-        if self.dead:
-            raise Crash
-        if self.countdown is None:
-            return
-        self.countdown -= 1
-        if self.countdown < 0 and not (self.locking and self.patient):
-            self.countdown = None
-            self.event()
-
-    def crash(self) -> None:
-        self.dead = True
-        raise Crash
-
-
 class Worker(Context):
     """A context whose commits are told to the model."""
 
     def bind(self, world: World) -> None:
         self.world, self.process = world, Process()
-        self.storages = StoragePool(lambda row: Volume(world, self.process, row))
+        self.storages = StoragePool(
+            lambda row: world.shelves[row["name"]].around(Volume(world, self.process, row))
+        )
 
     def transact(self, work: Callable[[Connection], Any]) -> Any:
         self.process.point()
@@ -138,7 +111,7 @@ class Volume(Wrapped):
     concurrency = 1
 
     def __init__(self, world: World, process: Process, row: Mapping[str, Any]) -> None:
-        super().__init__(open_storage(row["name"], row["interface"], row["root"], row["config"]))
+        super().__init__(open_storage(row["name"], row["interface"], row["root"], {}))
         self.world, self.process, self.root = world, process, row["root"]
         self.name: str = row["name"]
 
@@ -154,8 +127,8 @@ class Volume(Wrapped):
         try:
             return getattr(self.inner, call)(*arguments)
         finally:
-            self.world.model.disk_changed(self.name, scan(self.root))
-            self.process.point()
+            self.world.model.disk_changed(self.name, self.world.shelves[self.name].tree())
+            self.process.point(after=True)
 
     def stat(self, path: str) -> Entry | None:
         return self.stat_many([path])[path]
@@ -223,21 +196,6 @@ def _private(path: str) -> bool:
     return path.startswith(f"{PRIVATE}/")
 
 
-def scan(root: str) -> Tree:
-    """All files below a folder with their bytes."""
-    found: Tree = {}
-    folders = [root]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                else:
-                    with open(entry.path, "rb") as file:
-                        found[entry.path[len(root) + 1 :]] = file.read()
-    return found
-
-
 class Eyes:
     """One connection that only looks, a round trip a question.
 
@@ -266,8 +224,17 @@ class Eyes:
 class World:
     """A site: its catalogue, its folders, and the model of both."""
 
-    def __init__(self, engine: Engine, folder: Path, salt: int = 0) -> None:
+    def __init__(
+        self, engine: Engine, folder: Path, salt: int = 0, kinds: Sequence[str] = ("posix",)
+    ) -> None:
         self.engine, self.folder = engine, folder
+        self.kinds, self.salt = kinds, salt
+        self.shelves: dict[str, Shelf] = {}
+        self.jobs = dict(_JOBS)
+        if len(kinds) > 1:
+            self.jobs["replication"] = (
+                plan_replication, {OperationKind.STAGE: execute_stage, **_JOBS["replication"][1]}
+            )  # fmt: skip
         self.settings = Settings(
             home=folder,
             trash_grace_seconds=GRACE.total_seconds(),
@@ -335,14 +302,27 @@ class World:
 
     def run(self, worker: Worker, job: str) -> None:
         """What one run of a job does at this moment."""
-        planner, executors = _JOBS[job]
+        if job == "packing":
+            return self.pack(worker)
+        planner, executors = self.jobs[job]
         if job == "expiry":
             planner = ExpiryPlanner(1000, 1 << 40)
         try:
             drain(worker, executors, planner)
         except DlmError as error:
+            if worker.process.cut and isinstance(error, CatalogueUnavailableError):
+                return None
             # every trouble of one item is that item's: the others' work goes on
             raise Violation("work-goes-on", f"{job} ended with {error.code}: {error}") from error
+
+    def pack(self, worker: Worker) -> None:
+        """Pack what is there on all storages with bundles, as if all of it had waited long."""
+        worker.clock = lambda: FAR
+        for pack in pack_due(worker):
+            try:
+                pack()
+            except (StorageError, PackingError):
+                pass  # it is down, or somebody else is at it
 
     def settle(self) -> None:
         """What the sensors would ask for at this moment, all jobs twice."""
@@ -350,10 +330,25 @@ class World:
         for job in JOBS * 2:
             if self.is_due(job):
                 self.run(worker, job)
+        self.keep_house()
+
+    def keep_house(self) -> None:
+        """Now and then bundles are made, what tapes were asked for comes, what lies there goes."""
+        if len(self.kinds) > 1 and self.model.step % 2:
+            self.pack(self.worker("packer"))
+            for shelf in self.shelves.values():
+                shelf.deliver()
+                if self.model.step % 4 == 1:
+                    self.migrate(shelf)
+
+    def migrate(self, shelf: Shelf) -> None:
+        """A tape's manager moves to the silo what is not damaged: damage is never seen there."""
+        if shelf.cold:
+            shelf.migrate([path for name, path in self.model.taken if name == shelf.name])
 
     def is_due(self, job: str) -> bool:
         """What the sensor of a job asks."""
-        now, kinds = self.model.now, list(_JOBS[job][1])
+        now, kinds = self.model.now, list(self.jobs[job][1])
 
         def look(connection: Connection) -> bool:
             return (
@@ -369,9 +364,14 @@ class World:
     # --- places ----------------------------------------------------------------------------------
 
     def add_storage(self, location: str, phase: str) -> str:
-        name = f"s{len(self.model.stores)}"
+        number = len(self.model.stores)
+        name = f"s{number}"
         root = self.folder / name
         root.mkdir()
+        kind = self.kinds[(number + self.salt) % len(self.kinds)]
+        shelf = self.shelves[name] = Shelf(
+            name, kind, root, self.model.seen, prompt=self.salt % 3 > 0
+        )
         known = {store.location for store in self.model.stores.values()}
         weight = types.Phase(phase).weight
         self.model.stores[name] = Store(name, location, weight)
@@ -382,7 +382,7 @@ class World:
                 places.add_location(connection, location, now=now)
             places.add_storage(
                 connection, name, location=location, interface="posix", root=str(root),
-                phase=phase, now=now,
+                phase=phase, now=now, config=shelf.config,
             )  # fmt: skip
 
         self.user.transact(add)
@@ -405,6 +405,16 @@ class World:
         usage = "SELECT used_bytes FROM storage_usage WHERE name = :name"
         return int(self.user.transact(lambda c: rows(c, usage, name=name))[0]["used_bytes"])
 
+    def retarget(self, item: Item) -> None:
+        """A user wants an item at its target."""
+        sql = "UPDATE data_item SET target_phase = :t WHERE oid = :o"
+        self.user.transact(lambda c: run(c, sql, t=item.target, o=item.oid))
+
+    def cut(self) -> int:
+        """End the connections that are in the middle of a transaction; how many."""
+        with self.engine.connect() as connection:
+            return len(rows(connection, _CUT))
+
     def id_of(self, name: str) -> uuid.UUID:
         with self.engine.connect() as connection:
             found = rows(connection, "SELECT storage_id FROM storage WHERE name = :n", n=name)
@@ -425,19 +435,14 @@ class World:
 
     def harm(self, storage: str, path: str, data: bytes | None) -> None:
         """Change the bytes at a place, or take them away (None)."""
-        file = self.folder / storage / path
-        if data is None:
-            file.unlink()
-        else:
-            file.write_bytes(data)
-        self.model.harm(storage, path, data)
+        self.model.harm(storage, path, self.shelves[storage].harm(path, data))
 
     # --- after every step ------------------------------------------------------------------------
 
     def check_disk(self) -> str | None:
         """Where the model and the folders differ; they never may."""
         for store in self.model.stores.values():
-            found = scan(str(self.folder / store.name))
+            found = self.shelves[store.name].tree()
             for path, data in found.items():
                 self.sizes[store.name, path] = len(data)
             if found != store.disk:
@@ -518,6 +523,10 @@ _REPLICAS = """
   SELECT r.uid, r.oid, s.name AS storage, r.path FROM replica r JOIN storage s USING (storage_id)
    WHERE r.uid = ANY(:uids)"""
 _SNAPSHOT = text("SELECT pg_current_snapshot()::text FROM set_config('dlm.now', :now, false)")
+_CUT = """
+  SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+   WHERE datname = current_database() AND state = 'idle in transaction'
+     AND pid <> pg_backend_pid()"""
 _BUSY = """
   SELECT FROM operation WHERE oid = :oid AND kind IN ('trash', 'purge', 'restore')
      AND (state = 'RUNNING' OR (kind = 'restore' AND state = 'QUEUED'))"""

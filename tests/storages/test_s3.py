@@ -169,6 +169,25 @@ def test_renaming_a_tree_that_was_cut_off_is_completed(bucket, monkeypatch):
         assert bucket.stat(tree) is None
 
 
+@pytest.mark.parametrize("tree", [False, True])
+def test_what_was_put_there_during_a_rename_is_not_deleted(bucket, monkeypatch, tree):
+    """A rename is copy and delete, and may be slow: newer bytes in the old place stay."""
+    source = f"{uuid.uuid4().hex}" + ("/a" if tree else "")
+    put(bucket, source, b"old")
+    real = obstore.copy
+
+    def copy(*arguments):
+        real(*arguments)
+        bucket.remove(source)
+        put(bucket, source, b"new")
+
+    monkeypatch.setattr(obstore, "copy", copy)
+    with pytest.raises(StorageUnavailableError, match="changed while it was moved"):
+        bucket.rename(source.partition("/")[0], ".dlm/trash/it")
+    with bucket.open_read(source) as stream:
+        assert stream.read() == b"new"
+
+
 def test_a_tree_is_not_mixed_with_another(bucket):
     """Other objects below the destination: nothing is moved."""
     put(bucket, "tree/a", b"mine")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from dlm_core.catalogue import embedded, schema
-from tests.simulation.machine import fast_folder
+from tests.memory import fast_folder
 from tests.simulation.run import quick_engine, simulate
 
 

@@ -16,6 +16,7 @@ from sqlalchemy import Engine
 
 from dlm_core.catalogue import embedded, schema
 from dlm_core.catalogue.engine import make_engine
+from tests.leftovers import ended_with_us
 from tests.memory import fast_folder
 
 # once, here: a fixture that is imported into several places is one of each, servers and all
@@ -28,17 +29,27 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(scope="session")
-def postgres_home() -> Iterator[Path]:
-    """The home of an embedded server without crash safety; gone at the end."""
+@pytest.fixture(scope="session", autouse=True)
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of this run's; it goes with all that the run started, however the run ends."""
     # not pytest's own folder, whose path may be too long for a socket
-    home = Path(tempfile.mkdtemp(prefix="dlm-test-", dir=fast_folder()))
+    folder = Path(tempfile.mkdtemp(prefix="dlm-test-", dir=fast_folder()))
+    try:
+        with ended_with_us(folder, tmp_path_factory.getbasetemp()):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_home(run_folder: Path) -> Iterator[Path]:
+    """The home of an embedded server without crash safety; gone at the end."""
+    home = run_folder / "home"
     try:
         embedded.ensure_running(home, durable=False)
         yield home
     finally:
         embedded.stop(home)
-        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

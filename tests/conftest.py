@@ -24,9 +24,40 @@ pytest_plugins = ["tests.backends"]
 
 _TEMPLATE = "dlm_template"
 
+#: the files that take longest, first of all: at the end one would keep a worker busy while the
+#: others have nothing to do. Two that start Dagster's services do not go beside each other.
+_FIRST = (
+    "endtoend/test_daemon.py",
+    "simulation/test_steps_1.py",
+    "simulation/test_steps_2.py",
+    "simulation/test_steps_3.py",
+    "simulation/test_steps_4.py",
+    "cli/test_services.py",
+    "crashpoints/test_crashpoints.py",
+    "transfers/test_mover.py",
+    "endtoend/test_secrets.py",
+    "simulation/test_simulation.py",
+    "catalogue/test_embedded.py",
+    "cli/test_commands.py",
+    "lifecycle/test_backup.py",
+    "lifecycle/test_far.py",
+    "lifecycle/test_staging.py",
+    "storages/test_conformance.py",
+)
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As a shell's background job: Dagster would ignore SIGTERM like it, and so would what it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first; the others stay as they are."""
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(_FIRST)}
+    gone = [str(path) for path in places if not path.exists()]
+    if gone:
+        raise pytest.UsageError(f"_FIRST names files that are gone: {', '.join(gone)}")
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import psutil
 
-_MARK = "DLM_TEST_RUN"
+#: not DLM_*: some tests start a site with none of those
+_MARK = "TESTS_OF_DLM"
 _ROOT = Path(__file__).resolve().parents[1]
 #: seconds; what was just being started shows up a little later
 _LOOKS, _BETWEEN = 5, 0.5

@@ -21,12 +21,13 @@ from dlm_core.catalogue import embedded
 from dlm_core.catalogue.dsn import catalogue_url, dagster_dsn, sqlalchemy_url
 from dlm_core.errors import CatalogueUnavailableError, InvalidValueError
 from dlm_core.settings import load_settings
+from tests.memory import fast_folder
 
 
 @pytest.fixture
-def home() -> Iterator[Path]:
+def home(run_folder: Path) -> Iterator[Path]:
     """A home in a folder that only we may pass, ended and removed after the test."""
-    top = Path(tempfile.mkdtemp(prefix="dlm-pg-"))
+    top = Path(tempfile.mkdtemp(dir=run_folder))
     home = top / "home"
     yield home
     for path in (home, *top.glob("*/**/postgres")):
@@ -192,7 +193,7 @@ def test_the_callers_own_libpq_variables_do_not_disturb(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root needs another user for the server")
 def test_as_root_without_user_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where user namespaces are blocked, setpriv is taken, and the data is found that way again."""
-    top = Path(tempfile.mkdtemp(prefix="dlm-pg-"))
+    top = Path(tempfile.mkdtemp(prefix="dlm-pg-", dir=fast_folder()))
     home = top / "home"
     try:
         with monkeypatch.context() as patch:

@@ -122,21 +122,21 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site() -> Iterator[Site]:
+def site(run_folder: Path) -> Iterator[Site]:
     """One home for all tests that leave it at work: a start takes most of their time."""
-    with _made() as site:
+    with _made(run_folder) as site:
         yield site
 
 
 @pytest.fixture
-def another_site() -> Iterator[Site]:
-    with _made() as site:
+def another_site(run_folder: Path) -> Iterator[Site]:
+    with _made(run_folder) as site:
         yield site
 
 
 @contextmanager
-def _made() -> Iterator[Site]:
-    folder = Path(tempfile.mkdtemp(prefix="dlm-up-"))
+def _made(run_folder: Path) -> Iterator[Site]:
+    folder = Path(tempfile.mkdtemp(dir=run_folder))
     site = Site(folder)
     try:
         yield site

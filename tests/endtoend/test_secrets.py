@@ -90,9 +90,8 @@ class ProcessList(threading.Thread):
 
 
 @pytest.fixture
-def installation(s3: S3Server) -> Iterator[Installation]:
-    # not pytest's own folder, whose path may be too long for a socket
-    folder = Path(tempfile.mkdtemp(prefix="dlm-secret-"))
+def installation(s3: S3Server, run_folder: Path) -> Iterator[Installation]:
+    folder = Path(tempfile.mkdtemp(dir=run_folder))
     made = Installation(folder, s3.secret_key)
     try:
         made.wait_up()

@@ -99,6 +99,29 @@ def test_a_stale_pid_that_belongs_to_another_process_is_no_server(home: Path) ->
     assert _value(embedded.ensure_running(home), "SELECT 1") == 1
 
 
+_UNCOLLECTED = """
+import ctypes, subprocess, sys, time
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: orphans become ours
+code = "import sys; from pathlib import Path; from dlm_core.catalogue import embedded as e; "
+def do(call):
+    command = [sys.executable, "-c", code + f"e.{call}(Path(sys.argv[1]))", sys.argv[1]]
+    subprocess.run(command, check=True)
+do("ensure_running")
+begun = time.monotonic()
+do("stop")
+print(time.monotonic() - begun)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's subreapers")
+def test_a_dead_server_that_nobody_collects_is_not_waited_for(home: Path) -> None:
+    """In a container whose first process collects no orphans, the server that was stopped stays a
+    zombie; it is down all the same."""
+    command = [sys.executable, "-c", _UNCOLLECTED, str(home)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=150).stdout
+    assert float(told) < 25
+
+
 def test_two_starters_at_once_start_one_server(home: Path) -> None:
     """Processes that start the same home at once all get the one server."""
     program = "import sys; from pathlib import Path; from dlm_core.catalogue import embedded as e;"

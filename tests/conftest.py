@@ -16,28 +16,71 @@ from sqlalchemy import Engine
 
 from dlm_core.catalogue import embedded, schema
 from dlm_core.catalogue.engine import make_engine
+from tests.leftovers import ended_with_us
+from tests.memory import fast_folder
 
 # once, here: a fixture that is imported into several places is one of each, servers and all
 pytest_plugins = ["tests.backends"]
 
 _TEMPLATE = "dlm_template"
 
+#: the files that take longest, first of all: at the end one would keep a worker busy while the
+#: others have nothing to do. Two that start Dagster's services do not go beside each other.
+_FIRST = (
+    "endtoend/test_daemon.py",
+    "simulation/test_steps_1.py",
+    "simulation/test_steps_2.py",
+    "simulation/test_steps_3.py",
+    "simulation/test_steps_4.py",
+    "cli/test_services.py",
+    "crashpoints/test_crashpoints.py",
+    "transfers/test_mover.py",
+    "endtoend/test_secrets.py",
+    "simulation/test_simulation.py",
+    "catalogue/test_embedded.py",
+    "cli/test_commands.py",
+    "lifecycle/test_backup.py",
+    "lifecycle/test_far.py",
+    "lifecycle/test_staging.py",
+    "storages/test_conformance.py",
+)
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As a shell's background job: Dagster would ignore SIGTERM like it, and so would what it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(scope="session")
-def postgres_home() -> Iterator[Path]:
-    """The home of an embedded server without crash safety; gone at the end."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take longest first; the others stay as they are."""
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(_FIRST)}
+    gone = [str(path) for path in places if not path.exists()]
+    if gone:
+        raise pytest.UsageError(f"_FIRST names files that are gone: {', '.join(gone)}")
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of this run's; it goes with all that the run started, however the run ends."""
     # not pytest's own folder, whose path may be too long for a socket
-    home = Path(tempfile.mkdtemp(prefix="dlm-test-"))
+    folder = Path(tempfile.mkdtemp(prefix="dlm-test-", dir=fast_folder()))
+    try:
+        with ended_with_us(folder, tmp_path_factory.getbasetemp()):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_home(run_folder: Path) -> Iterator[Path]:
+    """The home of an embedded server without crash safety; gone at the end."""
+    home = run_folder / "home"
     try:
         embedded.ensure_running(home, durable=False)
         yield home
     finally:
         embedded.stop(home)
-        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +123,8 @@ def engine(database_url: str) -> Iterator[Engine]:
 @contextmanager
 def _database(home: Path, template: str) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex}"
-    _execute(home, f"CREATE DATABASE {name} TEMPLATE {template}")
+    # a copy of its files costs half of what writing its blocks to the log does
+    _execute(home, f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
     try:
         yield embedded.database_url(home, name)
     finally:

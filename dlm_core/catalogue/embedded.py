@@ -408,14 +408,25 @@ def _clear_leftovers(home: Path) -> None:
 
 
 def _end(pid: int, number: int, timeout: float) -> bool:
+    end = time.monotonic() + timeout
     try:
         process = psutil.Process(pid)
         os.kill(pid, number)
-        process.wait(timeout)
-    except psutil.TimeoutExpired:
-        return False
+        while not _is_over(process):
+            if time.monotonic() > end:
+                return False
     except (psutil.NoSuchProcess, ProcessLookupError):
         pass
+    return True
+
+
+def _is_over(process: psutil.Process) -> bool:
+    """Wait a moment; True if it has ended, collected by its parent or not: the first process of
+    many a container collects nobody."""
+    try:
+        process.wait(0.2)
+    except psutil.TimeoutExpired:
+        return process.status() == psutil.STATUS_ZOMBIE
     return True
 
 

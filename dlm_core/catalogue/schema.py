@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
 from dlm_core.catalogue.engine import begin, make_engine
 from dlm_core.errors import SchemaMismatchError
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 _PACKAGED = Path(__file__).resolve().parent.parent / "schema"
 _CHECKOUT = Path(__file__).resolve().parents[2] / "schema"
@@ -25,6 +25,9 @@ def schema_folder() -> Path:
 
 
 def _config(connection: Connection | None = None) -> Config:
+    # to be imported it takes as long as all else that a command does, and few commands migrate
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(schema_folder()))
     config.attributes["connection"] = connection
@@ -33,15 +36,13 @@ def _config(connection: Connection | None = None) -> Config:
 
 def expected_revision() -> str:
     """The revision that this software needs."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
-    assert head is not None
-    return head
+    return known_revisions()[-1]
 
 
 def known_revisions() -> list[str]:
     """The revisions that this software can upgrade from, oldest first."""
-    walked = ScriptDirectory.from_config(_config()).walk_revisions()
-    return [script.revision for script in walked][::-1]
+    # a migration's number is its revision, and each follows the one before it
+    return sorted(path.name[:4] for path in (schema_folder() / "versions").glob("[0-9]*.py"))
 
 
 def upgrade(url: str) -> None:
@@ -51,6 +52,8 @@ def upgrade(url: str) -> None:
     ------
     CatalogueUnavailableError, CatalogueError
     """
+    from alembic import command
+
     engine = make_engine(url, pool_size=1)
     try:
         with begin(engine, "dlm:upgrade") as connection:
@@ -69,7 +72,9 @@ def check(connection: Connection) -> str:
     SchemaMismatchError
         if it is not the one this software needs.
     """
-    found = MigrationContext.configure(connection).get_current_revision()
+    known = connection.execute(text("SELECT to_regclass('alembic_version')")).scalar_one()
+    query = text("SELECT version_num FROM alembic_version")
+    found = connection.execute(query).scalar() if known is not None else None
     if found != expected_revision():
         raise SchemaMismatchError(found=found or "empty", expected=expected_revision())
-    return found
+    return str(found)

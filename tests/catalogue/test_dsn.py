@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +16,9 @@ from dlm_core.catalogue.engine import make_engine, rows, transact
 
 
 @pytest.fixture(scope="module")
-def standby() -> Iterator[Path]:
+def standby(run_folder: Path) -> Iterator[Path]:
     """The home of a second server which, like a standby, takes no writes."""
-    home = Path(tempfile.mkdtemp(prefix="dlm-test-"))
+    home = run_folder / "standby"
     try:
         url = embedded.ensure_running(home, durable=False)
         with psycopg.connect(url, autocommit=True) as connection:
@@ -29,7 +27,6 @@ def standby() -> Iterator[Path]:
         yield home
     finally:
         embedded.stop(home)
-        shutil.rmtree(home, ignore_errors=True)
 
 
 def several(database_url: str, standby: Path) -> str:

@@ -21,12 +21,13 @@ from dlm_core.catalogue import embedded
 from dlm_core.catalogue.dsn import catalogue_url, dagster_dsn, sqlalchemy_url
 from dlm_core.errors import CatalogueUnavailableError, InvalidValueError
 from dlm_core.settings import load_settings
+from tests.memory import fast_folder
 
 
 @pytest.fixture
-def home() -> Iterator[Path]:
+def home(run_folder: Path) -> Iterator[Path]:
     """A home in a folder that only we may pass, ended and removed after the test."""
-    top = Path(tempfile.mkdtemp(prefix="dlm-pg-"))
+    top = Path(tempfile.mkdtemp(dir=run_folder))
     home = top / "home"
     yield home
     for path in (home, *top.glob("*/**/postgres")):
@@ -96,6 +97,29 @@ def test_a_stale_pid_that_belongs_to_another_process_is_no_server(home: Path) ->
     file.write_text("\n".join([str(os.getppid()), *lines[1:]]))
     assert embedded.running_pid(home) is None
     assert _value(embedded.ensure_running(home), "SELECT 1") == 1
+
+
+_UNCOLLECTED = """
+import ctypes, subprocess, sys, time
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: orphans become ours
+code = "import sys; from pathlib import Path; from dlm_core.catalogue import embedded as e; "
+def do(call):
+    command = [sys.executable, "-c", code + f"e.{call}(Path(sys.argv[1]))", sys.argv[1]]
+    subprocess.run(command, check=True)
+do("ensure_running")
+begun = time.monotonic()
+do("stop")
+print(time.monotonic() - begun)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's subreapers")
+def test_a_dead_server_that_nobody_collects_is_not_waited_for(home: Path) -> None:
+    """In a container whose first process collects no orphans, the server that was stopped stays a
+    zombie; it is down all the same."""
+    command = [sys.executable, "-c", _UNCOLLECTED, str(home)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=150).stdout
+    assert float(told) < 25
 
 
 def test_two_starters_at_once_start_one_server(home: Path) -> None:
@@ -192,7 +216,7 @@ def test_the_callers_own_libpq_variables_do_not_disturb(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root needs another user for the server")
 def test_as_root_without_user_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where user namespaces are blocked, setpriv is taken, and the data is found that way again."""
-    top = Path(tempfile.mkdtemp(prefix="dlm-pg-"))
+    top = Path(tempfile.mkdtemp(prefix="dlm-pg-", dir=fast_folder()))
     home = top / "home"
     try:
         with monkeypatch.context() as patch:

@@ -47,6 +47,22 @@ def test_help_comes_fast_and_without_heavy_imports() -> None:
     assert min(took) < 0.6
 
 
+@pytest.mark.parametrize("command", ["status", "item list", "storage list", "audit --since 1d"])
+def test_a_look_loads_nothing_that_it_does_not_need(dlm: Dlm, command: str) -> None:
+    """A command that only asks the catalogue loads no Dagster, no Alembic and no storage's library;
+    each would take longer than the rest of it."""
+    code = (
+        f"import sys; sys.argv = ['dlm', *{command.split()!r}]\n"
+        "from dlm_cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'dagster', 'alembic', 'boto3', 'botocore', 'obstore', 'asyncssh', 'moto'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_reader_that_goes_away_is_no_error(dlm: Dlm, storages: Any) -> None:
     """dlm … | head -0: no traceback."""
     command = (

@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ class Site:
         self.workspace.write_text(json.dumps({"load_from": [entry]}))
         self.supervisors: list[subprocess.Popen[str]] = []
 
+    def running(self) -> subprocess.Popen[str]:
+        """The supervisor that the test before left at work, or a new one."""
+        latest = self.supervisors[-1] if self.supervisors else None
+        return latest if latest is not None and latest.poll() is None else self.up()
+
     def up(self) -> subprocess.Popen[str]:
         """Start a supervisor; returns when it says that all is ready."""
         command = [sys.executable, "-c", _UP, str(self.home), str(self.workspace)]
@@ -115,18 +121,33 @@ class Site:
         embedded.stop(self.home)
 
 
+@pytest.fixture(scope="module")
+def site(run_folder: Path) -> Iterator[Site]:
+    """One home for all tests that leave it at work: a start takes most of their time."""
+    with _made(run_folder) as site:
+        yield site
+
+
 @pytest.fixture
-def site() -> Iterator[Site]:
-    folder = Path(tempfile.mkdtemp(prefix="dlm-up-"))
+def another_site(run_folder: Path) -> Iterator[Site]:
+    with _made(run_folder) as site:
+        yield site
+
+
+@contextmanager
+def _made(run_folder: Path) -> Iterator[Site]:
+    folder = Path(tempfile.mkdtemp(dir=run_folder))
     site = Site(folder)
-    yield site
-    site.end()
-    shutil.rmtree(folder)
+    try:
+        yield site
+    finally:
+        site.end()
+        shutil.rmtree(folder)
 
 
 def test_up_and_ctrl_c_and_up_again(site: Site) -> None:
     """Ctrl-C ends everything, a run's worker too; the next start finds the data again."""
-    supervisor = site.up()
+    supervisor = site.running()
     assert set(site.state["pids"]) == {"supervisor", "daemon", "webserver", "postgres"}
     with pytest.raises(AlreadyRunningError, match=f"process {supervisor.pid}, http"):
         run_services(load_settings(home=site.home), print, threading.Event())
@@ -145,7 +166,7 @@ def test_up_and_ctrl_c_and_up_again(site: Site) -> None:
 
 def test_what_is_killed_is_started_again(site: Site) -> None:
     """kill -9 of PostgreSQL, the daemon and the webserver: each is started again, with its data."""
-    site.up()
+    site.running()
     before = site.state["pids"]
     catalogue = embedded.database_url(site.home)
     with psycopg.connect(catalogue, autocommit=True) as connection:
@@ -162,7 +183,7 @@ def test_what_is_killed_is_started_again(site: Site) -> None:
 
 def test_kill_9_of_everything(site: Site) -> None:
     """After kill -9 of all processes the next start works, and the lost run counts no longer."""
-    supervisor = site.up()
+    supervisor = site.running()
     run_id = site.launch()
     postgres = embedded.running_pid(site.home)
     assert postgres is not None
@@ -176,15 +197,16 @@ def test_kill_9_of_everything(site: Site) -> None:
 
 def test_leftovers_of_a_killed_supervisor_are_ended(site: Site) -> None:
     """The next supervisor ends the daemon of a killed one, so that no two ever work at once."""
-    site.up().kill()
+    site.running().kill()
     left = processes_of(site.home)
     assert left
     site.up()
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in left)
 
 
-def test_a_service_that_cannot_start_is_reported(site: Site) -> None:
+def test_a_service_that_cannot_start_is_reported(another_site: Site) -> None:
     """A daemon that ends at once again and again is an error that names the logs."""
+    site = another_site
     site.workspace.write_text("load_from: nonsense")
     settings = load_settings(home=site.home, webserver_port=0)
     with pytest.raises(ServiceUnavailableError, match=r"logs in .* tell why"):

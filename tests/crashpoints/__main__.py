@@ -15,12 +15,13 @@ from dlm_core.catalogue import embedded, schema
 from tests.backends import offer_keys, s3_config
 from tests.crashpoints.run import Arena, Servers, exhaust
 from tests.crashpoints.scenarios import SCENARIOS
+from tests.memory import fast_folder
 from tests.sshd import ssh_server
 
 
 def main(wanted: list[str]) -> int:
     """Run the scenarios whose names contain one of ``wanted``, all if there are none."""
-    home = Path(tempfile.mkdtemp(prefix="dlm-crash-"))
+    home = Path(tempfile.mkdtemp(prefix="dlm-crash-", dir=fast_folder()))
     chosen = [s.name for s in SCENARIOS if not wanted or any(word in s.name for word in wanted)]
     total = failed = 0
     print(f"{'scenario':24} {'points':>7} {'failed':>7} {'seconds':>8}", flush=True)

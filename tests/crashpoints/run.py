@@ -120,7 +120,7 @@ class Arena:
 
     def create(self, name: str, template: str) -> None:
         """A database like ``template``."""
-        self._execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self._execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
 
     def drop(self, name: str) -> None:
         """Remove a database, whoever is connected to it still."""

@@ -48,8 +48,8 @@ _ENVIRONMENT = {
 class Up:
     """``dlm up`` as a process, and a site of three storages at three locations on its catalogue."""
 
-    def __init__(self, folder: Path) -> None:
-        self.home = folder / "home"
+    def __init__(self, home: Path, folder: Path) -> None:
+        self.home = home
         environment = {k: v for k, v in os.environ.items() if not k.startswith("DLM_")}
         command = [sys.executable, "-c", "from dlm_cli.main import main; main()", "up"]
         self.process = subprocess.Popen(
@@ -156,10 +156,10 @@ class Watcher(threading.Thread):
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[Up]:
-    # not pytest's own folder, whose path may be too long for a socket
+def up(run_folder: Path) -> Iterator[Up]:
+    # more on the storages than memory should hold
     folder = Path(tempfile.mkdtemp(prefix="dlm-e2e-"))
-    up = Up(folder)
+    up = Up(run_folder / "e2e", folder)
     try:
         yield up
     finally:

@@ -90,9 +90,8 @@ class ProcessList(threading.Thread):
 
 
 @pytest.fixture
-def installation(s3: S3Server) -> Iterator[Installation]:
-    # not pytest's own folder, whose path may be too long for a socket
-    folder = Path(tempfile.mkdtemp(prefix="dlm-secret-"))
+def installation(s3: S3Server, run_folder: Path) -> Iterator[Installation]:
+    folder = Path(tempfile.mkdtemp(dir=run_folder))
     made = Installation(folder, s3.secret_key)
     try:
         made.wait_up()
@@ -149,6 +148,7 @@ def _use(installation: Installation, server: S3Server, wrong: str) -> None:
         assert "added" in out
     key.write_text(wrong)
     dlm("register", "disk", "--scheme", "test")
+    _eventually(lambda: _is_settled(installation.home))
     _eventually(lambda: _all_copied(dlm))
     for command in (
         ["storage", "set", "good", "--mode", "offline"], ["run", "replication", "--wait"],
@@ -157,6 +157,13 @@ def _use(installation: Installation, server: S3Server, wrong: str) -> None:
         ["audit", "--since", "1d"], ["status"],
     ):  # fmt: skip
         dlm(*command)
+
+
+def _is_settled(home: Path) -> bool:
+    """As :func:`_all_copied`, without two commands each time, which the services would wait for."""
+    query = "SELECT count(*) FROM data_item WHERE state = 'READY' AND shortfall IS NULL"
+    with psycopg.connect(embedded.database_url(home)) as connection:
+        return connection.execute(query).fetchone() == (FILES,)
 
 
 def _all_copied(dlm: Callable[..., str]) -> bool:

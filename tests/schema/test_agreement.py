@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine
 from sqlalchemy.dialects.postgresql import base as dialect
 
 from dlm_core.catalogue import schema, tables
 from dlm_core.catalogue.engine import make_engine, rows
+from dlm_core.errors import SchemaMismatchError
 from dlm_core.types import Phase
 from tests.schema.document import DOCUMENT, render
 
@@ -115,6 +117,22 @@ def test_upgrading_twice_changes_nothing(engine: Engine, database_url: str) -> N
     schema.upgrade(database_url)
     with engine.connect() as connection:
         assert schema.check(connection) == schema.expected_revision()
+
+
+def test_a_migration_is_known_by_its_number() -> None:
+    """The numbers of the files, which tell the revision without Alembic, are Alembic's chain."""
+    scripts = ScriptDirectory.from_config(schema._config())
+    walked = [script.revision for script in scripts.walk_revisions()][::-1]
+    assert schema.known_revisions() == walked
+    assert schema.expected_revision() == scripts.get_current_head()
+
+
+def test_an_empty_database_is_told(empty_database_url: str) -> None:
+    """No table of revisions is no error of the database."""
+    engine = make_engine(empty_database_url)
+    with engine.connect() as connection, pytest.raises(SchemaMismatchError, match="is at empty"):
+        schema.check(connection)
+    engine.dispose()
 
 
 def test_the_documentation_lists_every_table_and_column(engine: Engine) -> None:

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from dlm_core.catalogue import embedded, schema
-from tests.simulation.machine import Lifecycle, fast_folder
+from tests.memory import fast_folder
+from tests.simulation.machine import Lifecycle
 from tests.simulation.mixed import Mixed
 from tests.simulation.run import quick_engine, simulate
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,13 +20,12 @@ from dlm_core.errors import DlmError, NotFoundError
 from dlm_core.lifecycle.register import Source, Terms, register_list
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
+from tests.memory import fast_folder
 from tests.simulation.model import TEMPORARY, Item, Replica, Violation
 from tests.simulation.process import Crash
 from tests.simulation.world import FAULTS, JOBS, World, content
 
 _ITEMS, _STORAGES = 4, 6
-#: of the folders and, for 'make simulate', of the catalogue too
-_NEEDED_BYTES = 1 << 30
 _LAYOUTS = (("A", "B", "C"), ("A", "A", "B"), ("A", "B", "B", "C"))
 _PHASES = ("GAS", "LIQUID", "SOLID")
 _TARGETS = ("PLASMA", "GAS", "LIQUID", "LIQUID", "SOLID", "SOLID")
@@ -538,10 +535,3 @@ class Lifecycle(RuleBasedStateMachine):
         self.model.check_nothing_lost()
         self.model.check_ready_is_there()
         self.model.check_trash_is_there()
-
-
-def fast_folder() -> str | None:
-    """Memory, where there is enough of it: nothing has to outlive the run."""
-    folder = "/dev/shm"
-    usable = os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > _NEEDED_BYTES
-    return folder if usable else None

@@ -23,9 +23,10 @@ from dlm_core.errors import (
     StorageFullError,
 )
 from dlm_core.storages.listing import Listed
-from dlm_core.storages.port import Entry, Readable, Usage, temp_path
+from dlm_core.storages.port import Entry, Readable, ReadStream, Usage, temp_path
+from dlm_core.storages.ranges import Slice
 from dlm_core.storages.web import WebConfig, read_authorization, read_web_config
-from dlm_core.storages.wire import BLOCK, Reply, ReplyStream, Wire, WireError
+from dlm_core.storages.wire import BLOCK, Reply, ReplyStream, Wire, WireError, part
 
 _SMALL = 1 << 20
 _CONNECT_SECONDS = 10
@@ -249,19 +250,36 @@ class WebdavStorage(Listed):
         return Entry(path, size, _time(found), "file", etag.strip('"') if etag else None)
 
     def open_read(self, path: str) -> WebdavStream:
+        return self.open_read_at(path, 0)
+
+    def open_read_at(self, path: str, offset: int) -> WebdavStream:
+        return self._reading(path, offset, None)
+
+    def open_range(self, path: str, offset: int, size: int) -> ReadStream:
+        """Up to ``size`` bytes of a file from ``offset`` on."""
+        stream = self._reading(path, offset, size or None)
+        return Slice(stream, max(0, min(size, stream.size - offset)))
+
+    def _reading(self, path: str, offset: int, size: int | None) -> WebdavStream:
         entry = self.stat(path)
         if entry is None:
             raise PayloadNotFoundError(storage=self.name, path=path)
         if entry.kind != "file":
             raise self._refused(path, "it is a directory, not a file")
-        stream = self.read_back(path)
+        wanted = part(offset, size) if (offset or size) and offset < entry.size else {}
+        stream = self._get(path, wanted)
         stream.size = entry.size  # an answer in chunks does not tell
+        stream.begin_at(offset)
         return stream
 
     def read_back(self, path: str) -> WebdavStream:
         """As :meth:`open_read` for what is known to be a file: one request less."""
-        reply = self._ask("GET", self._path(path))
-        if reply.status == 200 and reply.header("Content-Encoding") in (None, "", "identity"):
+        return self._get(path, {})
+
+    def _get(self, path: str, headers: Mapping[str, str]) -> WebdavStream:
+        reply = self._ask("GET", self._path(path), headers)
+        plain = reply.header("Content-Encoding") in (None, "", "identity")
+        if plain and (reply.status == 200 or (headers and reply.status == 206)):
             return WebdavStream(self, path, reply)
         reply.close()
         if reply.status in _ABSENT:
@@ -461,7 +479,11 @@ class WebdavStream(ReplyStream):
 
 
 def _stamp(reply: Reply) -> Hashable:
-    return tuple(map(reply.header, ("ETag", "Last-Modified", "Content-Length")))
+    # of a part, the length of the whole is behind the slash
+    told = (reply.header("Content-Range") or reply.header("Content-Length") or "").rpartition("/")[
+        2
+    ]
+    return reply.header("ETag"), reply.header("Last-Modified"), told
 
 
 def _text(found: Mapping[str, ElementTree.Element], name: str) -> str:

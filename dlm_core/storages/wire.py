@@ -79,6 +79,13 @@ class Reply:
         self.close()
 
 
+def part(offset: int, size: int | None = None) -> dict[str, str]:
+    """The header that asks for ``size`` bytes from ``offset`` on (all of them if None); a server
+    may send the whole all the same: see :meth:`ReplyStream.begin_at`."""
+    last = "" if size is None else offset + size - 1
+    return {"Range": f"bytes={offset}-{last}"}
+
+
 class ReplyStream:
     """An answer's body as a file that is read once, front to back.
 
@@ -96,6 +103,19 @@ class ReplyStream:
             return self._reply.read(size)
         except WireError as error:
             raise self._told(error) from None
+
+    def begin_at(self, offset: int) -> None:
+        """Pass over what comes before byte ``offset`` of the file, which was asked for by
+        :func:`part`; the stream is closed if another part was sent."""
+        try:
+            if self._reply.status != 206:
+                while offset and (block := self.read(min(BLOCK, offset))):
+                    offset -= len(block)
+            elif not (self._reply.header("Content-Range") or "").startswith(f"bytes {offset}-"):
+                raise self._told(WireError(f"it sent another part than from byte {offset} on"))
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._reply.close()

@@ -28,7 +28,8 @@ from dlm_core.errors import (
 )
 from dlm_core.storages.config import read_config
 from dlm_core.storages.listing import Listed
-from dlm_core.storages.port import Entry, Readable, Usage
+from dlm_core.storages.port import Entry, Readable, ReadStream, Usage
+from dlm_core.storages.ranges import Slice
 from dlm_core.storages.secrets import read_secret
 
 _BLOCK = 4 << 20
@@ -268,6 +269,16 @@ class XrootdStorage(Listed):
             raise self._refused(path, "it is a directory, not a file")
         return self.read_back(path)
 
+    def open_read_at(self, path: str, offset: int) -> XrootdStream:
+        stream = self.open_read(path)
+        stream.begin_at(offset)
+        return stream
+
+    def open_range(self, path: str, offset: int, size: int) -> ReadStream:
+        """Up to ``size`` bytes of a file from ``offset`` on."""
+        stream = self.open_read_at(path, offset)
+        return Slice(stream, max(0, min(size, stream.size - offset)))
+
     def read_back(self, path: str) -> XrootdStream:
         """As :meth:`open_read` for what is known to be a file: one question less."""
         try:
@@ -427,6 +438,10 @@ class XrootdStream:
         self._offset += len(data)
         self._ended = len(data) < length
         return data
+
+    def begin_at(self, offset: int) -> None:
+        """Read from byte ``offset`` on; nothing was read yet."""
+        self._offset = offset
 
     def stamp(self) -> Hashable:
         """Identity, size and time of change of what has the name now."""

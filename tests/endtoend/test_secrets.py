@@ -83,9 +83,9 @@ class ProcessList(threading.Thread):
     def run(self) -> None:
         while not self.over.wait(0.1):
             self.looked += 1
-            for file in Path("/proc").glob("[0-9]*/cmdline"):
-                with contextlib.suppress(OSError):
-                    line = file.read_bytes()
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+                    line = file.read()
                     self.found |= {line for one in self.wanted if one in line}
 
 
@@ -172,7 +172,7 @@ def _all_copied(dlm: Callable[..., str]) -> bool:
     return len(ready) == FILES and not lacking
 
 
-def _eventually(holds: Callable[[], bool], seconds: float = 120) -> None:
+def _eventually(holds: Callable[[], bool], seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it did not come about in time"

@@ -84,6 +84,8 @@ class _Fenced:
         self._inner, self._fence = inner, fence_
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute == "rename_many":
+            raise AttributeError(attribute)  # one by one, each through the fence
         return getattr(self._inner, attribute)
 
     def rename(self, source: str, destination: str) -> None:

@@ -182,8 +182,8 @@ CATALOGUE = (
     Mutant(
         "claim-without-lock",
         "dlm_core/catalogue/operations.py",
-        (" LIMIT :limit FOR UPDATE SKIP LOCKED)\n           UPDATE"),
-        (" LIMIT :limit)\n           UPDATE"),
+        (" LIMIT :limit FOR UPDATE SKIP LOCKED),\n           chosen"),
+        (" LIMIT :limit),\n           chosen"),
         "two workers claim the same operations",
         (("catalogue/test_operations.py::test_what_one_claims_another_does_not_wait_for_nor_get"),),
         "Rucio: reapers fight each other",
@@ -191,8 +191,8 @@ CATALOGUE = (
     Mutant(
         "claim-waits",
         "dlm_core/catalogue/operations.py",
-        (" LIMIT :limit FOR UPDATE SKIP LOCKED)\n           UPDATE"),
-        (" LIMIT :limit FOR UPDATE)\n           UPDATE"),
+        (" LIMIT :limit FOR UPDATE SKIP LOCKED),\n           chosen"),
+        (" LIMIT :limit FOR UPDATE),\n           chosen"),
         "a worker waits for another's claim",
         (("catalogue/test_operations.py::test_what_one_claims_another_does_not_wait_for_nor_get"),),
         "SKA DLM 9: no row locking",

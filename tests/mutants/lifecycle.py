@@ -383,8 +383,8 @@ LIFECYCLE = (
     Mutant(
         "links-followed",
         "dlm_core/storages/kernel.py",
-        "    how = _OpenHow(flags, mode, _RESOLVE_NO_SYMLINKS)",
-        "    how = _OpenHow(flags, mode, 0)",
+        "_OpenHow(flags, mode, _RESOLVE_NO_SYMLINKS)",
+        "_OpenHow(flags, mode, 0)",
         "a symbolic link leads out of the storage",
         ("storages/test_posix.py::test_links_out_of_the_root_are_not_followed",),
     ),

@@ -111,7 +111,7 @@ def test_an_adapter_with_a_fixture_of_its_own_imports_the_test(package):
         "def dlm_storage(tmp_path):\n"
         "    return theirs.make(tmp_path)\n"
     )
-    code, told = run_suite(package, "test_theirs.py", "-k", "many")
+    code, told = run_suite(package, "test_theirs.py", "-k", "together")
     assert code == 0 and f"1 passed, {len(CHECKS) - 1} deselected" in told
 
 

@@ -159,7 +159,9 @@ def test_stopping_leaves_the_rest_untouched(source, tmp_path):
     tasks = [task(source, f"{n}", b"x") for n in range(1100)]
     results = list(copy_batch(source, slow, tasks, stop=stop))
     assert all(r.error is None for r in results)
-    assert len(list(inner.walk())) == len(results) == 512
+    # one sub-batch was being flushed and the next one written
+    assert 512 <= len(results) < 1100
+    assert len(list(inner.walk())) == len(results)
     assert leftovers(inner) == []
 
 

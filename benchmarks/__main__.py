@@ -14,9 +14,9 @@ def main() -> None:
     """Run all cases; each is a ratio to a bare limit of the same run."""
     quick = "--quick" in sys.argv
     with server() as home, scratch() as folder:
-        found = moving.run_all(home, folder, quick) + moving_dav.run_all(home, folder, quick)
+        found = catalogue.run_all(home, folder, quick)
+        found += moving.run_all(home, folder, quick) + moving_dav.run_all(home, folder, quick)
         found += moving_xrootd.run_all(home, folder, quick)
-        found += catalogue.run_all(home, folder, quick)
     for row in found:
         print("{case:55} {value:>12} {unit:10} limit {limit:>12}  ratio {ratio}".format(**row))
     if not quick:

@@ -35,7 +35,9 @@ def result(case: str, value: float, unit: str, limit: float) -> Result:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long ``work`` takes."""
+    """How long ``work`` takes. It begins with clean disk caches: what the one before left to be
+    written would be paid by the next."""
+    os.sync()
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
@@ -44,13 +46,9 @@ def seconds(work: Callable[[], Any]) -> float:
 def beside(bare: Callable[[int], Any], ours: Callable[[], Any]) -> tuple[float, float]:
     """Seconds of ours, and of the bare limit: the mean of one before and one after.
 
-    Each begins with clean disk caches: what the one before left to be written would be paid by
-    the next. ``bare`` is told its number, so that it can write to a place of its own.
+    ``bare`` is told its number, so that it can write to a place of its own.
     """
-    times = []
-    for work in (lambda: bare(0), ours, lambda: bare(1)):
-        os.sync()
-        times.append(seconds(work))
+    times = [seconds(work) for work in (lambda: bare(0), ours, lambda: bare(1))]
     return times[1], (times[0] + times[2]) / 2
 
 

@@ -245,7 +245,8 @@ def underway(
         """SELECT DISTINCT o.kind || ' ' || o.state AS told FROM replica r
              JOIN operation o ON o.uid = r.uid
             WHERE r.oid = :oid AND (o.state = 'RUNNING'
-               OR o.state = 'QUEUED' AND (o.due_at <= :now OR o.attempts > 0))
+               OR o.state = 'QUEUED'
+              AND (o.due_at <= :now OR o.attempts > 0 OR o.error_code IS NOT NULL))
            UNION ALL
            SELECT 'planning' FROM evaluation WHERE oid = :oid AND due_at <= :now""",
         oid=oid,

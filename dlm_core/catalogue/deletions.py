@@ -156,7 +156,7 @@ def prove_expired(
     """
     named = {"plan": plan_id} if plan_id else {}
     query = EXPIRED_OF_PLAN if plan_id else EXPIRED
-    return _prove(connection, query, now=now, limit=limit, **named)
+    return _prove(connection, query, due=now, now=now, limit=limit, **named)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +198,10 @@ def prove(connection: Connection, uids: Sequence[uuid.UUID]) -> list[Proof]:
     )
 
 
-def _prove(connection: Connection, going: str, **parameters: object) -> list[Proof]:
-    """Prove for the replicas that the query ``going`` names.
+def _prove(
+    connection: Connection, going: str, due: datetime | None = None, **parameters: object
+) -> list[Proof]:
+    """Prove for the replicas that the query ``going`` names, and that are ``due`` if that is given.
 
     What a lock was waited for is seen as it is then: the proof is made of the locked rows alone.
     Keys come as arrays, so that each is looked up: a join would read all between the first and the
@@ -221,10 +223,18 @@ def _prove(connection: Connection, going: str, **parameters: object) -> list[Pro
         connection,
         """CREATE TEMPORARY TABLE copy ON COMMIT DROP AS
            SELECT uid, oid, storage_id, path, state, size, trashed_at, checked_at, expires_at,
-                  expiry_reason FROM replica
+                  expiry_reason, delete_after FROM replica
             WHERE oid = ANY(ARRAY(SELECT oid FROM going))
             ORDER BY uid FOR NO KEY UPDATE""",
     )
+    if due is not None:
+        # somebody may have taken it back while its lock was waited for
+        run(
+            connection,
+            """DELETE FROM going USING copy WHERE copy.uid = going.uid
+                  AND (copy.delete_after IS NULL OR copy.delete_after > :due)""",
+            due=due,
+        )
     run(connection, "ANALYZE item (oid), copy (uid, oid)")
     run(connection, f"CREATE TEMPORARY TABLE proof ON COMMIT DROP AS {_PROVE}")
     return [_proof(row) for row in each(connection, _PROVEN)]

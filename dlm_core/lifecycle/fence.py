@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, cast
 
 from sqlalchemy import Connection
@@ -26,18 +26,22 @@ from dlm_core.storages.port import Storage
 class Fence:
     """Says before each effect whether the locks that ``connection`` took are still there.
 
-    ``quiet`` is how long from now on nobody else can have them, connection or no connection, which
-    is not asked meanwhile. May be asked by many threads while nothing else uses the connection.
+    Until ``until`` by the ``clock`` and ``until_ticks`` by the monotonic one nobody else can have
+    them, connection or no connection, which is not asked meanwhile. May be asked by many threads
+    while nothing else uses the connection.
     """
 
     def __init__(
-        self, connection: Connection, clock: Clock = utc_now, quiet: timedelta = timedelta(0)
+        self,
+        connection: Connection,
+        clock: Clock = utc_now,
+        until: datetime | None = None,
+        until_ticks: float = 0.0,
     ) -> None:
         self._connection, self._clock, self._lock = connection, clock, threading.Lock()
         # a clock that stands still while the machine is suspended does not say so, and one that is
         # set back does not tell the time: nothing is late by both
-        self._until = clock() + quiet
-        self._until_ticks = time.monotonic() + quiet.total_seconds()
+        self._until, self._until_ticks = until or clock(), until_ticks
         self._lost = False
 
     def pass_through(self) -> None:
@@ -73,8 +77,10 @@ def fence(connection: Connection, clock: Clock, token: uuid.UUID, lease: timedel
     Half of the ``lease`` is kept for what is on its way when the other half is over, and for the
     clocks of others that are not ours.
     """
-    left = queue.lease_left(connection, token, clock())
-    return Fence(connection, clock, left - lease / 2)
+    # before the question: who sleeps over the answer must not count his sleep as quiet
+    asked, ticks = clock(), time.monotonic()
+    quiet = queue.lease_left(connection, token, asked) - lease / 2
+    return Fence(connection, clock, asked + quiet, ticks + quiet.total_seconds())
 
 
 class _Fenced:

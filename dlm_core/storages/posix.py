@@ -386,15 +386,14 @@ class PosixStorage:
 
     def _rename_between(self, pairs: Sequence[tuple[str, str]]) -> list[DlmError | None]:
         """Of names in the same two folders; what does not go at once is tried by itself."""
-        left, (source, destination) = list(pairs), pairs[0]
+        moved, (source, destination) = set[int](), pairs[0]
         with (
             suppress(OSError, DlmError),
             self._folder(source) as old,
             self._folder(destination) as new,
         ):
-            left = [pair for pair in pairs if not self._moved(old, new, pair)]
-        errors = {pair: self._error_of_rename(pair) for pair in left}
-        return [errors.get(pair) for pair in pairs]
+            moved.update(n for n, pair in enumerate(pairs) if self._moved(old, new, pair))
+        return [None if n in moved else self._error_of_rename(pair) for n, pair in enumerate(pairs)]
 
     @contextmanager
     def _folder(self, path: str) -> Iterator[int]:
@@ -405,10 +404,10 @@ class PosixStorage:
             os.close(descriptor)
 
     def _moved(self, old: int, new: int, pair: tuple[str, str]) -> bool:
-        source, destination = map(self._full, pair)
         try:
-            rename_noreplace(old, posixpath.basename(source), new, posixpath.basename(destination))
-        except OSError:
+            source, destination = (posixpath.basename(self._full(path)) for path in pair)
+            rename_noreplace(old, source, new, destination)
+        except (OSError, DlmError):
             return False
         return True
 

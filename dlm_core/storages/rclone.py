@@ -32,13 +32,12 @@ from dlm_core.errors import (
 )
 from dlm_core.storages.config import read_config
 from dlm_core.storages.listing import Listed
-from dlm_core.storages.port import Entry, Readable, ReadStream, Storage, Usage, temp_path
+from dlm_core.storages.port import Entry, Readable, Storage, Usage, temp_path
 from dlm_core.storages.posix import PosixStorage
-from dlm_core.storages.ranges import Slice
 from dlm_core.storages.rclone_daemon import Daemon, RcloneError, daemon
 from dlm_core.storages.secrets import SecretReference, read_secret
 from dlm_core.storages.web import read_authorization, read_web_config
-from dlm_core.storages.wire import Reply, ReplyStream, WireError, part
+from dlm_core.storages.wire import Reply, ReplyStream, WireError
 
 Options = Callable[[], Mapping[str, str]]
 
@@ -241,35 +240,21 @@ class RcloneStorage(Listed):
         return None if not entries and folder and self._look(folder) is None else entries
 
     def open_read(self, path: str) -> RcloneStream:
-        return self.open_read_at(path, 0)
-
-    def open_read_at(self, path: str, offset: int) -> RcloneStream:
-        return self._reading(path, offset, None)
-
-    def open_range(self, path: str, offset: int, size: int) -> ReadStream:
-        """Up to ``size`` bytes of a file from ``offset`` on."""
-        stream = self._reading(path, offset, size or None)
-        return Slice(stream, max(0, min(size, stream.size - offset)))
-
-    def _reading(self, path: str, offset: int, size: int | None) -> RcloneStream:
         entry = self.stat(path)
         if entry is None:
             raise PayloadNotFoundError(storage=self.name, path=path)
         if entry.kind != "file":
             raise self._refused(path, "it is a directory, not a file")
-        wanted = part(offset, size) if (offset or size) and offset < entry.size else {}
-        stream = RcloneStream(self, path, self._open(path, wanted), entry)
-        stream.begin_at(offset)
-        return stream
+        return RcloneStream(self, path, self._open(path), entry)
 
     def read_back(self, path: str) -> RcloneStream:
         """As :meth:`open_read` for what is known to be a file: one question less."""
-        return RcloneStream(self, path, self._open(self._path(path), {}), None)
+        return RcloneStream(self, path, self._open(self._path(path)), None)
 
-    def _open(self, path: str, headers: Mapping[str, str]) -> Reply:
+    def _open(self, path: str) -> Reply:
         try:
             with self._asking(path) as running:
-                return running.open(self._fs(running), path, headers)
+                return running.open(self._fs(running), path)
         except PayloadNotFoundError:
             self._check_root()
             raise

@@ -116,6 +116,7 @@ class SftpStorage:
         self._large = threading.BoundedSemaphore(_LARGE_AT_ONCE)
         # folders with names that are not durable yet
         self._touched: set[str] = set()
+        self._flushing = threading.Lock()
         self._lock = threading.Lock()
         weakref.finalize(self, ssh.end, connections).atexit = False
 
@@ -398,12 +399,14 @@ class SftpStorage:
         """Do ``work`` on ``path``; if that finds no folder, make it and do it again."""
         folder = posixpath.dirname(path)
         await self._enter(session, folder, looked)
-        self._touch(folder)
         try:
             return await work()
         except _ABSENT:
             await self._make(session, folder, looked)
             return await work()
+        finally:
+            # not before the answer: a flush in between would miss what was done
+            self._touch(folder)
 
     def _touch(self, folder: str) -> None:
         with self._lock:
@@ -443,17 +446,19 @@ class SftpStorage:
                 await session.sftp.remove(self._full(session, path))
 
     def flush(self) -> None:
-        with self._lock:
-            folders, self._touched = self._touched, set()
-        try:
-            if self.shell:
-                self._syncevery()
-            else:
-                self._run("", lambda session: self._sync_folders(session, folders))
-        except BaseException:
+        if self.shell:
+            self._syncevery()
+            return
+        # one after the other: what another has begun to make durable is not durable yet
+        with self._flushing:
             with self._lock:
-                self._touched |= folders
-            raise
+                folders, self._touched = self._touched, set()
+            try:
+                self._run("", lambda session: self._sync_folders(session, folders))
+            except BaseException:
+                with self._lock:
+                    self._touched |= folders
+                raise
 
     def _syncevery(self) -> None:
         status, _, complaint = self._run("", lambda session: session.command(_SYNC, session.root))

@@ -266,10 +266,16 @@ class WebdavStorage(Listed):
             raise PayloadNotFoundError(storage=self.name, path=path)
         if entry.kind != "file":
             raise self._refused(path, "it is a directory, not a file")
-        wanted = part(offset, size) if (offset or size) and offset < entry.size else {}
-        stream = self._get(path, wanted)
+        end = entry.size if size is None else min(offset + size, entry.size)
+        partly = offset < end and end - offset < entry.size
+        stream = self._get(path, part(offset, end) if partly else {})
+        wanted = partly and stream.is_part(offset, end, entry.size)
+        if not (wanted or stream.whole):
+            stream.close()  # a server may send less than it was asked for
+            stream = self._get(path, {})
         stream.size = entry.size  # an answer in chunks does not tell
-        stream.begin_at(offset)
+        if not wanted:
+            stream.pass_over(offset)
         return stream
 
     def read_back(self, path: str) -> WebdavStream:

@@ -79,11 +79,9 @@ class Reply:
         self.close()
 
 
-def part(offset: int, size: int | None = None) -> dict[str, str]:
-    """The header that asks for ``size`` bytes from ``offset`` on (all of them if None); a server
-    may send the whole all the same: see :meth:`ReplyStream.begin_at`."""
-    last = "" if size is None else offset + size - 1
-    return {"Range": f"bytes={offset}-{last}"}
+def part(first: int, end: int) -> dict[str, str]:
+    """The header that asks for the bytes of a file from ``first`` to before ``end``."""
+    return {"Range": f"bytes={first}-{end - 1}"}
 
 
 class ReplyStream:
@@ -96,6 +94,8 @@ class ReplyStream:
 
     def __init__(self, reply: Reply, told: Callable[[WireError], StorageError]) -> None:
         self._reply, self._told = reply, told
+        #: not a part of it, whatever was asked for
+        self.whole = reply.status == 200
 
     def read(self, size: int = -1, /) -> bytes:
         """At most ``size`` bytes; all of them if negative."""
@@ -104,15 +104,16 @@ class ReplyStream:
         except WireError as error:
             raise self._told(error) from None
 
-    def begin_at(self, offset: int) -> None:
-        """Pass over what comes before byte ``offset`` of the file, which was asked for by
-        :func:`part`; the stream is closed if another part was sent."""
+    def is_part(self, first: int, end: int, size: int) -> bool:
+        """Whether this is just the :func:`part` that was asked for of a file of ``size`` bytes."""
+        told = self._reply.header("Content-Range")
+        return self._reply.status == 206 and told == f"bytes {first}-{end - 1}/{size}"
+
+    def pass_over(self, count: int) -> None:
+        """Read ``count`` bytes for nothing; the stream is closed if that fails."""
         try:
-            if self._reply.status != 206:
-                while offset and (block := self.read(min(BLOCK, offset))):
-                    offset -= len(block)
-            elif not (self._reply.header("Content-Range") or "").startswith(f"bytes {offset}-"):
-                raise self._told(WireError(f"it sent another part than from byte {offset} on"))
+            while count and (block := self.read(min(BLOCK, count))):
+                count -= len(block)
         except BaseException:
             self.close()
             raise

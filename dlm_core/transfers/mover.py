@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from hashlib import md5, sha256
 from typing import Any, cast
 
@@ -237,27 +238,48 @@ class _Mover:
 
     def _turn(self, files: Sequence[File]) -> AbstractContextManager[None]:
         """Held while tiny files are at work between near storages."""
-        tiny = self.near and all(file.size <= TINY for file in files)
-        return self.turns.one() if tiny else nullcontext()
+        return self.turns.one() if self._is_tiny(files) else nullcontext()
+
+    def _is_tiny(self, files: Sequence[File]) -> bool:
+        return self.near and all(file.size <= TINY for file in files)
 
     def _write_chunk(self, files: Sequence[File]) -> list[None]:
-        with self._turn(files):
+        if not self._is_tiny(files):
             for file in files:
                 self._write(file)
+            return []
+        self._each_tiny(files, self._write_small, True)
         return []
+
+    def _each_tiny(
+        self, files: Sequence[File], work: Callable[[File], None], in_turns: bool
+    ) -> None:
+        """``work`` on files one after the other, in one place."""
+        try:
+            # who waits for a place keeps no turn meanwhile
+            with (
+                self.lane.places(False, max(file.size for file in files)),
+                self.turns.one() if in_turns else nullcontext(),
+            ):
+                for file in files:
+                    self._attempt(file, partial(work, file), Lane())
+        except Interrupted:
+            for file in files:
+                file.error = file.error or interrupted(self.source)
 
     def _write(self, file: File) -> None:
         def work() -> None:
             if file.size <= SMALL:
                 self._write_small(file)
-            elif not self._copied_there(file):
+                return
+            if not self._copied_there(file):
                 self._write_large(file)
             file.made = True
 
-        self._attempt(file, work)
+        self._attempt(file, work, self.lane)
 
-    def _attempt(self, file: File, work: Callable[[], None]) -> None:
-        """Do ``work``; what it raises is kept beside the file."""
+    def _attempt(self, file: File, work: Callable[[], None], lane: Lane) -> None:
+        """Do ``work`` with a place in ``lane``; what it raises is kept beside the file."""
         if self.outage is not None:
             file.error = self.outage
             return
@@ -265,7 +287,7 @@ class _Mover:
         try:
             if self.stop.is_set():
                 raise Interrupted
-            with self.lane.places(False, file.size):
+            with lane.places(False, file.size):
                 work()
         except Interrupted:
             file.error = interrupted(self.source)
@@ -284,12 +306,11 @@ class _Mover:
     def _write_together(self, files: Sequence[File]) -> None:
         """Small files that the destination takes many of at once."""
         data: dict[str, bytes] = {}
-        with self.turns.one() if near(self.source) else nullcontext():
-            for file in files:
-                self._attempt(
-                    file,
-                    lambda file=file: data.update({file.written: self._read(file)}),  # type: ignore[misc]
-                )
+
+        def read_in(file: File) -> None:
+            data[file.written] = self._read(file)
+
+        self._each_tiny(files, read_in, near(self.source))
         read = [file for file in files if file.written in data]
         if not read or self.write_many is None:
             return
@@ -334,6 +355,7 @@ class _Mover:
         if self.part_size is not None:
             file.etag = md5(data, usedforsecurity=False).hexdigest()
         self.destination.write(file.written, io.BytesIO(data), file.size)
+        file.made = True
         if self.progress is not None:
             self.progress(len(data))
 

@@ -78,7 +78,7 @@ class Prover:
         """Read files back; all are opened first, so that the medium is at work on the next ones."""
         try:
             most = max(file.size for file in files)
-            with self._turn(files), self._lane.places(True, most), ExitStack() as opened:
+            with self._lane.places(True, most), self._turn(files), ExitStack() as opened:
                 for file, stream in self._opened(files, opened):
                     self._verify_one(file, stream)
         except Interrupted:

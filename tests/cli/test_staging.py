@@ -47,6 +47,8 @@ def test_items_are_staged_by_hand_and_it_is_told(
     assert "staging_files" in dlm("storage", "show", "tape").out
     told = dlm("item", "why", "t:x").out
     assert "stage on tape: asked for [DLM-308:" in told and "waits for staging since" in told
+    # between two looks nothing is due; it is waited for all the same
+    refused(dlm("item", "wait", "t:x", "--timeout", "0s"), "DLM-601", 1)
 
 
 def test_terms_are_changed_and_tried(dlm: Dlm, tape: Tape) -> None:

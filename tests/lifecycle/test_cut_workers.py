@@ -215,7 +215,8 @@ class Dial:
 def test_one_clock_that_went_on_is_enough_to_ask(monkeypatch, which):
     """A suspended machine's own clock stood still, one that is set back tells nothing."""
     dial = Dial(monkeypatch)
-    guard = fence.Fence(cast(Any, None), lambda: dial.now, timedelta(seconds=10))
+    until = dial.now + timedelta(seconds=10)
+    guard = fence.Fence(cast(Any, None), lambda: dial.now, until, until_ticks=10.0)
     guard.pass_through()
     assert dial.asked == 0
     dial.now, dial.ticks = dial.now - timedelta(seconds=99), -99.0
@@ -230,6 +231,23 @@ def test_one_clock_that_went_on_is_enough_to_ask(monkeypatch, which):
         with pytest.raises(CatalogueUnavailableError):
             guard.pass_through()
     assert dial.asked == 2
+
+
+@pytest.mark.parametrize("which", ["now", "ticks"])
+def test_who_sleeps_over_the_answer_has_slept(monkeypatch, which):
+    """What the database said of the lease was said when it was asked: a worker that is suspended
+    before it reads the answer asks again."""
+    dial = Dial(monkeypatch)
+
+    def answered_late(*_: Any) -> timedelta:
+        dial.now += timedelta(hours=which == "now")
+        dial.ticks += 3600.0 * (which == "ticks")
+        return timedelta(seconds=100)
+
+    monkeypatch.setattr(fence.queue, "lease_left", answered_late)
+    lease = timedelta(seconds=100)
+    fence.fence(cast(Any, None), lambda: dial.now, new_id(), lease).pass_through()
+    assert dial.asked == 1
 
 
 def test_the_second_half_of_a_lease_is_not_quiet(site):

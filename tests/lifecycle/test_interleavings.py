@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, text
 
 from dlm_core.catalogue import deletions, places, replicas
+from dlm_core.catalogue.browse import set_replica_expiry
 from dlm_core.catalogue.items import Announcement, Terms, announce
 from dlm_core.errors import (
     DeletionRefusedError,
@@ -577,3 +579,17 @@ def test_a_deletion_waits_for_a_hold_that_is_being_placed(site):
     assert met.waited and met.error is None
     assert met.result == "under a hold: an enquiry"
     assert site.query("SELECT * FROM deletion") == []
+
+
+def test_an_expiry_that_is_taken_back_while_its_deletion_waits_is_none(site):
+    """What was due when it was chosen and is not when its lock is had stays."""
+    oid = two_copies(site)
+    late = site.now - timedelta(microseconds=1)
+    site.context.transact(lambda c: set_replica_expiry(c, "test:x", "b", late, "room"))
+    met = overlap(
+        site,
+        lambda c: set_replica_expiry(c, "test:x", "b", None, ""),
+        lambda: site.context.transact(lambda c: expire.plan_batch(c, site.context, 10)),
+    )
+    assert met.waited and met.result == ([], [])
+    assert site.replicas(oid)["b"] == "READY"

@@ -8,13 +8,23 @@ CATALOGUE = (
     Mutant(
         "proof-without-replica-locks",
         "dlm_core/catalogue/deletions.py",
-        ('            ORDER BY uid FOR NO KEY UPDATE""",\n    )\n    run(connection, "ANALYZE'),
-        ('            ORDER BY uid""",\n    )\n    run(connection, "ANALYZE'),
+        ('            ORDER BY uid FOR NO KEY UPDATE""",\n    )\n    if due'),
+        ('            ORDER BY uid""",\n    )\n    if due'),
         "survivors are not locked while a deletion is proven",
         (
             "lifecycle/test_interleavings.py::test_a_deletion_waits_for_what_is_found_of_its_survivor",
         ),
         "peers: survivors looked at, not locked",
+    ),
+    Mutant(
+        "taken-back-too-late",
+        "dlm_core/catalogue/deletions.py",
+        "    if due is not None:",
+        "    if False:",
+        "what was due before its lock was had is deleted, due or not",
+        (
+            "lifecycle/test_interleavings.py::test_an_expiry_that_is_taken_back_while_its_deletion_waits_is_none",
+        ),
     ),
     Mutant(
         "proof-without-item-locks",

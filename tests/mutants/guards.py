@@ -34,10 +34,18 @@ GUARDS = (
     Mutant(
         "whole-lease-quiet",
         "dlm_core/lifecycle/fence.py",
-        "left - lease / 2",
-        "left",
+        "asked) - lease / 2",
+        "asked)",
         "what begins at a lease's very end is not held up by a lock that is gone",
         ("lifecycle/test_cut_workers.py::test_the_second_half_of_a_lease_is_not_quiet",),
+    ),
+    Mutant(
+        "slept-over-the-answer",
+        "dlm_core/lifecycle/fence.py",
+        "asked + quiet, ticks + quiet.total_seconds())",
+        "clock() + quiet, time.monotonic() + quiet.total_seconds())",
+        "a worker that is suspended with the answer in its hands takes its lease for young",
+        ("lifecycle/test_cut_workers.py::test_who_sleeps_over_the_answer_has_slept",),
     ),
     Mutant(
         "one-clock-believed",

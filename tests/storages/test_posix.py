@@ -326,3 +326,15 @@ def test_a_stream_notices_change(disk):
             else:
                 os.unlink(full)
             assert stream.stamp() != stream.opened
+
+
+def test_a_refused_name_among_many_is_no_others_error(disk):
+    """Of renames done together each is told as it ended, whatever the others are; one that is told
+    twice is done once."""
+    for name in "123":
+        put(disk, f"t/{name}")
+    pairs = [("t/1", "d/1"), ("t/2", "d/.."), ("t/3", "d/3"), ("t/1", "d/1")]
+    errors = disk.rename_many(pairs)
+    kinds = [error and type(error) for error in errors]
+    assert kinds == [None, PathRefusedError, None, PayloadNotFoundError]
+    assert {entry.path for entry in disk.walk()} == {"d/1", "t/2", "d/3"}

@@ -1,5 +1,6 @@
 """What an SFTP storage promises beyond the contract of all, on a real OpenSSH server."""
 
+import asyncio
 import hashlib
 import io
 import logging
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -475,3 +477,31 @@ def test_reading_what_goes_meanwhile_is_no_wonder(far, root):
         assert len(stream.read()) == 9 << 20 and stream.stamp() is None
     with pytest.raises(PayloadNotFoundError):
         far.open_read("x")
+
+
+def test_of_two_flushes_none_ends_before_what_the_other_took(sshd, root, monkeypatch):
+    """Without a shell: a folder that one flush has begun to make durable is not durable yet, and if
+    that fails the other one is told so as well."""
+    storage = at(sshd, root)
+    put(storage, "folder/x")
+    begun, go_on, tried = threading.Event(), threading.Event(), []
+
+    async def fails(_session, folders):
+        tried.append(set(folders))
+        if len(tried) == 1:
+            begun.set()
+            await asyncio.to_thread(go_on.wait, 10)
+        raise StorageUnavailableError(storage="far", message="the medium is gone")
+
+    monkeypatch.setattr(storage, "_sync_folders", fails)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(storage.flush)
+        assert begun.wait(10)
+        second = pool.submit(storage.flush)
+        time.sleep(0.2)
+        assert not second.done()
+        go_on.set()
+        for flush in (first, second):
+            with pytest.raises(StorageUnavailableError):
+                flush.result(20)
+    assert tried[0] == tried[1] >= {"folder"}

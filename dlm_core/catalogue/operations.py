@@ -123,11 +123,24 @@ _PICKY = """AND NOT EXISTS (
     r.storage_id = ANY(:avoid) OR r.size > CAST(:most AS bigint)))"""
 
 
-# by index for each row: a join might read all replicas for a few operations
-_WEIGHT = """coalesce((
-  SELECT greatest(coalesce(r.size, i.size), CASE WHEN i.kind = 'directory' THEN 65536 * (
-           SELECT count(*) FROM manifest_file f WHERE f.oid = i.oid) END)
-    FROM replica r JOIN data_item i USING (oid) WHERE r.uid = due.uid), 0)"""
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one claim may take, so that others find work and memory suffices: ``few`` operations
+    whatever their size, more as long as all have less than ``bytes``, and nothing once their
+    payloads have ``files`` files."""
+
+    few: int
+    bytes: int
+    files: int
+
+
+# OFFSET 0: by index for each row, a join might read all replicas for a few operations
+_WEIGHED = """
+  SELECT due.*, coalesce(w.bytes, 0) AS bytes, coalesce(w.files, 1) AS files
+    FROM due LEFT JOIN LATERAL (
+      SELECT coalesce(r.size, i.size) AS bytes, CASE WHEN i.kind = 'directory' THEN (
+               SELECT count(*) FROM manifest_file f WHERE f.oid = i.oid) END AS files
+        FROM replica r JOIN data_item i USING (oid) WHERE r.uid = due.uid OFFSET 0) w ON true"""
 
 
 def claim_operations(
@@ -141,15 +154,15 @@ def claim_operations(
     now: datetime,
     avoid: Sequence[uuid.UUID] = (),
     most_bytes: int | None = None,
-    together_bytes: int | None = None,
+    share: Share | None = None,
 ) -> list[dict[str, Any]]:
     """Claim up to ``limit`` due operations until ``now + lease``; commit before doing the work.
 
     What is first by priority, then by its due time, comes first. ``token`` is new for every claim:
     only who holds it can extend or finish. Left out are replicas on the storages ``avoid`` and
-    those of more than ``most_bytes``; it ends when the payloads have ``together_bytes``, where
-    every file of a directory counts as one of 64 KiB at least.
+    those of more than ``most_bytes``, and what is more than a ``share``; without one all is taken.
     """
+    share = share or Share(limit, 0, 2**62)
     picky = "" if not avoid and most_bytes is None else _PICKY
     found = rows(
         connection,
@@ -158,14 +171,15 @@ def claim_operations(
               WHERE state = 'QUEUED' AND kind = ANY(:kinds) AND due_at <= :now {picky}
               ORDER BY priority, due_at LIMIT :limit FOR UPDATE SKIP LOCKED),
            chosen AS MATERIALIZED (
-             SELECT operation_id, coalesce(sum(bytes) OVER (
-               ORDER BY priority, due_at, operation_id
-               ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS before
-             FROM (SELECT due.*, {_WEIGHT} AS bytes FROM due) weighed)
+             SELECT operation_id, row_number() OVER queue AS number,
+                    sum(bytes) OVER queue AS bytes, sum(files) OVER queue - files AS files_before
+               FROM ({_WEIGHED}) weighed
+             WINDOW queue AS (ORDER BY priority, due_at, operation_id ROWS UNBOUNDED PRECEDING))
            UPDATE operation o SET state = 'RUNNING', attempts = attempts + 1, worker = :worker,
                   lease_token = :token, lease_until = :until
              FROM chosen WHERE o.operation_id = chosen.operation_id
-              AND chosen.before < coalesce(CAST(:together AS bigint), chosen.before + 1)
+              AND (chosen.number <= :few OR chosen.bytes < :bytes)
+              AND (chosen.files_before < :files)
            RETURNING o.operation_id, o.kind, o.oid, o.uid, o.reason, o.attempts, o.plan_id,
                      o.created_at, o.source_uid, o.error_code, o.priority, o.due_at""",
         kinds=[kind.value for kind in kinds],
@@ -174,7 +188,9 @@ def claim_operations(
         limit=limit,
         until=now + lease,
         now=now,
-        together=together_bytes,
+        few=share.few,
+        bytes=share.bytes,
+        files=share.files,
         **({"avoid": list(avoid), "most": most_bytes} if picky else {}),
     )
     # an UPDATE returns them in any order

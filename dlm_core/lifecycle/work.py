@@ -44,8 +44,8 @@ _BUSY_SECONDS = 2.0
 LARGE = 256 << 20
 #: a claim of copies that takes longer is not waited for before the next one
 _PATIENCE_SECONDS = 5.0
-#: bytes of a claim, so that something is left for other drainers
-_CLAIMED_BYTES = 16 << 30
+#: what a claim takes at most: tapes want many files asked for at once, however large they are
+_SHARE = queue.Share(few=1000, bytes=16 << 30, files=1 << 18)
 #: deletions of a claim: after each the guard looks at how they went
 _DELETIONS = 1000
 _DELETING = (OperationKind.TRASH, OperationKind.PURGE)
@@ -366,7 +366,7 @@ class _Crew:
                 token=token,
                 worker=context.worker,
                 limit=min(limit, _DELETIONS) if kind in _DELETING else limit,
-                together_bytes=_CLAIMED_BYTES,
+                share=_SHARE,
                 lease=context.settings.lease,
                 now=context.clock(),
                 avoid=context.traffic.filled(),

@@ -35,7 +35,7 @@ def claim(
     site: Site,
     token: uuid.UUID | None = None,
     limit: int = 9,
-    together_bytes: int | None = None,
+    share: queue.Share | None = None,
 ) -> list[dict[str, Any]]:
     return queue.claim_operations(
         connection,
@@ -45,7 +45,7 @@ def claim(
         limit=limit,
         lease=_LEASE,
         now=site.now,
-        together_bytes=together_bytes,
+        share=share,
     )
 
 
@@ -69,17 +69,20 @@ def test_what_one_claims_another_does_not_wait_for_nor_get(site):
     assert mine[0]["operation_id"] != others[0]["operation_id"]
 
 
-@pytest.mark.parametrize(("most", "claimed"), [(1, 1), (10, 1), (11, 2), (99, 2)])
-def test_a_claim_ends_when_it_has_enough_bytes(site, most, claimed):
-    """Two payloads of ten bytes: what exceeds the limit is left for others, but for one payload,
-    whose turn would never come."""
-    found = site.context.transact(lambda c: claim(c, site, together_bytes=most))
+@pytest.mark.parametrize(
+    ("few", "most", "claimed"), [(1, 1, 1), (1, 20, 1), (1, 21, 2), (2, 1, 2), (9, 1, 2)]
+)
+def test_a_claim_of_many_ends_when_it_has_enough_bytes(site, few, most, claimed):
+    """Two payloads of ten bytes: a few are taken whatever their size, more only while they are
+    small together; what is left is others'."""
+    share = queue.Share(few, most, 100)
+    found = site.context.transact(lambda c: claim(c, site, share=share))
     assert len(found) == claimed
     assert len(site.context.transact(lambda c: claim(c, site))) == 2 - claimed
 
 
 def test_the_files_of_a_directory_count_too(site):
-    """Directory payloads of many tiny files fill a claim: each file is work, and costs memory."""
+    """Directory payloads of many files fill a claim: each file is work, and costs memory."""
     for name in ("p", "q"):
         oid = site.add_item(name, b"some bytes", "a", kind="directory")
         site.execute(
@@ -89,10 +92,10 @@ def test_the_files_of_a_directory_count_too(site):
             oid=oid,
         )
     site.context.transact(lambda c: request_verification(c, actor="user:test", now=site.now))
-    enough = 3 * 65536 + 20
-    found = site.context.transact(lambda c: claim(c, site, together_bytes=enough))
+    share = queue.Share(few=9, bytes=2**40, files=5)
+    found = site.context.transact(lambda c: claim(c, site, share=share))
     assert len(found) == 3
-    found = site.context.transact(lambda c: claim(c, site, together_bytes=enough))
+    found = site.context.transact(lambda c: claim(c, site, share=share))
     assert len(found) == 1
 
 

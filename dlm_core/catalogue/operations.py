@@ -145,7 +145,7 @@ _WEIGHED = """
 
 def claim_operations(
     connection: Connection,
-    kinds: Sequence[OperationKind],
+    kind: OperationKind,
     *,
     token: uuid.UUID,
     worker: str,
@@ -156,7 +156,8 @@ def claim_operations(
     most_bytes: int | None = None,
     share: Share | None = None,
 ) -> list[dict[str, Any]]:
-    """Claim up to ``limit`` due operations until ``now + lease``; commit before doing the work.
+    """Claim up to ``limit`` due operations of a kind until ``now + lease``; commit before doing
+    the work.
 
     What is first by priority, then by its due time, comes first. ``token`` is new for every claim:
     only who holds it can extend or finish. Left out are replicas on the storages ``avoid`` and
@@ -168,7 +169,7 @@ def claim_operations(
         connection,
         f"""WITH due AS MATERIALIZED (
              SELECT operation_id, uid, priority, due_at FROM operation o
-              WHERE state = 'QUEUED' AND kind = ANY(:kinds) AND due_at <= :now {picky}
+              WHERE state = 'QUEUED' AND kind = :kind AND due_at <= :now {picky}
               ORDER BY priority, due_at LIMIT :limit FOR UPDATE SKIP LOCKED),
            chosen AS MATERIALIZED (
              SELECT operation_id, row_number() OVER queue AS number,
@@ -182,7 +183,7 @@ def claim_operations(
               AND (chosen.files_before < :files)
            RETURNING o.operation_id, o.kind, o.oid, o.uid, o.reason, o.attempts, o.plan_id,
                      o.created_at, o.source_uid, o.error_code, o.priority, o.due_at""",
-        kinds=[kind.value for kind in kinds],
+        kind=kind.value,
         token=token,
         worker=worker,
         limit=limit,

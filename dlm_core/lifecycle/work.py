@@ -362,7 +362,7 @@ class _Crew:
         def claim(connection: Connection) -> list[dict[str, Any]]:
             return queue.claim_operations(
                 connection,
-                [kind],
+                kind,
                 token=token,
                 worker=context.worker,
                 limit=min(limit, _DELETIONS) if kind in _DELETING else limit,

@@ -255,14 +255,15 @@ def lock_claimed(
 
     A worker whose lease ran out must write nothing: another may have claimed the operation.
     """
-    found = rows(
-        connection,
-        """SELECT operation_id FROM operation WHERE operation_id = ANY(:ids)
-              AND lease_token = :token AND state = 'RUNNING' ORDER BY operation_id FOR UPDATE""",
-        ids=list(operation_ids),
-        token=token,
-    )
-    return {row["operation_id"] for row in found}
+    wanted = set(operation_ids)
+    held = """SELECT operation_id FROM operation WHERE operation_id = ANY(:ids)
+                  AND lease_token = :token AND state = 'RUNNING' ORDER BY operation_id FOR UPDATE"""
+    values = {"ids": list(wanted), "token": token}
+    count = rows(connection, f"SELECT count(*) AS n FROM ({held}) held", **values)[0]["n"]
+    # most often it is all of them, and to name each costs more than to count
+    if count == len(wanted):
+        return wanted
+    return {row["operation_id"] for row in rows(connection, held, **values)}
 
 
 def lease_left(connection: Connection, token: uuid.UUID, now: datetime) -> timedelta:
@@ -292,6 +293,29 @@ def finish_operations(
     connection: Connection, token: uuid.UUID, outcomes: Sequence[Outcome], now: datetime
 ) -> int:
     """Write how operations ended; those that ``token`` no longer holds are left alone."""
+    done = [outcome.operation_id for outcome in outcomes if _went_well(outcome)]
+    rest = [outcome for outcome in outcomes if not _went_well(outcome)]
+    finished = 0
+    if done:
+        finished += run(
+            connection,
+            """UPDATE operation SET state = 'DONE', error_code = NULL, error = NULL,
+                      lease_token = NULL, lease_until = NULL, finished_at = :now
+                WHERE operation_id = ANY(:ids) AND lease_token = :token AND state = 'RUNNING'""",
+            token=token,
+            now=now,
+            ids=done,
+        )
+    return finished + (_finish_otherwise(connection, token, rest, now) if rest else 0)
+
+
+def _went_well(outcome: Outcome) -> bool:
+    return outcome.state is OperationState.DONE and outcome.error_code is None
+
+
+def _finish_otherwise(
+    connection: Connection, token: uuid.UUID, outcomes: Sequence[Outcome], now: datetime
+) -> int:
     return run(
         connection,
         """UPDATE operation o SET state = u.state, error_code = u.code, error = u.error,

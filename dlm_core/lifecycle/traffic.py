@@ -93,6 +93,11 @@ class Traffic:
         with self._lock:
             return [key for key, count in self._filled.items() if count > 0]
 
+    @property
+    def limited(self) -> bool:
+        """Whether the files at once are limited anywhere that this drainer is at work."""
+        return self._slots.limited
+
     def pace(self, key: str) -> Pace:
         """The pace of a storage or link, for whatever is read or written there."""
         with self._lock:
@@ -226,8 +231,9 @@ def reading_from(context: Context, row: Mapping[str, Any], *more: Taker) -> Iter
         yield paced(context.storages.open(row), [context.traffic.pace(key), *more])
 
 
-@contextmanager
-def looking_at(context: Context, storage: Storage, target: Mapping[str, Any]) -> Iterator[Storage]:
+def looking_at(
+    context: Context, storage: Storage, target: Mapping[str, Any]
+) -> AbstractContextManager[Storage]:
     """Hold a place on the storage of ``target`` (storage_id, operation_id, size), and tell of the
     reading if it is large.
 
@@ -235,8 +241,17 @@ def looking_at(context: Context, storage: Storage, target: Mapping[str, Any]) ->
     ------
     Interrupted
     """
-    traffic, key = context.traffic, target["operation_id"]
     size = target["size"] or 0
+    if size <= _SMALL and not context.traffic.limited:
+        return nullcontext(storage)
+    return _looking_at(context, storage, target, size)
+
+
+@contextmanager
+def _looking_at(
+    context: Context, storage: Storage, target: Mapping[str, Any], size: int
+) -> Iterator[Storage]:
+    traffic, key = context.traffic, target["operation_id"]
 
     def moved(block: int) -> None:
         traffic.moved(context, key, size, "check", block)

@@ -8,6 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
+from itertools import count
 from typing import Any
 
 from sqlalchemy import Connection
@@ -56,12 +57,20 @@ def execute_admit(context: Context, claim: Claim) -> Report:
     if over:
         context.transact(lambda c: queue.finish_operations(c, claim.token, over, context.clock()))
     with ThreadPoolExecutor(_WRITERS, "dlm-write") as writer:
-        for storage_id, targets in waiting.items():
+        for left, (storage_id, targets) in reversed([*zip(count(), waiting.items())]):
             with reading_from(context, storages[storage_id]) as storage:
                 files = files_of(context, storage, targets) if is_cold(storage) else {}
                 looks = look_when_online(context, storage, storage_id, targets, files)
+                if not left:
+                    looks = _easing(looks, claim)
                 _admit_storage(context, claim, storage, looks, writer, report)
     return report
+
+
+def _easing(looks: Iterator[Look], claim: Claim) -> Iterator[Look]:
+    """Others may be claimed as soon as all of these are read."""
+    yield from looks
+    claim.eased.set()
 
 
 def _refuse(operation: Row, row: Row, storage: Row) -> queue.Outcome | None:

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -78,15 +78,22 @@ class Traffic:
                 self._users = +self._users
 
     @contextmanager
-    def filling(self, storage_id: uuid.UUID | None) -> Iterator[None]:
-        """Work of its own for a storage is in hand: no more is claimed for it meanwhile."""
-        with self._lock:
-            self._filled.update([storage_id] if storage_id else [])
-        try:
-            yield
-        finally:
+    def filling(self, storage_id: uuid.UUID | None) -> Iterator[Callable[[], None]]:
+        """Work of its own for a storage is in hand: no more is claimed for it meanwhile, or until
+        what is yielded is called."""
+        left = [storage_id] if storage_id else []
+
+        def over() -> None:
             with self._lock:
-                self._filled.subtract([storage_id] if storage_id else [])
+                self._filled.subtract(left)
+                left.clear()
+
+        with self._lock:
+            self._filled.update(left)
+        try:
+            yield over
+        finally:
+            over()
 
     def filled(self) -> list[uuid.UUID]:
         """Storages that have work in hand."""

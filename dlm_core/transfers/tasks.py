@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ _TOGETHER_FILES = 64
 _TOGETHER_BYTES = 4 << 20
 _SUB_BATCH_FILES = 512
 _SUB_BATCH_BYTES = 256 << 20
+#: sub-batches at work at a time: one is written while another is flushed and verified
+AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,11 @@ def sub_batches(tasks: Sequence[CopyTask]) -> Iterator[list[CopyTask]]:
         files += more
     if batch:
         yield batch
+
+
+def last_at_work(tasks: Sequence[CopyTask]) -> int:
+    """How many tasks are left when the last of them are at work."""
+    return sum(map(len, deque(sub_batches(tasks), AT_ONCE)))
 
 
 def interrupted(storage: Storage) -> DlmError:

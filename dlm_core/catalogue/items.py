@@ -12,7 +12,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
-from dlm_core.catalogue.engine import KEY, copy_rows, rows, run
+from dlm_core.catalogue.engine import KEY, Keys, copy_rows, rows, run
 from dlm_core.catalogue.urgency import STEP, Urgency, set_urgency
 from dlm_core.errors import IllegalTransitionError, NotFoundError
 from dlm_core.types import Observation, PayloadKind, encode_path, new_id, new_key, uri_bucket
@@ -368,7 +368,7 @@ def select_announced(
         """SELECT r.uid, r.oid, r.storage_id, r.path, r.size, r.state, i.kind,
                   i.digest AS item_digest
              FROM replica r JOIN data_item i USING (oid) WHERE r.uid = ANY(:uids)""",
-        uids=list(uids),
+        uids=Keys(uids),
     )
     return {row["uid"]: row for row in found}
 

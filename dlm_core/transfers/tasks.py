@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -96,7 +95,13 @@ class Copy:
         return any(file.kept and file.error is not None for file in self.files)
 
     def first_error(self) -> DlmError | None:
-        return self.error or next((file.error for file in self.files if file.error), None)
+        if self.error is not None:
+            return self.error
+        # asked several times of each file: no generator
+        for file in self.files:
+            if file.error is not None:
+                return file.error
+        return None
 
 
 def _anywhere(_: bool, __: int) -> AbstractContextManager[None]:
@@ -138,8 +143,14 @@ def sub_batches(tasks: Sequence[CopyTask]) -> Iterator[list[CopyTask]]:
 
 
 def last_at_work(tasks: Sequence[CopyTask]) -> int:
-    """How many tasks are left when the last of them are at work."""
-    return sum(map(len, deque(sub_batches(tasks), AT_ONCE)))
+    """How many tasks are left, or nearly so, when the last of them are at work."""
+    left = size = files = 0
+    for task in reversed(tasks):
+        size, files = size + task.size, files + (len(task.manifest) or 1)
+        if files > AT_ONCE * _SUB_BATCH_FILES or size > AT_ONCE * _SUB_BATCH_BYTES:
+            break
+        left += 1
+    return left
 
 
 def interrupted(storage: Storage) -> DlmError:

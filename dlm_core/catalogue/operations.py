@@ -165,7 +165,7 @@ def claim_operations(
     """
     share = share or Share(limit, 0, 2**62)
     picky = "" if not avoid and most_bytes is None else _PICKY
-    found = rows(
+    return rows(
         connection,
         f"""WITH due AS MATERIALIZED (
              SELECT operation_id, uid, priority, due_at FROM operation o
@@ -175,14 +175,16 @@ def claim_operations(
              SELECT operation_id, row_number() OVER queue AS number,
                     sum(bytes) OVER queue AS bytes, sum(files) OVER queue - files AS files_before
                FROM ({_WEIGHED}) weighed
-             WINDOW queue AS (ORDER BY priority, due_at, operation_id ROWS UNBOUNDED PRECEDING))
-           UPDATE operation o SET state = 'RUNNING', attempts = attempts + 1, worker = :worker,
-                  lease_token = :token, lease_until = :until
-             FROM chosen WHERE o.operation_id = chosen.operation_id
-              AND (chosen.number <= :few OR chosen.bytes < :bytes)
-              AND (chosen.files_before < :files)
-           RETURNING o.operation_id, o.kind, o.oid, o.uid, o.reason, o.attempts, o.plan_id,
-                     o.created_at, o.source_uid, o.error_code, o.priority, o.due_at""",
+             WINDOW queue AS (ORDER BY priority, due_at, operation_id ROWS UNBOUNDED PRECEDING)),
+           claimed AS (
+             UPDATE operation o SET state = 'RUNNING', attempts = attempts + 1, worker = :worker,
+                    lease_token = :token, lease_until = :until
+               FROM chosen WHERE o.operation_id = chosen.operation_id
+                AND (chosen.number <= :few OR chosen.bytes < :bytes)
+                AND (chosen.files_before < :files)
+             RETURNING o.operation_id, o.kind, o.oid, o.uid, o.reason, o.attempts, o.plan_id,
+                       o.created_at, o.source_uid, o.error_code, o.priority, o.due_at)
+           SELECT * FROM claimed ORDER BY priority, due_at, operation_id""",
         kind=kind.value,
         token=token,
         worker=worker,
@@ -194,8 +196,6 @@ def claim_operations(
         files=share.files,
         **({"avoid": list(avoid), "most": most_bytes} if picky else {}),
     )
-    # an UPDATE returns them in any order
-    return sorted(found, key=lambda one: (one["priority"], one["due_at"], one["operation_id"]))
 
 
 def extend_leases(connection: Connection, token: uuid.UUID, until: datetime) -> int:

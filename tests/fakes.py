@@ -29,7 +29,7 @@ class Wrapped:
 
 def refuse_batches(attribute: str) -> None:
     """A wrapper that changes single calls must not be gone round by those that do without."""
-    if attribute in ("write_many", "rename_many", "copy_from", "write_on"):
+    if attribute in ("write_many", "rename_many", "copy_from", "write_on", "write_in_parts"):
         raise AttributeError(attribute)
 
 

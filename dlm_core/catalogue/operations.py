@@ -12,7 +12,8 @@ from typing import Any
 from sqlalchemy import Connection, exc, text
 
 from dlm_core.catalogue.engine import KEY, Keys, copy_into, rows, run
-from dlm_core.types import OperationKind, OperationState, new_key
+from dlm_core.errors import InvalidValueError
+from dlm_core.types import OperationKind, OperationState, encode_path, new_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +247,38 @@ def partials_on(connection: Connection, storage_id: uuid.UUID) -> set[str]:
         storage=storage_id,
     )
     return {row["partial"] for row in found}
+
+
+def owned_on(
+    connection: Connection, storage_id: uuid.UUID, paths: Sequence[str]
+) -> dict[str, bool]:
+    """Those of ``paths`` (as adapters take them) on a storage that are a replica's, or lie in one
+    that is a directory, and whether a copy to it is queued or running."""
+    above = {path: _it_and_above(path) for path in paths}
+    found = rows(
+        connection,
+        """SELECT r.path, EXISTS (
+                  SELECT FROM operation o WHERE o.uid = r.uid AND o.kind = 'copy'
+                     AND o.state IN ('QUEUED', 'RUNNING')) AS awaited
+             FROM replica r WHERE r.storage_id = :storage AND r.path = ANY(:paths)
+              AND r.state <> 'DELETED' AND r.trashed_at IS NULL""",
+        storage=storage_id,
+        paths=sorted({one for some in above.values() for one in some}),
+    )
+    awaited = {row["path"]: bool(row["awaited"]) for row in found}
+    return {
+        path: any(awaited.get(one, False) for one in some)
+        for path, some in above.items()
+        if not awaited.keys().isdisjoint(some)
+    }
+
+
+def _it_and_above(path: str) -> list[str]:
+    try:
+        parts = encode_path(path).split("/")
+    except InvalidValueError:
+        return []  # no path of ours
+    return ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
 
 
 def lock_claimed(

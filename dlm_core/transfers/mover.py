@@ -36,7 +36,7 @@ from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.pooled import MAX_CHUNK, TINY, Turns, at_once, in_chunks, near
 from dlm_core.transfers.proving import Prover
 from dlm_core.transfers.reading import HashingReader, Interrupted, Progress, read_up_to
-from dlm_core.transfers.resuming import Resuming
+from dlm_core.transfers.resuming import Resuming, write_in_parts
 from dlm_core.transfers.tasks import (
     AT_ONCE,
     SMALL,
@@ -121,6 +121,7 @@ class _Mover:
         self.take_many = getattr(destination, "take_many", None)
         self.copy_from = getattr(destination, "copy_from", None)
         self.write_on = getattr(destination, "write_on", None)
+        self.write_in_parts = getattr(destination, "write_in_parts", None)
         self.resumed_above = sys.maxsize
         self.outage: DlmError | None = None
         self.prover = Prover(source, destination, self.stop, lane, self._turn)
@@ -361,6 +362,9 @@ class _Mover:
     def _write_large(self, file: File) -> None:
         if file.resumable:
             Resuming(self.source, self.destination, self.stop, self._watching(file)).write(file)
+            return
+        if self.write_in_parts is not None and file.size > self.resumed_above:
+            write_in_parts(self.source, self.destination, file, self.stop, self._watching(file))
             return
         part = self.part_size(file.size) if self.part_size is not None else None
         with self.source.open_read(file.source) as stream:

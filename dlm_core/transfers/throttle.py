@@ -176,6 +176,8 @@ class _Paced:
             return lambda *where: self._held_back(found(*where))
         if attribute == "write_on":
             return found and partial(self._write_on, found)
+        if attribute == "write_in_parts":
+            return found and partial(self._write_in_parts, found)
         if attribute == "write_many" and found is not None:
             return lambda files: self._write_many(found, files)
         return found
@@ -204,6 +206,18 @@ class _Paced:
         self, write_on: Callable[..., None], path: str, source: Readable, begun: int
     ) -> None:
         write_on(path, _PacedReader(source, self._write), begun)
+
+    def _write_in_parts(
+        self, write_in_parts: Callable[..., Any], path: str, source: Readable, size: int,
+        sending: Callable[[int], None],
+    ) -> Any:  # fmt: skip
+        """What is there already takes none of the pace."""
+
+        def held(size: int) -> None:
+            self._write(size)
+            sending(size)
+
+        return write_in_parts(path, source, size, held)
 
     def _copy_from(
         self, copy_from: Callable[..., bool], source: Storage, source_path: str, path: str,

@@ -32,6 +32,12 @@ _ASKED_AT_ONCE = 1000
 # what servers answer that have no such request
 _UNKNOWN = ("NotImplemented", "MethodNotAllowed", "501", "405")
 
+# why an upload may not be completed as it is
+_NOT_SO = (
+    "InvalidPart", "InvalidPartOrder", "EntityTooSmall", "MalformedXML", "InvalidRequest",
+    "ConditionalRequestConflict",
+)  # fmt: skip
+
 #: of some paths those that are the catalogue's, and whether a copy to it is still to be made
 Owned = Callable[[Sequence[str]], Mapping[str, bool]]
 
@@ -108,15 +114,15 @@ class Parts:
         with self._s3.translated(path):
             found, findable = self._left_of(client, key)
             upload = found or self._begun(client, key)
-            try:
+        try:
+            with self._s3.translated(path):
                 named, etag = self._pour(client, upload, source, part, sending)
                 must_be_free()
                 self._complete(client, upload, named)
-            except BaseException as error:
-                lasting = isinstance(error, AccessDeniedError | PayloadExistsError)
-                if lasting or not findable or _code(error) in (*DENIED, "PreconditionFailed"):
-                    self._end_quietly(client, upload)
-                raise
+        except BaseException as error:
+            if not findable or isinstance(error, AccessDeniedError | PayloadExistsError):
+                self._end_quietly(client, upload)
+            raise
         return etag
 
     def forget(self, before: float, owned: Owned) -> int:
@@ -289,7 +295,7 @@ class Parts:
                 self._conditional = {}
                 client.complete_multipart_upload(**whole)
         except ClientError as error:
-            if code_of(error) == "InvalidPart":
+            if code_of(error) in _NOT_SO:
                 self._doubt(client, upload, named)
             raise
 
@@ -322,7 +328,3 @@ class Parts:
 
 def _progress(upload: Upload) -> tuple[int, float]:
     return upload.size(), upload.initiated
-
-
-def _code(error: BaseException) -> str:
-    return code_of(error) if hasattr(error, "response") else ""

@@ -18,7 +18,7 @@ from hashlib import md5
 from itertools import count
 from typing import Any
 
-from dlm_core.errors import AccessDeniedError, PayloadExistsError
+from dlm_core.errors import PayloadExistsError, StorageError
 from dlm_core.storages.port import PRIVATE, Readable
 from dlm_core.storages.s3_client import DENIED, S3Client, code_of
 
@@ -109,19 +109,18 @@ class Parts:
         ------
         StorageUnavailableError, AccessDeniedError, PayloadExistsError
         """
-        client = self._s3.connected()
         key = self._s3.prefix + path
         with self._s3.translated(path):
-            found, findable = self._left_of(client, key)
-            upload = found or self._begun(client, key)
+            found, findable = self._left_of(key)
+            upload = found or self._begun(key)
         try:
             with self._s3.translated(path):
-                named, etag = self._pour(client, upload, source, part, sending)
+                named, etag = self._pour(upload, source, part, sending)
                 must_be_free()
-                self._complete(client, upload, named)
+                self._complete(upload, named)
         except BaseException as error:
-            if not findable or isinstance(error, AccessDeniedError | PayloadExistsError):
-                self._end_quietly(client, upload)
+            if not findable or isinstance(error, PayloadExistsError):
+                self._end_quietly(upload)
             raise
         return etag
 
@@ -136,11 +135,10 @@ class Parts:
         ------
         StorageUnavailableError, AccessDeniedError
         """
-        client = self._s3.connected()
         ended = 0
         with self._s3.translated(""):
             by_path: dict[str, list[Upload]] = defaultdict(list)
-            for upload in self._unfinished(client, self._s3.prefix):
+            for upload in self._unfinished(self._s3.prefix):
                 by_path[upload.key[len(self._s3.prefix) :]].append(upload)
             old = [p for p, some in by_path.items() if any(u.initiated < before for u in some)]
             for n in range(0, len(old), _ASKED_AT_ONCE):
@@ -149,28 +147,33 @@ class Parts:
                 for path in paths:
                     if self._s3.prefix or path in known or path.startswith(f"{PRIVATE}/"):
                         awaited = known.get(path, False)
-                        ended += self._forget(client, by_path[path], before, awaited)
+                        ended += self._forget(by_path[path], before, awaited)
         return ended
 
-    def _forget(self, client: Any, uploads: list[Upload], before: float, awaited: bool) -> int:
-        alive = [one for one in uploads if self._look(client, one)]
+    def _forget(self, uploads: list[Upload], before: float, awaited: bool) -> int:
+        alive = [one for one in uploads if self._look(one)]
         kept = max(alive, key=_progress, default=None) if awaited else None
         old = [one for one in alive if one is not kept and one.touched < before]
         for one in old:
-            self._end(client, one)
+            self._end(one)
         return len(old)
+
+    @property
+    def _client(self) -> Any:
+        """Asked for at each request: keys may be rotated while a large upload is made."""
+        return self._s3.connected()
 
     # --- looking ---------------------------------------------------------------------------------
 
-    def _left_of(self, client: Any, key: str) -> tuple[Upload | None, bool]:
+    def _left_of(self, key: str) -> tuple[Upload | None, bool]:
         """The upload to go on from, where most is there; and if a later try would find ours."""
         from botocore.exceptions import ClientError
 
         try:
             left = [
                 one
-                for one in self._unfinished(client, key)
-                if one.key == key and self._is_of_our_class(one) and self._look(client, one)
+                for one in self._unfinished(key)
+                if one.key == key and self._is_of_our_class(one) and self._look(one)
             ]
         except ClientError as error:
             if code_of(error) in (*DENIED, *_UNKNOWN):
@@ -178,8 +181,8 @@ class Parts:
             raise
         return max(left, key=_progress, default=None), True
 
-    def _unfinished(self, client: Any, prefix: str) -> Iterator[Upload]:
-        pages = client.get_paginator("list_multipart_uploads").paginate(
+    def _unfinished(self, prefix: str) -> Iterator[Upload]:
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(
             Bucket=self._s3.bucket, Prefix=prefix
         )
         for page in pages:
@@ -191,11 +194,11 @@ class Parts:
     def _is_of_our_class(self, upload: Upload) -> bool:
         return not self._class or upload.storage_class in (None, *self._class.values())
 
-    def _look(self, client: Any, upload: Upload) -> bool:
+    def _look(self, upload: Upload) -> bool:
         """Note which parts are there; False if the upload is not there any more."""
         from botocore.exceptions import ClientError
 
-        pages = client.get_paginator("list_parts").paginate(**self._named(upload))
+        pages = self._client.get_paginator("list_parts").paginate(**self._named(upload))
         upload.touched = upload.initiated
         try:
             for page in pages:
@@ -213,13 +216,14 @@ class Parts:
 
     # --- uploading -------------------------------------------------------------------------------
 
-    def _begun(self, client: Any, key: str) -> Upload:
-        answer = client.create_multipart_upload(Bucket=self._s3.bucket, Key=key, **self._class)
+    def _begun(self, key: str) -> Upload:
+        answer = self._client.create_multipart_upload(
+            Bucket=self._s3.bucket, Key=key, **self._class
+        )
         return Upload(key, answer["UploadId"], 0.0)
 
     def _pour(
         self,
-        client: Any,
         upload: Upload,
         source: Readable,
         part: int,
@@ -232,7 +236,7 @@ class Parts:
             if (len(data), digest.hex()) in upload.there.get(number, ()):
                 return digest, digest.hex()
             sending(len(data))
-            return digest, self._send(client, upload, number, data, digest)
+            return digest, self._send(upload, number, data, digest)
 
         at_once = max(1, _SENT_AT_ONCE // part)
         waiting: deque[Future[tuple[bytes, str]]] = deque()
@@ -271,59 +275,57 @@ class Parts:
             self._room.give(places)
         return places, data
 
-    def _send(
-        self, client: Any, upload: Upload, number: int, data: bytearray, digest: bytes
-    ) -> str:
+    def _send(self, upload: Upload, number: int, data: bytearray, digest: bytes) -> str:
         checked = b64encode(digest).decode("ascii")
-        answer = client.upload_part(
+        answer = self._client.upload_part(
             **self._named(upload), PartNumber=number, Body=data, ContentMD5=checked
         )
         etag: str = answer["ETag"].strip('"')
         return etag
 
-    def _complete(self, client: Any, upload: Upload, named: Sequence[str]) -> None:
+    def _complete(self, upload: Upload, named: Sequence[str]) -> None:
         from botocore.exceptions import ClientError
 
         parts = [{"PartNumber": n, "ETag": f'"{etag}"'} for n, etag in enumerate(named, 1)]
         whole = {**self._named(upload), "MultipartUpload": {"Parts": parts}}
         try:
             try:
-                client.complete_multipart_upload(**whole, **self._conditional)
+                self._client.complete_multipart_upload(**whole, **self._conditional)
             except ClientError as error:
                 if not self._conditional or code_of(error) not in _UNKNOWN:
                     raise
                 self._conditional = {}
-                client.complete_multipart_upload(**whole)
+                self._client.complete_multipart_upload(**whole)
         except ClientError as error:
             if code_of(error) in _NOT_SO:
-                self._doubt(client, upload, named)
+                self._doubt(upload, named)
             raise
 
-    def _doubt(self, client: Any, upload: Upload, named: Sequence[str]) -> None:
+    def _doubt(self, upload: Upload, named: Sequence[str]) -> None:
         """What somebody put in a part's place the next try replaces. If nothing is wrong to be seen
         it could only fail again, so it shall begin anew."""
         upload.there.clear()
-        if self._look(client, upload) and all(
+        if self._look(upload) and all(
             etag in {told for _, told in upload.there.get(n, ())} for n, etag in enumerate(named, 1)
         ):
-            self._end_quietly(client, upload)
+            self._end_quietly(upload)
 
-    def _end(self, client: Any, upload: Upload) -> None:
+    def _end(self, upload: Upload) -> None:
         """Have the server drop an upload and its parts."""
         from botocore.exceptions import ClientError
 
         try:
-            client.abort_multipart_upload(**self._named(upload))
+            self._client.abort_multipart_upload(**self._named(upload))
         except ClientError as error:
             if code_of(error) != "NoSuchUpload":
                 raise
 
-    def _end_quietly(self, client: Any, upload: Upload) -> None:
+    def _end_quietly(self, upload: Upload) -> None:
         """As :meth:`_end` while an error is told; what does not work the sweep does."""
         from botocore.exceptions import BotoCoreError, ClientError
 
-        with suppress(BotoCoreError, ClientError):
-            self._end(client, upload)
+        with suppress(BotoCoreError, ClientError, StorageError):
+            self._end(upload)
 
 
 def _progress(upload: Upload) -> tuple[int, float]:

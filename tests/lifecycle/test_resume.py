@@ -99,7 +99,7 @@ def left_over(site: Site) -> list[str]:
     if not site.line:
         return site.private("b", "tmp")
     parts = open_storage("b", *site.far)._parts  # type: ignore[attr-defined]
-    return [one.key for one in parts._unfinished(parts._s3.connected(), parts._s3.prefix)]
+    return [one.key for one in parts._unfinished(parts._s3.prefix)]
 
 
 def unavailable() -> None:

@@ -241,23 +241,20 @@ class Parts:
         at_once = max(1, _SENT_AT_ONCE // part)
         waiting: deque[Future[tuple[bytes, str]]] = deque()
         settled: list[tuple[bytes, str]] = []
+        # if the source fails, what was read of it is sent nevertheless: the next try need not
         with ThreadPoolExecutor(at_once, "dlm-part") as pool:
-            try:
-                for number in count(1):
-                    places, data = self._read(source, part)
-                    if not data:
-                        break
-                    future = pool.submit(settle, number, data)
-                    del data  # else it is kept while the next one is read
-                    future.add_done_callback(lambda _, places=places: self._room.give(places))  # type: ignore[misc]
-                    waiting.append(future)
-                    if len(waiting) > at_once:
-                        settled.append(waiting.popleft().result())
-                settled += [one.result() for one in waiting]
-            except BaseException:
-                for one in waiting:
-                    one.cancel()
-                raise
+            for number in count(1):
+                places, data = self._read(source, part)
+                if not data:
+                    break
+                future = pool.submit(settle, number, data)
+                del data  # else it is kept while the next one is read
+                future.add_done_callback(lambda _, places=places: self._room.give(places))  # type: ignore[misc]
+                waiting.append(future)
+                if len(waiting) > at_once:
+                    settled.append(_first(waiting))
+            while waiting:
+                settled.append(_first(waiting))
         whole = md5(b"".join(digest for digest, _ in settled), usedforsecurity=False).hexdigest()
         return [etag for _, etag in settled], f"{whole}-{len(settled)}"
 
@@ -326,6 +323,16 @@ class Parts:
 
         with suppress(BotoCoreError, ClientError, StorageError):
             self._end(upload)
+
+
+def _first(waiting: deque[Future[tuple[bytes, str]]]) -> tuple[bytes, str]:
+    """The result of the first; if it failed, those that are not at work shall not begin."""
+    try:
+        return waiting.popleft().result()
+    except BaseException:
+        for one in waiting:
+            one.cancel()
+        raise
 
 
 def _progress(upload: Upload) -> tuple[int, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm_core.catalogue.engine import make_engine
+from dlm_core.errors import PayloadNotFoundError
 from dlm_core.lifecycle.replicate import execute_copy
 from dlm_core.lifecycle.work import Context, StoragePool, drain
 from dlm_core.settings import Settings
@@ -20,11 +21,26 @@ from dlm_core.storages.open import open_storage
 from dlm_core.types import OperationKind
 from tests.fakes import Cut
 
+#: of 12 MB that were read so many are there, in whole parts or blocks
+ARRIVED = 10 << 20
 
-def die() -> None:
-    """As when memory runs out, once what was read is on its way."""
-    time.sleep(1)
-    os.kill(os.getpid(), signal.SIGKILL)
+
+def wait_for_arrival(storage: Any) -> None:
+    """Until most of what was read is in temporary files or parts of uploads on ``storage``."""
+    deadline = time.monotonic() + 30
+    while _arrived(storage) < ARRIVED:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _arrived(storage: Any) -> int:
+    if parts := getattr(storage, "_parts", None):
+        begun = [one for one in parts._unfinished(parts._s3.prefix) if parts._look(one)]
+        return sum(one.size() for one in begun)
+    try:
+        return sum(entry.size for entry in storage.walk(".dlm/tmp"))
+    except PayloadNotFoundError:
+        return 0
 
 
 def main(url: str, home: str, now: str, after: str, part: str, a: str, b: str) -> None:
@@ -32,6 +48,11 @@ def main(url: str, home: str, now: str, after: str, part: str, a: str, b: str) -
     ``after`` bytes."""
     s3.PART_SIZE = int(part)
     places: dict[str, Any] = {"a": json.loads(a), "b": json.loads(b)}
+
+    def die() -> None:
+        """As when memory runs out."""
+        wait_for_arrival(open_storage("b", *places["b"]))
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def opened(row: Any) -> Any:
         storage = open_storage(row["name"], *places[row["name"]])

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +27,7 @@ from dlm_core.transfers.sweep import sweep_parts, sweep_temp
 from dlm_core.types import OperationKind
 from tests.backends import s3_config
 from tests.fakes import Cut
+from tests.lifecycle.killed import wait_for_arrival
 from tests.site import Site, make_site, reopen
 from tests.sshd import SshServer, ssh_server
 from tests.wire import line_to
@@ -73,8 +73,13 @@ def far(server: SshServer, root: Any, *, shell: bool) -> Any:
 
 
 def cut(site: Site, after: int, how: Callable[[], None]) -> Cut:
-    """Let the reading from a be cut after so many bytes; b as it is."""
-    source = Cut(open_storage("a", "posix", str(site.folder / "a"), {}), after, how)
+    """Let the reading from a be cut after so many bytes, most of which have arrived; b as it is."""
+
+    def then() -> None:
+        wait_for_arrival(open_storage("b", *site.far))
+        how()
+
+    source = Cut(open_storage("a", "posix", str(site.folder / "a"), {}), after, then)
     reopen(site, lambda row: source if row["name"] == "a" else open_storage("b", *site.far))
     return source
 
@@ -232,7 +237,6 @@ def test_what_a_worker_may_still_write_does_no_harm(site: Site) -> None:
     late = threading.Thread(target=drain, args=(site.context, _COPY))
     late.start()
     assert asleep.wait(30)
-    time.sleep(1)  # what it has read is on its way
     site.advance(hours=1)
     before = went_over(site, source)
     drain(replace(site.context, worker="another"), _COPY)

@@ -217,6 +217,13 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         lambda c: operations.release_expired_leases(c, KINDS, LATER),
         {"operation_lease"},
     ),
+    "whose an unfinished upload is": (
+        lambda c: operations.owned_on(
+            c, rows(c, "SELECT storage_id FROM storage LIMIT 1")[0]["storage_id"],
+            [f"p{n}/table" for n in range(100)],
+        ),
+        {"replica_storage_path", "operation_uid"},
+    ),
     # a list this short is read through, or by evaluation_due: no matter
     "evaluations are counted": (lambda c: replicas.count_evaluations_due(c, LATER), set()),
     "what has expired is counted": (

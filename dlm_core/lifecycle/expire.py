@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
+from time import monotonic
 
 from sqlalchemy import Connection
 
@@ -24,6 +25,8 @@ _PLAN_BATCH = 5000
 _COUNTED = 1_000_000
 #: the share of errors is looked at from so many deletions on
 _ERRORS_OF = 50
+#: what is due is counted anew after so long, or so many times as long as the counting took
+_COUNT_SECONDS, _COUNT_SHARE = 60.0, 10
 #: a refused deletion is asked for again after this long, or as soon as replication has made what
 #: was missing
 _REFUSED = timedelta(minutes=10)
@@ -64,10 +67,12 @@ class ExpiryPlanner:
     def _take_counted(self, context: Context) -> tuple[int, int]:
         """Count what is due, and trash in batches nothing but what was counted, as far as it is
         still due and no plan names it then: (trashed, refused)."""
+        begun, before = monotonic(), (self.trashed_items, self.refused)
         lots = self._check(context)
-        before = self.trashed_items, self.refused
+        counted = monotonic()
+        until = counted + max(_COUNT_SECONDS, _COUNT_SHARE * (counted - begun))
         for lot in lots:
-            if context.stop.is_set():
+            if context.stop.is_set() or monotonic() > until:
                 break
             trashed, refused = context.transact(
                 partial(plan_batch, context=context, limit=_PLAN_BATCH, lot=lot)

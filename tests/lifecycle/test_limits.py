@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from itertools import count
 
 import pytest
 from sqlalchemy import event
@@ -40,11 +41,11 @@ def build(engine, tmp_path):
     return make
 
 
-def add(site, count, name="x", **columns):
+def add(site, number, name="x", **columns):
     """Items that a LIQUID copy suffices."""
     return [
         site.add_item(f"{name}/{n}", b"12345", "a", target_phase="LIQUID", **columns)
-        for n in range(count)
+        for n in range(number)
     ]
 
 
@@ -371,6 +372,21 @@ def test_what_becomes_due_during_a_run_is_not_trashed_uncounted(build, statement
     assert {site.item(oid)["state"] for oid in oids} == {"EXPIRED"}
     assert {site.item(oid)["state"] for oid in later} == {"READY"}
     assert plan["operations"] == 5 and trashed(site) == 8
+
+
+def test_a_count_is_not_relied_on_for_long(build, statements, monkeypatch):
+    """After a minute, or ten times what it took, all is counted again: what became due meanwhile
+    stops what is left."""
+    monkeypatch.setattr("dlm_core.lifecycle.expire._PLAN_BATCH", 2)
+    minutes = count(0, 61)
+    monkeypatch.setattr("dlm_core.lifecycle.expire.monotonic", lambda: float(next(minutes)))
+    site = build()
+    later = add(site, 5, "later")
+    expire(site, add(site, 30))
+    statements.append(Between(lambda: expire(site, later)))
+    told, plan = stopped(site, items=32)
+    assert "one run would trash 35 replicas" in told
+    assert plan["operations"] == 15 and trashed(site) == 20
 
 
 def test_an_item_that_expires_during_a_run_does_not_go_with_a_counted_copy(

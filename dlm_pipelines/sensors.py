@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from dlm_core.catalogue.capacity import storages_to_observe, storages_to_relieve
 from dlm_core.catalogue.checks import count_failed_looks, storages_with_checks_due
-from dlm_core.catalogue.deletions import count_expiry_due
+from dlm_core.catalogue.expiring import count_expiry_due
 from dlm_core.catalogue.housekeeping import fold_long_tally
 from dlm_core.catalogue.lost import storages_in_audit
 from dlm_core.catalogue.operations import count_due

@@ -10,8 +10,8 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from dlm_core.catalogue.deletions import item_due
 from dlm_core.catalogue.engine import rows, run
+from dlm_core.catalogue.expiring import item_due
 from dlm_core.errors import IllegalTransitionError, NotFoundError
 
 #: above every character that may follow a prefix, in bytewise order

@@ -16,146 +16,33 @@ from typing import Any
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import KEY, copy_rows, each, rows, run
+from dlm_core.catalogue.expiring import EXPIRED, EXPIRED_OF_LOT, EXPIRED_OF_PLAN, Lot
 from dlm_core.catalogue.replicas import Seen
 from dlm_core.types import new_key
 
 #: how refusals begin that are not for want of copies
 _HELD = "under a hold"
 RECOVERED = "the catalogue was recovered"
-_DELETABLE = "('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')"
-
-
-@dataclass(frozen=True, slots=True)
-class Due:
-    """How much is due to be trashed: replicas and bytes, those of items due to expire included."""
-
-    replicas: int
-    bytes: int
-
-
-_DUE_REPLICAS = f"""
-  SELECT r.uid, r.oid, r.size, r.delete_after FROM replica r JOIN storage s USING (storage_id)
-   WHERE r.delete_after <= :now AND r.delete_after IS NOT NULL AND r.state IN {_DELETABLE}
-     AND (NOT s.managed OR s.mode IN ('read_write', 'draining', 'lost', 'retired'))"""
-# after a recovery a person has to confirm holds and times first
-_DUE_ITEMS = """
-  SELECT i.oid, i.expires_at, i.expiry_reason FROM data_item i
-   WHERE i.expires_at <= :now AND i.expires_at IS NOT NULL AND i.state IN ('READY', 'CORRUPTED')
-     AND NOT (SELECT recovery_unconfirmed())"""
-_UNHELD = " AND NOT EXISTS (SELECT FROM holds_on(i.oid, i.uri, i.collection_id))"
-# what no plan names, and what a plan does: see catalogue.plans
-_FREE_REPLICA = " AND NOT EXISTS (SELECT FROM plan_reserved k WHERE k.uid = r.uid)"
-_FREE_ITEM = """ AND NOT EXISTS (
-  SELECT FROM plan_reserved k WHERE k.oid = i.oid AND k.basis = 'item_expired')"""
-_PLANNED_REPLICA = """ AND EXISTS (
-  SELECT FROM plan_entry k WHERE k.plan_id = :plan AND k.uid = r.uid)"""
-_PLANNED_ITEM = """ AND EXISTS (
-  SELECT FROM plan_entry k WHERE k.plan_id = :plan AND k.oid = i.oid AND k.basis = 'item_expired')"""
-
-_LONGEST_FIRST = " ORDER BY r.delete_after LIMIT :limit"
-#: replicas that are due and that no plan names, and those that one names
-EXPIRED = f"{_DUE_REPLICAS}{_FREE_REPLICA}{_LONGEST_FIRST}"
-EXPIRED_OF_PLAN = f"{_DUE_REPLICAS}{_PLANNED_REPLICA}{_LONGEST_FIRST}"
-
-#: the replicas that are due and that no plan names, as the entries of one
-DUE_ENTRIES = f"""
-  WITH item AS MATERIALIZED ({_DUE_ITEMS}{_FREE_ITEM}{_UNHELD})
-  SELECT r.uid, r.oid, r.size, 'item_expired' AS basis,
-         coalesce(item.expiry_reason, 'its time is over') AS reason
-    FROM item JOIN replica r USING (oid) WHERE r.state IN {_DELETABLE}
-  UNION ALL
-  SELECT r.uid, r.oid, r.size,
-         CASE i.state WHEN 'EXPIRED' THEN 'item_expired' ELSE 'replica_expired' END,
-         coalesce(r.expiry_reason, 'its time is over')
-    FROM ({_DUE_REPLICAS}{_FREE_REPLICA}) due JOIN replica r USING (uid) JOIN data_item i ON i.oid = r.oid
-   WHERE NOT EXISTS (SELECT FROM item WHERE item.oid = r.oid)"""
-
-
-def count_expiry_due(connection: Connection, now: datetime, limit: int = 1_000_000) -> Due:
-    """What has passed its time and could be trashed now; counting stops at ``limit``.
-
-    Replicas on storages where the DLM may not write now, and items under a hold, wait uncounted;
-    so does what a plan names.
-    """
-    found = rows(
-        connection,
-        f"""SELECT count(*) AS n, coalesce(sum(size), 0) AS bytes FROM (
-              SELECT uid, size FROM ({_DUE_REPLICAS}{_FREE_REPLICA}) due
-              UNION
-              SELECT r.uid, r.size FROM ({_DUE_ITEMS}{_FREE_ITEM}{_UNHELD}) due JOIN replica r USING (oid)
-               WHERE r.state IN {_DELETABLE}
-              LIMIT :limit) d""",
-        now=now,
-        limit=limit,
-    )[0]
-    return Due(int(found["n"]), int(found["bytes"]))
-
-
-def plan_is_due(connection: Connection, now: datetime, plan_id: uuid.UUID) -> bool:
-    """Whether something that a plan names could expire or be trashed now."""
-    found = rows(
-        connection,
-        f"""SELECT EXISTS ({_DUE_REPLICAS}{_PLANNED_REPLICA})
-                OR EXISTS ({_DUE_ITEMS}{_PLANNED_ITEM}{_UNHELD}) AS due""",
-        now=now,
-        plan=plan_id,
-    )
-    return bool(found[0]["due"])
-
-
-def expire_items(
-    connection: Connection, now: datetime, limit: int, plan_id: uuid.UUID | None = None
-) -> int:
-    """READY and CORRUPTED items past their time and under no hold become EXPIRED, and all their
-    replicas' time is over with them: those that no plan names, or those that ``plan_id`` does.
-    Returns how many."""
-    run(connection, "LOCK TABLE hold IN SHARE MODE")
-    named = {"plan": plan_id} if plan_id else {}
-    found = rows(
-        connection,
-        f"""WITH due AS MATERIALIZED (
-              {_DUE_ITEMS}{_PLANNED_ITEM if plan_id else _FREE_ITEM}{_UNHELD} ORDER BY i.expires_at LIMIT :limit FOR NO KEY UPDATE OF i SKIP LOCKED)
-            UPDATE data_item i SET state = 'EXPIRED', shortfall = NULL
-              FROM due WHERE i.oid = due.oid RETURNING i.oid""",
-        now=now,
-        limit=limit,
-        **named,
-    )
-    oids = [row["oid"] for row in found]
-    if oids:
-        run(
-            connection,
-            """UPDATE replica SET expires_at = greatest(:now, created_at),
-                      expiry_reason = 'its item has expired'
-                WHERE oid = ANY(:oids) AND state NOT IN ('TRASHED', 'DELETED')""",
-            oids=oids,
-            now=now,
-        )
-    return len(oids)
-
-
-def item_due(connection: Connection, oid: uuid.UUID, now: datetime) -> bool:
-    """Whether an item, or a replica of it, has passed its time and could be trashed now."""
-    found = rows(
-        connection,
-        f"""SELECT EXISTS ({_DUE_ITEMS}{_FREE_ITEM}{_UNHELD} AND i.oid = :oid)
-                OR EXISTS ({_DUE_REPLICAS}{_FREE_REPLICA} AND r.oid = :oid) AS due""",
-        oid=oid,
-        now=now,
-    )
-    return bool(found[0]["due"])
 
 
 def prove_expired(
-    connection: Connection, now: datetime, limit: int, plan_id: uuid.UUID | None = None
+    connection: Connection,
+    now: datetime,
+    limit: int,
+    lot: Lot | None = None,
+    plan_id: uuid.UUID | None = None,
 ) -> list[Proof]:
     """As :func:`prove`, of the ``limit`` replicas that are due to be deleted, longest due first:
-    those that no plan names, or those that ``plan_id`` does.
+    those that no plan names; of a ``lot``, or also of a plan, only those that it names.
 
     Those on storages where the DLM may not write now (offline, or read-only though managed) wait.
     """
-    named = {"plan": plan_id} if plan_id else {}
-    query = EXPIRED_OF_PLAN if plan_id else EXPIRED
+    query = EXPIRED
+    named: dict[str, Any] = {}
+    if lot is not None:
+        query, named = EXPIRED_OF_LOT, {"uids": lot.keys()[0]}
+    if plan_id is not None:
+        query, named = EXPIRED_OF_PLAN, {**named, "plan": plan_id}
     return _prove(connection, query, due=now, now=now, limit=limit, **named)
 
 

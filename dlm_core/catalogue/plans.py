@@ -14,8 +14,8 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from dlm_core.catalogue.deletions import DUE_ENTRIES, Due, plan_is_due
 from dlm_core.catalogue.engine import rows, run
+from dlm_core.catalogue.expiring import DUE_ENTRIES, Due, plan_is_due
 from dlm_core.errors import IllegalTransitionError, NotFoundError
 from dlm_core.types import new_id
 
@@ -348,6 +348,18 @@ def approved_plans(connection: Connection, now: datetime) -> list[uuid.UUID]:
         now=now,
     )
     return [row["plan_id"] for row in found if plan_is_due(connection, now, row["plan_id"])]
+
+
+def lock_approved(connection: Connection, plan_id: uuid.UUID, now: datetime) -> bool:
+    """Whether a plan is approved and its time not over, until the end of the transaction."""
+    found = rows(
+        connection,
+        """SELECT plan_id FROM plan WHERE plan_id = :id AND state = 'APPROVED' AND valid_until > :now
+              FOR SHARE""",
+        id=plan_id,
+        now=now,
+    )
+    return bool(found)
 
 
 def note_applied(connection: Connection, plan_id: uuid.UUID, now: datetime) -> None:

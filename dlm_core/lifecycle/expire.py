@@ -8,20 +8,25 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
+from time import monotonic
 
 from sqlalchemy import Connection
 
 from dlm_core.catalogue import deletions as catalogue
+from dlm_core.catalogue import expiring, plans, recovery, replicas
 from dlm_core.catalogue import operations as queue
-from dlm_core.catalogue import plans, recovery, replicas
 from dlm_core.catalogue.deletions import Proof
 from dlm_core.errors import BlastRadiusError, TooManyErrorsError
 from dlm_core.lifecycle.work import Context, Report
 from dlm_core.types import OperationKind
 
 _PLAN_BATCH = 5000
+#: what is due is counted to here though the limit is lower, so that a stop tells how much it is
+_COUNTED = 1_000_000
 #: the share of errors is looked at from so many deletions on
 _ERRORS_OF = 50
+#: what is due is counted anew after so long, or so many times as long as the counting took
+_COUNT_SECONDS, _COUNT_SHARE = 60.0, 10
 #: a refused deletion is asked for again after this long, or as soon as replication has made what
 #: was missing
 _REFUSED = timedelta(minutes=10)
@@ -53,40 +58,66 @@ class ExpiryPlanner:
         """
         planned = self._apply_plans(context)
         while not context.stop.is_set():
-            due = context.transact(lambda c: catalogue.count_expiry_due(c, context.clock()))
-            if not due.replicas:
+            trashed, refused = self._take_counted(context)
+            planned += trashed
+            if not trashed and not refused:
+                break  # nothing is due, or somebody else holds it locked
+        return planned
+
+    def _take_counted(self, context: Context) -> tuple[int, int]:
+        """Count what is due, and trash in batches nothing but what was counted, as far as it is
+        still due and no plan names it then: (trashed, refused)."""
+        begun, before = monotonic(), (self.trashed_items, self.refused)
+        lots = self._check(context)
+        counted = monotonic()
+        until = counted + max(_COUNT_SECONDS, _COUNT_SHARE * (counted - begun))
+        for lot in lots:
+            if context.stop.is_set() or monotonic() > until:
                 break
-            self._check(context, due)
-            trashed, refused = context.transact(lambda c: plan_batch(c, context, _PLAN_BATCH))
+            trashed, refused = context.transact(
+                partial(plan_batch, context=context, limit=_PLAN_BATCH, lot=lot)
+            )
             self.trashed_items += len(trashed)
             self.trashed_bytes += sum(proof.size for proof in trashed)
             self.refused += len(refused)
-            planned += len(trashed)
-        return planned
+        return self.trashed_items - before[0], self.refused - before[1]
 
     def _apply_plans(self, context: Context) -> int:
         """Trash what approved plans name, each replica with its proof."""
         planned = 0
         for plan_id in context.transact(lambda c: plans.approved_plans(c, context.clock())):
-            while not context.stop.is_set():
-                work = partial(plan_batch, context=context, limit=_PLAN_BATCH, plan_id=plan_id)
-                trashed, refused = context.transact(work)
+            for lot in context.transact(
+                partial(expiring.list_planned, plan_id=plan_id, size=_PLAN_BATCH)
+            ):
+                if context.stop.is_set():
+                    break
+                trashed, refused = context.transact(
+                    partial(
+                        plan_batch, context=context, limit=_PLAN_BATCH, lot=lot, plan_id=plan_id
+                    )
+                )
                 self.refused += len(refused)
                 planned += len(trashed)
-                if not trashed and not refused:
-                    break
             context.transact(partial(plans.note_applied, plan_id=plan_id, now=context.clock()))
         return planned
 
-    def _check(self, context: Context, due: catalogue.Due) -> None:
-        done = catalogue.Due(self.trashed_items, self.trashed_bytes)
+    def _check(self, context: Context) -> list[expiring.Lot]:
+        """What is due, which breaks no limit, in lots: of more than the limit nothing is let go."""
+        done = expiring.Due(self.trashed_items, self.trashed_bytes)
         limits = limits_of(context, self.max_items, self.max_bytes)
-        stopped = context.transact(lambda c: _stop(c, context, limits, due, done))
+        enough = max(self.max_items + 1, _COUNTED)
+
+        def look(c: Connection) -> tuple[list[expiring.Lot], tuple[plans.Stop, uuid.UUID] | None]:
+            due, lots = expiring.list_due(c, context.clock(), _PLAN_BATCH, enough)
+            return lots, _stop(c, context, limits, due, done) if due.replicas else None
+
+        lots, stopped = context.transact(look)
         if stopped is not None:
             stop, plan_id = stopped
             raise BlastRadiusError(
                 limit=stop.limit, value=stop.value, found=stop.found, plan=plan_id
             )
+        return lots
 
 
 def limits_of(context: Context, max_items: int, max_bytes: int) -> plans.Limits:
@@ -106,8 +137,8 @@ def _stop(
     connection: Connection,
     context: Context,
     limits: plans.Limits,
-    due: catalogue.Due,
-    done: catalogue.Due,
+    due: expiring.Due,
+    done: expiring.Due,
 ) -> tuple[plans.Stop, uuid.UUID] | None:
     """The limit that is reached and the plan that waits now; None if none is, or if another run
     has just put all that was due into a plan."""
@@ -153,17 +184,24 @@ def stop_on_errors(context: Context, report: Report) -> None:
 
 
 def plan_batch(
-    connection: Connection, context: Context, limit: int, plan_id: uuid.UUID | None = None
+    connection: Connection,
+    context: Context,
+    limit: int,
+    lot: expiring.Lot | None = None,
+    plan_id: uuid.UUID | None = None,
 ) -> tuple[list[Proof], list[Proof]]:
     """Expire items and trash due replicas in one transaction: (trashed, refused).
 
-    Those that no plan names, or those that the approved ``plan_id`` does. Survivors are locked,
+    Those that no plan names; of a ``lot`` only those that it names, and with it also of the plan
+    ``plan_id``, as long as that is approved. Survivors are locked,
     certificates written, replicas marked and their file work queued together. A refusal puts the
     deletion off and asks replication for what is missing.
     """
     now = context.clock()
-    catalogue.expire_items(connection, now, limit, plan_id)
-    proofs = catalogue.prove_expired(connection, now, limit, plan_id)
+    if plan_id is not None and not plans.lock_approved(connection, plan_id, now):
+        return [], []  # somebody took it back, or its time is over
+    expiring.expire_items(connection, now, limit, lot, plan_id)
+    proofs = catalogue.prove_expired(connection, now, limit, lot, plan_id)
     # what another worker trashed between the selection and the lock is no longer ours
     live = [p for p in proofs if p.state in ("READY", "SUSPECT", "CORRUPTED", "MISSING")]
     granted = [p for p in live if p.refusal is None]

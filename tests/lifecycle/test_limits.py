@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from itertools import count
 
 import pytest
+from sqlalchemy import event
 
-from dlm_core.catalogue import plans
+from dlm_core.catalogue import expiring, plans
+from dlm_core.catalogue.engine import run
 from dlm_core.errors import (
     BlastRadiusError,
     CatalogueError,
@@ -15,9 +18,10 @@ from dlm_core.errors import (
     TooManyErrorsError,
 )
 from dlm_core.lifecycle.expire import ExpiryPlanner, plan_batch, stop_on_errors
+from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.work import drain
 from dlm_core.storages.open import open_storage
-from dlm_core.types import new_id
+from dlm_core.types import OperationKind, new_id
 from tests.fakes import Hooked
 from tests.site import ALL, make_site, reopen
 
@@ -37,11 +41,11 @@ def build(engine, tmp_path):
     return make
 
 
-def add(site, count, name="x", **columns):
+def add(site, number, name="x", **columns):
     """Items that a LIQUID copy suffices."""
     return [
         site.add_item(f"{name}/{n}", b"12345", "a", target_phase="LIQUID", **columns)
-        for n in range(count)
+        for n in range(number)
     ]
 
 
@@ -137,8 +141,12 @@ def test_an_approved_plan_touches_no_other_replica(build):
     (other,) = add(site, 1, "later")
     site.execute("UPDATE replica SET expires_at = :n WHERE oid = :o", n=site.now, o=other)
     approve(site, plan)
+    (lot,) = site.context.transact(lambda c: expiring.list_planned(c, plan["plan_id"], MANY))
+    also = site.replica(other, "a")["uid"].bytes
     granted, refused = site.context.transact(
-        lambda c: plan_batch(c, site.context, MANY, plan["plan_id"])
+        lambda c: plan_batch(
+            c, site.context, MANY, expiring.Lot(lot.uids + also, lot.oids), plan["plan_id"]
+        )
     )
     assert len(granted) == 3 and refused == []
     assert other not in {proof.oid for proof in granted}
@@ -298,6 +306,151 @@ def test_five_of_fifty_failures_are_borne(build):
     site.advance(minutes=1)
     drain(site.context, ALL, guard=stop_on_errors)
     assert len(site.private("a", "trash")) == 50
+
+
+class Between:
+    """Does something once as others would meanwhile: within the third batch of a run, or as the
+    next transaction after its second begins."""
+
+    def __init__(self, action, within=True):
+        self.action, self.within, self.locks = action, within, 0
+
+    def __call__(self, statement):
+        # twice in a batch: before items expire, and before proofs
+        self.locks += statement.startswith("LOCK TABLE hold")
+        if self.locks >= 4 and (self.locks == 5 if self.within else "set_config" in statement):
+            self.locks = -100
+            self.action()
+
+
+@pytest.fixture
+def statements(engine):
+    """What is sent to the database; ``statements.append`` is called with each."""
+    told = []
+
+    def note(connection, cursor, statement, *_):
+        for listen in told:
+            listen(statement)
+
+    event.listen(engine, "before_cursor_execute", note)
+    yield told
+    event.remove(engine, "before_cursor_execute", note)
+
+
+def test_what_is_due_is_counted_once_however_many_batches_it_takes(build, statements, monkeypatch):
+    """Ten batches of items, and of surplus copies, count as often as two: what a batch costs
+    follows the batch."""
+    monkeypatch.setattr("dlm_core.lifecycle.expire._PLAN_BATCH", 2)
+    site = build()
+    site.add_storage("b", "B")
+    counts = []
+    statements.append(lambda sent: counts.append(sent) if "sum(size)" in sent else None)
+    for number, name in ((2, "few"), (10, "many")):
+        surplus = add(site, number, name)
+        site.execute("UPDATE data_item SET target_phase = 'SOLID' WHERE oid = ANY(:o)", o=surplus)
+        plan_replication(site.context)
+        site.work(OperationKind.COPY)
+        site.execute("UPDATE data_item SET target_phase = 'LIQUID' WHERE oid = ANY(:o)", o=surplus)
+        site.execute("UPDATE replica SET expires_at = :n WHERE storage_id = :s AND oid = ANY(:o)",
+                     n=site.now, s=site.storages["a"], o=surplus)  # fmt: skip
+        expire(site, add(site, number, f"{name}-more"))
+        counts.clear()
+        assert ExpiryPlanner(MANY, MANY)(site.context) == 2 * number
+        assert len(counts) <= 4
+
+
+def test_what_becomes_due_during_a_run_is_not_trashed_uncounted(build, statements, monkeypatch):
+    """What was counted goes; what somebody let expire meanwhile is counted by itself, with what
+    went, and stops at the limit."""
+    monkeypatch.setattr("dlm_core.lifecycle.expire._PLAN_BATCH", 2)
+    site = build()
+    oids, later = add(site, 8), add(site, 5, "later")
+    expire(site, oids)
+    statements.append(Between(lambda: expire(site, later)))
+    told, plan = stopped(site, items=10)
+    assert "one run would trash 13 replicas" in told
+    assert {site.item(oid)["state"] for oid in oids} == {"EXPIRED"}
+    assert {site.item(oid)["state"] for oid in later} == {"READY"}
+    assert plan["operations"] == 5 and trashed(site) == 8
+
+
+def test_a_count_is_not_relied_on_for_long(build, statements, monkeypatch):
+    """After a minute, or ten times what it took, all is counted again: what became due meanwhile
+    stops what is left."""
+    monkeypatch.setattr("dlm_core.lifecycle.expire._PLAN_BATCH", 2)
+    minutes = count(0, 61)
+    monkeypatch.setattr("dlm_core.lifecycle.expire.monotonic", lambda: float(next(minutes)))
+    site = build()
+    later = add(site, 5, "later")
+    expire(site, add(site, 30))
+    statements.append(Between(lambda: expire(site, later)))
+    told, plan = stopped(site, items=32)
+    assert "one run would trash 35 replicas" in told
+    assert plan["operations"] == 15 and trashed(site) == 20
+
+
+def test_an_item_that_expires_during_a_run_does_not_go_with_a_counted_copy(
+    build, statements, monkeypatch
+):
+    """Of it one surplus copy was counted, which still needs its survivors; that the item goes is
+    looked at by the limit on collections first."""
+    monkeypatch.setattr("dlm_core.lifecycle.expire._PLAN_BATCH", 2)
+    site = build(max_delete_fraction=0.5, delete_fraction_min_items=10)
+    oids = add(site, 10, collection_id=collection(site, "all"))
+    site.execute("UPDATE replica SET expires_at = :n", n=site.now)
+    statements.append(Between(lambda: expire(site, oids)))
+    told, _ = stopped(site)
+    assert "DLM_MAX_DELETE_FRACTION" in told and trashed(site) == 0
+    assert {site.item(oid)["state"] for oid in oids} == {"READY"}
+
+
+def test_what_another_run_put_into_a_plan_is_left_by_the_first(build, statements, monkeypatch):
+    """Two runs at once: as soon as the limit of the second is reached, the first trashes nothing
+    more of what waits now."""
+    monkeypatch.setattr("dlm_core.lifecycle.expire._PLAN_BATCH", 2)
+    site = build()
+    expire(site, add(site, 8))
+    statements.append(Between(lambda: stopped(site, items=3)))
+    assert ExpiryPlanner(10, MANY)(site.context) == 4
+    assert trashed(site) == 4
+
+
+def test_a_plan_whose_approval_is_taken_back_goes_no_further(build, statements, monkeypatch):
+    """Somebody rejects it while a run is at work on it: the batches that are left stay."""
+    monkeypatch.setattr("dlm_core.lifecycle.expire._PLAN_BATCH", 2)
+    site = build()
+    expire(site, add(site, 8))
+    _, plan = stopped(site, items=3)
+    approve(site, plan)
+    statements.append(Between(lambda: reject(site, plan), within=False))
+    assert ExpiryPlanner(3, MANY)(site.context) == 4
+    assert trashed(site) == 4
+
+
+def test_more_than_a_run_may_trash_is_seen_beyond_what_it_keeps_in_mind(build, monkeypatch):
+    """Keys are kept of some; all are counted, as far as the limit: nothing goes if it is passed."""
+    monkeypatch.setattr("dlm_core.catalogue.expiring._MOST_IN_LOTS", 4)
+    monkeypatch.setattr("dlm_core.lifecycle.expire._COUNTED", 4)
+    monkeypatch.setattr("dlm_core.lifecycle.expire._PLAN_BATCH", 2)
+    site = build()
+    expire(site, add(site, 9))
+    stopped_at, plan = stopped(site, items=8)
+    assert "would trash 9 replicas" in stopped_at and plan["operations"] == 9
+    assert trashed(site) == 0
+    approve(site, plan)
+    expire(site, add(site, 9, "later"))
+    assert ExpiryPlanner(9, MANY)(site.context) == 18
+
+
+def test_an_item_that_is_locked_keeps_no_run_spinning(build, engine):
+    """Somebody has it open in psql: the run leaves it for the next one."""
+    site = build()
+    held, free = add(site, 2)
+    expire(site, [held, free])
+    with engine.connect() as other, other.begin():
+        run(other, "SELECT FROM data_item WHERE oid = :o FOR UPDATE", o=held)
+        assert ExpiryPlanner(MANY, MANY)(site.context) == 1
+    assert ExpiryPlanner(MANY, MANY)(site.context) == 1
 
 
 @pytest.mark.parametrize(

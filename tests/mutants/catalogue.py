@@ -49,9 +49,9 @@ CATALOGUE = (
     ),
     Mutant(
         "expiry-without-hold-lock",
-        "dlm_core/catalogue/deletions.py",
-        '    run(connection, "LOCK TABLE hold IN SHARE MODE")\n    named',
-        "    named",
+        "dlm_core/catalogue/expiring.py",
+        '    run(connection, "LOCK TABLE hold IN SHARE MODE")\n    items',
+        "    items",
         "a hold that is being placed does not keep its item from expiring in good order",
         ("lifecycle/test_interleavings.py::test_a_hold_placed_first_keeps_the_item",),
     ),
@@ -123,7 +123,7 @@ CATALOGUE = (
     ),
     Mutant(
         "expiry-ignores-holds",
-        "dlm_core/catalogue/deletions.py",
+        "dlm_core/catalogue/expiring.py",
         ('_UNHELD = " AND NOT EXISTS (SELECT FROM holds_on(i.oid, i.uri, i.collection_id))"'),
         '_UNHELD = ""',
         "items under a hold are expired",
@@ -175,7 +175,7 @@ CATALOGUE = (
     ),
     Mutant(
         "planned-replica-of-any",
-        "dlm_core/catalogue/deletions.py",
+        "dlm_core/catalogue/expiring.py",
         "  SELECT FROM plan_entry k WHERE k.plan_id = :plan AND k.uid = r.uid)",
         "  SELECT FROM plan_entry k WHERE k.plan_id = :plan)",
         "an approved plan lets other replicas through than it names",

@@ -20,8 +20,8 @@ from dlm_core.catalogue import (
     browse,
     capacity,
     checks,
-    deletions,
     embedded,
+    expiring,
     operations,
     replicas,
     traffic,
@@ -227,16 +227,30 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
     # a list this short is read through, or by evaluation_due: no matter
     "evaluations are counted": (lambda c: replicas.count_evaluations_due(c, LATER), set()),
     "what has expired is counted": (
-        lambda c: deletions.count_expiry_due(c, LATER),
+        lambda c: expiring.count_expiry_due(c, LATER),
         {"replica_expiring", "data_item_expiring"},
     ),
     "expired replicas are selected": (
-        lambda c: rows(c, deletions.EXPIRED, now=LATER, limit=1000),
+        lambda c: rows(c, expiring.EXPIRED, now=LATER, limit=1000),
         {"replica_expiring"},
     ),
     "items expire": (
-        lambda c: deletions.expire_items(c, LATER, 1000),
+        lambda c: expiring.expire_items(c, LATER, 1000),
         {"data_item_expiring"},
+    ),
+    "what has expired is listed in lots": (
+        lambda c: expiring.list_due(c, LATER, 1000, 10**6),
+        {"replica_expiring", "data_item_expiring"},
+    ),
+    "replicas of a lot are looked up": (
+        lambda c: rows(
+            c, expiring.EXPIRED_OF_LOT, uids=_some(c).keys()[0], now=LATER, limit=1000
+        ),
+        {"replica_pkey"},
+    ),
+    "items of a lot expire": (
+        lambda c: expiring.expire_items(c, LATER, 1000, _some(c)),
+        {"data_item_pkey"},
     ),
     "full storages are found": (
         lambda c: capacity.storages_to_relieve(c, LATER),
@@ -272,7 +286,7 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         {"replica_check"},
     ),
     "the limits are looked at": (
-        lambda c: approval.find_stop(c, LATER, LIMITS, deletions.Due(1, 1), deletions.Due(0, 0)),
+        lambda c: approval.find_stop(c, LATER, LIMITS, expiring.Due(1, 1), expiring.Due(0, 0)),
         set(),
     ),
     "approved plans are found": (lambda c: approval.approved_plans(c, LATER), set()),
@@ -345,6 +359,14 @@ def test_an_index_of_due_work_is_as_small_as_the_work(site: Engine, index: str) 
         )[0]
     assert found["entries"] <= 500
     assert found["pages"] < 300
+
+
+def _some(connection: Connection) -> expiring.Lot:
+    """Replicas of which none is due, and their items."""
+    found = rows(connection, "SELECT uid, oid FROM replica ORDER BY uid LIMIT 1000")
+    return expiring.Lot(
+        b"".join(row["uid"].bytes for row in found), b"".join(row["oid"].bytes for row in found)
+    )
 
 
 def test_a_deletion_reads_no_table_through(site: Engine) -> None:

@@ -23,8 +23,8 @@ from sqlalchemy import Connection, Engine, text
 from dlm_core import types
 from dlm_core.catalogue import places
 from dlm_core.catalogue.capacity import storages_to_relieve
-from dlm_core.catalogue.deletions import count_expiry_due
 from dlm_core.catalogue.engine import rows, run
+from dlm_core.catalogue.expiring import count_expiry_due
 from dlm_core.catalogue.lost import storages_in_audit
 from dlm_core.catalogue.operations import count_due
 from dlm_core.catalogue.replicas import count_evaluations_due

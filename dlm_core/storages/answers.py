@@ -106,14 +106,11 @@ class _Buffered:
 
 
 def _head(file: BinaryIO) -> tuple[bytes, int, Fields]:
-    first, lines = _line(file), list[bytes]()
-    if not first:
-        raise http.client.RemoteDisconnected("no answer")
-    version, _, rest = first.partition(b" ")
-    status = rest[:3]
+    version, status, *_ = [*_line(file).split(None, 2), b"", b""]
     if not (version.startswith(b"HTTP/1.") and status.isdigit() and len(status) == 3):
         raise http.client.BadStatusLine("no HTTP/1.1")
-    while line := _line(file).rstrip(b"\r\n"):
+    lines: list[bytes] = []
+    while line := _line(file):
         lines.append(line)
         if len(lines) > _MOST_LINES:
             raise http.client.HTTPException("too many headers")
@@ -124,4 +121,6 @@ def _line(file: BinaryIO) -> bytes:
     line = file.readline(_LONGEST_LINE)
     if len(line) == _LONGEST_LINE:
         raise http.client.LineTooLong("header")
-    return line
+    if not line.endswith(b"\n"):
+        raise http.client.RemoteDisconnected("no answer, or no whole one")
+    return line.rstrip(b"\r\n")

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, exc, text
 
-from dlm_core.catalogue.engine import KEY, copy_into, rows, run
+from dlm_core.catalogue.engine import KEY, Keys, copy_into, rows, run
 from dlm_core.types import OperationKind, OperationState, new_key
 
 
@@ -165,7 +165,7 @@ def claim_operations(
     """
     share = share or Share(limit, 0, 2**62)
     picky = "" if not avoid and most_bytes is None else _PICKY
-    found = rows(
+    return rows(
         connection,
         f"""WITH due AS MATERIALIZED (
              SELECT operation_id, uid, priority, due_at FROM operation o
@@ -175,14 +175,16 @@ def claim_operations(
              SELECT operation_id, row_number() OVER queue AS number,
                     sum(bytes) OVER queue AS bytes, sum(files) OVER queue - files AS files_before
                FROM ({_WEIGHED}) weighed
-             WINDOW queue AS (ORDER BY priority, due_at, operation_id ROWS UNBOUNDED PRECEDING))
-           UPDATE operation o SET state = 'RUNNING', attempts = attempts + 1, worker = :worker,
-                  lease_token = :token, lease_until = :until
-             FROM chosen WHERE o.operation_id = chosen.operation_id
-              AND (chosen.number <= :few OR chosen.bytes < :bytes)
-              AND (chosen.files_before < :files)
-           RETURNING o.operation_id, o.kind, o.oid, o.uid, o.reason, o.attempts, o.plan_id,
-                     o.created_at, o.source_uid, o.error_code, o.priority, o.due_at""",
+             WINDOW queue AS (ORDER BY priority, due_at, operation_id ROWS UNBOUNDED PRECEDING)),
+           claimed AS (
+             UPDATE operation o SET state = 'RUNNING', attempts = attempts + 1, worker = :worker,
+                    lease_token = :token, lease_until = :until
+               FROM chosen WHERE o.operation_id = chosen.operation_id
+                AND (chosen.number <= :few OR chosen.bytes < :bytes)
+                AND (chosen.files_before < :files)
+             RETURNING o.operation_id, o.kind, o.oid, o.uid, o.reason, o.attempts, o.plan_id,
+                       o.created_at, o.source_uid, o.error_code, o.priority, o.due_at)
+           SELECT * FROM claimed ORDER BY priority, due_at, operation_id""",
         kind=kind.value,
         token=token,
         worker=worker,
@@ -194,8 +196,6 @@ def claim_operations(
         files=share.files,
         **({"avoid": list(avoid), "most": most_bytes} if picky else {}),
     )
-    # an UPDATE returns them in any order
-    return sorted(found, key=lambda one: (one["priority"], one["due_at"], one["operation_id"]))
 
 
 def extend_leases(connection: Connection, token: uuid.UUID, until: datetime) -> int:
@@ -255,14 +255,15 @@ def lock_claimed(
 
     A worker whose lease ran out must write nothing: another may have claimed the operation.
     """
-    found = rows(
-        connection,
-        """SELECT operation_id FROM operation WHERE operation_id = ANY(:ids)
-              AND lease_token = :token AND state = 'RUNNING' ORDER BY operation_id FOR UPDATE""",
-        ids=list(operation_ids),
-        token=token,
-    )
-    return {row["operation_id"] for row in found}
+    wanted = set(operation_ids)
+    held = """SELECT operation_id FROM operation WHERE operation_id = ANY(:ids)
+                  AND lease_token = :token AND state = 'RUNNING' ORDER BY operation_id FOR UPDATE"""
+    values = {"ids": Keys(wanted), "token": token}
+    count = rows(connection, f"SELECT count(*) AS n FROM ({held}) held", **values)[0]["n"]
+    # most often it is all of them, and to name each costs more than to count
+    if count == len(wanted):
+        return wanted
+    return {row["operation_id"] for row in rows(connection, held, **values)}
 
 
 def lease_left(connection: Connection, token: uuid.UUID, now: datetime) -> timedelta:
@@ -292,6 +293,29 @@ def finish_operations(
     connection: Connection, token: uuid.UUID, outcomes: Sequence[Outcome], now: datetime
 ) -> int:
     """Write how operations ended; those that ``token`` no longer holds are left alone."""
+    done = [outcome.operation_id for outcome in outcomes if _went_well(outcome)]
+    rest = [outcome for outcome in outcomes if not _went_well(outcome)]
+    finished = 0
+    if done:
+        finished += run(
+            connection,
+            """UPDATE operation SET state = 'DONE', error_code = NULL, error = NULL,
+                      lease_token = NULL, lease_until = NULL, finished_at = :now
+                WHERE operation_id = ANY(:ids) AND lease_token = :token AND state = 'RUNNING'""",
+            token=token,
+            now=now,
+            ids=Keys(done),
+        )
+    return finished + (_finish_otherwise(connection, token, rest, now) if rest else 0)
+
+
+def _went_well(outcome: Outcome) -> bool:
+    return outcome.state is OperationState.DONE and outcome.error_code is None
+
+
+def _finish_otherwise(
+    connection: Connection, token: uuid.UUID, outcomes: Sequence[Outcome], now: datetime
+) -> int:
     return run(
         connection,
         """UPDATE operation o SET state = u.state, error_code = u.code, error = u.error,

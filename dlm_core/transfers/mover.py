@@ -38,6 +38,7 @@ from dlm_core.transfers.proving import Prover
 from dlm_core.transfers.reading import HashingReader, Interrupted, Progress, read_up_to
 from dlm_core.transfers.resuming import Resuming
 from dlm_core.transfers.tasks import (
+    AT_ONCE,
     SMALL,
     Copy,
     CopyResult,
@@ -47,16 +48,15 @@ from dlm_core.transfers.tasks import (
     can_be_listed,
     groups,
     interrupted,
+    last_at_work,
     sub_batches,
 )
 from dlm_core.types import PayloadKind
 
-__all__ = ["CopyResult", "CopyTask", "Lane", "copy_batch"]
+__all__ = ["CopyResult", "CopyTask", "Lane", "copy_batch", "last_at_work"]
 
 # folders for temporary files: threads that make files in one folder wait for each other
 _SLOTS = 16
-# sub-batches at work at a time
-_AT_ONCE = 2
 
 
 def copy_batch(
@@ -90,11 +90,10 @@ def copy_batch(
     if resume_bytes is not None:
         mover.resumed_above = resume_bytes
     going: deque[Future[list[CopyResult]]] = deque()
-    with ThreadPoolExecutor(threads, "dlm-copy") as pool, ThreadPoolExecutor(_AT_ONCE) as batches:
-        # one sub-batch is written while another is flushed and verified
+    with ThreadPoolExecutor(threads, "dlm-copy") as pool, ThreadPoolExecutor(AT_ONCE) as batches:
         for batch in sub_batches(tasks):
             going.append(batches.submit(mover.copy, batch, pool))
-            if len(going) == _AT_ONCE:
+            if len(going) == AT_ONCE:
                 yield from going.popleft().result()
             if mover.stop.is_set():
                 break

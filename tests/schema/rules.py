@@ -16,8 +16,15 @@ from dlm_core.types import new_id, uri_bucket
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 DIGEST = "sha256:" + "a" * 64
 #: what differs from a digest in one respect each
-NO_DIGESTS = ["sha256:" + "a" * 63, "sha256:" + "a" * 65, "sha257:" + "a" * 64,
-              "sha256:" + "a" * 63 + "\n", "sha256:" + "a" * 62 + "\u00e4", " sha256" + "a" * 64]  # fmt: skip
+NO_DIGESTS = [
+    "sha256:" + "a" * 63,
+    "sha256:" + "a" * 65,
+    "sha257:" + "a" * 64,
+    "sha256:" + "a" * 63 + "\n",
+    "sha256:" + "a" * 62 + "\u00e4",
+    " sha256" + "a" * 64,
+    "sha256:" + "A" * 64,
+]
 OTHER = "sha256:" + "b" * 64
 SIZE = 3
 _numbers = itertools.count()

@@ -134,7 +134,7 @@ class Prover:
         return size, f"sha256:{hasher.hexdigest()}"
 
     def _damaged_source(self, file: File) -> DlmError | None:
-        """What is wrong with the source of a copy that the destination made by itself, if it is."""
+        """What is wrong with the source of a copy whose bytes nobody looked at, if it is."""
         try:
             seen = observe(self._source, file.source, stop=self._stop)
         except DlmError as error:

@@ -65,7 +65,7 @@ class File:
     digest: str
     #: the ETag that an object store gives these bytes
     etag: str = ""
-    #: the destination copied it: who is to blame for other bytes is not known
+    #: it was copied without a look at its bytes: who is to blame for other ones is not known
     direct: bool = False
     #: where an earlier try left the first bytes
     partial: str | None = None

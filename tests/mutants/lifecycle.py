@@ -511,4 +511,20 @@ LIFECYCLE = (
         "where rclone cannot move, the source goes though its copy was not read",
         ("storages/test_rclone.py::test_a_copy_that_is_other_bytes_costs_the_source_nothing",),
     ),
+    Mutant(
+        "rclone-moves-unlooked",
+        "dlm_core/storages/rclone.py",
+        "strict=True) if kind is None]",
+        "strict=True)]",
+        "what rclone moves together replaces what is there",
+        ("storages/test_rclone_many.py::test_what_is_there_already_stays",),
+    ),
+    Mutant(
+        "rclone-count-believed",
+        "dlm_core/storages/rclone.py",
+        "                return [name for name in free if name not in there]",
+        "                return [name for name in free]",
+        "a file that rclone left where it was is taken for moved",
+        ("storages/test_rclone_many.py::test_a_count_is_not_believed_where_a_file_is_still_there",),
+    ),
 )

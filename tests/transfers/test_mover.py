@@ -72,12 +72,14 @@ def test_a_damaged_source_is_never_visible(source, storage, size):
     assert leftovers(storage) == []
 
 
-def test_a_source_of_another_size_is_damaged(source, storage):
+@pytest.mark.parametrize("size", [5, 3 << 20])
+def test_a_source_of_another_size_is_damaged(source, storage, size):
     """Grown or shrunk since it was catalogued."""
-    grown, shrunk = task(source, "grown", b"12345"), task(source, "shrunk", b"12345")
-    for name, data in (("grown", b"123456"), ("shrunk", b"1234")):
+    data = os.urandom(size)
+    grown, shrunk = task(source, "grown", data), task(source, "shrunk", data)
+    for name, other in (("grown", data + b"6"), ("shrunk", data[:-1])):
         with open(os.path.join(source.root, name), "wb") as stream:
-            stream.write(data)
+            stream.write(other)
     results = list(copy_batch(source, storage, [grown, shrunk]))
     assert [r.error.code for r in results] == ["DLM-401", "DLM-401"]
     assert list(storage.walk()) == []

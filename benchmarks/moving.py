@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import os
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from tests.sshd import SshServer, ssh_server
 
 _BLOCK = 1 << 20
 _THREADS = 4
+# a drainer with nothing to do looks for work this often
+_LOOK_SECONDS = 0.02
 
 
 def make_files(folder: Path, count: int, size: int) -> None:
@@ -120,10 +122,16 @@ async def _put_all(source: Path, server: SshServer, destination: Path) -> None:
 
 
 def registration(core: Context, folder: Path, count: int) -> Result:
-    """Announce and admit from disk, against walking and hashing alone."""
+    """Announce, and admit beside it as the daemon's drainer does, against walking and hashing
+    alone."""
 
     def ours() -> None:
-        register_tree(core, Source("a", "bench"))
+        with ThreadPoolExecutor(1) as pool:
+            announcing = pool.submit(register_tree, core, Source("a", "bench"))
+            while not announcing.done():
+                drain(core, {OperationKind.ADMIT: execute_admit})
+                wait([announcing], _LOOK_SECONDS)
+            announcing.result()
         drain(core, {OperationKind.ADMIT: execute_admit})
 
     took, bare = beside(lambda _: _bare_hash(folder), ours)

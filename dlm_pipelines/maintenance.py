@@ -1,14 +1,14 @@
 """Housekeeping, once a day: partitions, the tally, the log's seals, temporary files, old runs."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import dagster as dg
 
 from dlm_core.catalogue.housekeeping import ensure_partitions, fold_tally
-from dlm_core.catalogue.operations import partials_on
+from dlm_core.catalogue.operations import owned_on, partials_on
 from dlm_core.catalogue.seals import newest_seals
 from dlm_core.catalogue.staging import forget_waits
 from dlm_core.catalogue.urgency import forget_met
@@ -17,7 +17,7 @@ from dlm_core.lifecycle.export import export_due
 from dlm_core.lifecycle.pack import pack_due
 from dlm_core.lifecycle.seal import seal_log
 from dlm_core.lifecycle.work import Context
-from dlm_core.transfers.sweep import sweep_temp
+from dlm_core.transfers.sweep import sweep_parts, sweep_temp
 from dlm_pipelines.resources import Catalogue
 
 #: longer than any copy may take
@@ -42,15 +42,7 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     core.transact(lambda c: forget_waits(c, core.clock()))
     core.transact(lambda c: forget_met(c, core.clock() - _DEADLINE_AGE))
     _tell(context, core)
-    swept = 0
-    for row in core.transact(core.storages.load).values():
-        if not row["managed"] or row["mode"] not in ("read_write", "draining"):
-            continue
-        try:
-            kept = core.transact(partial(partials_on, storage_id=row["storage_id"]))
-            swept += sweep_temp(core.storages.open(row), _TEMP_AGE, core.clock(), kept)
-        except DlmError as error:
-            context.log.warning(f"{error.code}: {error}")
+    swept = sum(_each(context, _sweeps(core)))
     before = core.clock() - timedelta(days=core.settings.dagster_retention_days)
     old = context.instance.get_run_records(
         dg.RunsFilter(
@@ -65,7 +57,9 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     )
     for record in old:
         context.instance.delete_run(record.dagster_run.run_id)
-    context.log.info(f"{swept} temporary files swept, {len(old)} old runs pruned")
+    context.log.info(
+        f"{swept} temporary files and unfinished uploads swept, {len(old)} old runs pruned"
+    )
     _export(context, core)
     _pack(context, core)  # last: it may take long
 
@@ -80,6 +74,25 @@ def _tell(context: dg.OpExecutionContext, core: Context) -> None:
     context.add_output_metadata(
         {"days_sealed": sealed or 0} | {f"seal_{f}": h for f, h in heads.items()}
     )
+
+
+def _sweeps(core: Context) -> Iterator[Callable[[], int]]:
+    for row in core.transact(core.storages.load).values():
+        if row["managed"] and row["mode"] in ("read_write", "draining"):
+            yield partial(_sweep, core, row)
+
+
+def _sweep(core: Context, row: Mapping[str, Any]) -> int:
+    """Clear one storage of what crashes left behind; how many files and uploads that were."""
+    storage, on = core.storages.open(row), row["storage_id"]
+    kept = core.transact(partial(partials_on, storage_id=on))
+    swept = sweep_temp(storage, _TEMP_AGE, core.clock(), kept)
+
+    def owned(paths: Sequence[str]) -> dict[str, bool]:
+        found: dict[str, bool] = core.transact(lambda c: owned_on(c, on, paths))
+        return found
+
+    return swept + sweep_parts(storage, _TEMP_AGE, core.clock(), owned)
 
 
 def _export(context: dg.OpExecutionContext, core: Context) -> None:

@@ -29,8 +29,45 @@ class Wrapped:
 
 def refuse_batches(attribute: str) -> None:
     """A wrapper that changes single calls must not be gone round by those that do without."""
-    if attribute in ("write_many", "rename_many", "copy_from", "write_on"):
+    if attribute in ("write_many", "rename_many", "copy_from", "write_on", "write_in_parts"):
         raise AttributeError(attribute)
+
+
+class Cut(Wrapped):
+    """A source that does ``cut`` after so many bytes, and counts what is read from it."""
+
+    #: the kernel would copy past it
+    copy_from = None
+
+    def __init__(self, inner: Any, after: int, cut: Callable[[], None]) -> None:
+        super().__init__(inner)
+        self.after, self.cut, self.read = after, cut, 0
+
+    def open_read(self, path: str) -> Any:
+        return _CutStream(self, self.inner.open_read(path))
+
+    def open_read_at(self, path: str, offset: int) -> Any:
+        return _CutStream(self, self.inner.open_read_at(path, offset))
+
+
+class _CutStream(Wrapped):
+    def __init__(self, owner: Cut, inner: Any) -> None:
+        super().__init__(inner)
+        self.owner, self.size, self.opened = owner, inner.size, inner.opened
+
+    def read(self, size: int = -1) -> bytes:
+        if self.owner.read >= self.owner.after:
+            self.owner.after = 1 << 60
+            self.owner.cut()
+        block: bytes = self.inner.read(size)
+        self.owner.read += len(block)
+        return block
+
+    def __enter__(self) -> _CutStream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.inner.close()
 
 
 class QuotaStorage(Wrapped):

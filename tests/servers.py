@@ -88,8 +88,9 @@ class DavServer(Server):
 
 @dataclass
 class ArchiveServer(Server):
-    """moto's S3: the one with archive classes and RestoreObject. It accepts any key and checks no
-    checksum, so nothing else is tested against it."""
+    """moto's S3: the one with archive classes and RestoreObject, and that keeps only the newest of
+    an upload's parts, as S3 does. It accepts any key and checks no checksum, so nothing else is
+    tested against it."""
 
     @property
     def endpoint(self) -> str:

@@ -32,14 +32,14 @@ PermitRootLogin yes
 PasswordAuthentication yes
 MaxStartups 100
 LogLevel ERROR
-Subsystem sftp internal-sftp
+Subsystem sftp {sftp}
 """
 
 
 class SshServer:
     """An sshd that may be stopped and started again; its key is in the variable ``key_name``."""
 
-    def __init__(self, folder: Path, more: str = "") -> None:
+    def __init__(self, folder: Path, more: str = "", sftp: str = "internal-sftp") -> None:
         self.folder, self.user = folder, getpass.getuser()
         (self.port,) = free_ports(1)
         self.key_name = f"DLM_TEST_SSH_{uuid.uuid4().hex}"
@@ -47,7 +47,8 @@ class SshServer:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("host", "user"):
             make_key(folder / name)
-        (folder / "config").write_text(_CONFIG.format(port=self.port, folder=folder) + more)
+        config = _CONFIG.format(port=self.port, folder=folder, sftp=sftp)
+        (folder / "config").write_text(config + more)
         os.environ[self.key_name] = (folder / "user").read_text()
 
     @property
@@ -106,10 +107,10 @@ def make_key(path: Path) -> None:
 
 
 @contextmanager
-def ssh_server(folder: Path, more: str = "") -> Iterator[SshServer]:
-    """A running server; ``more`` is added to its configuration."""
+def ssh_server(folder: Path, more: str = "", sftp: str = "internal-sftp") -> Iterator[SshServer]:
+    """A running server; ``more`` is added to its configuration, ``sftp`` serves files."""
     _need_sshd()
-    server = SshServer(folder, more)
+    server = SshServer(folder, more, sftp)
     server.start()
     try:
         yield server

@@ -12,7 +12,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
-from dlm_core.catalogue.engine import KEY, copy_rows, rows, run
+from dlm_core.catalogue.engine import KEY, Keys, copy_rows, rows, run
 from dlm_core.catalogue.urgency import STEP, Urgency, set_urgency
 from dlm_core.errors import IllegalTransitionError, NotFoundError
 from dlm_core.types import Observation, PayloadKind, encode_path, new_id, new_key, uri_bucket
@@ -359,6 +359,20 @@ class Admitted:
     metadata: dict[str, Any]
 
 
+def select_announced(
+    connection: Connection, uids: Sequence[uuid.UUID]
+) -> dict[uuid.UUID, dict[str, Any]]:
+    """What admission has to know of replicas, by uid; ``path`` is encoded."""
+    found = rows(
+        connection,
+        """SELECT r.uid, r.oid, r.storage_id, r.path, r.size, r.state, i.kind,
+                  i.digest AS item_digest
+             FROM replica r JOIN data_item i USING (oid) WHERE r.uid = ANY(:uids)""",
+        uids=Keys(uids),
+    )
+    return {row["uid"]: row for row in found}
+
+
 def admit(connection: Connection, admitted: Sequence[Admitted], now: datetime) -> set[uuid.UUID]:
     """INITIALISED items become READY with what was seen, their manifests are kept, and replicas
     with the item's bytes become READY. Returns the uids that did; others had other bytes."""
@@ -368,28 +382,30 @@ def admit(connection: Connection, admitted: Sequence[Admitted], now: datetime) -
         _ADMITTED,
         (
             (a.uid, a.oid, a.seen.size, a.seen.digest, a.seen.kind.value, a.seen.content_type,
-             Jsonb(a.metadata))
+             Jsonb(a.metadata) if a.metadata else None)
             for a in admitted
         ),
     )  # fmt: skip
     run(
         connection,
         """UPDATE data_item i SET state = 'READY', size = a.size, digest = a.digest, kind = a.kind,
-                  content_type = a.content_type, metadata = i.metadata || a.metadata
+                  content_type = a.content_type, metadata = i.metadata || coalesce(a.metadata, '{}')
              FROM admitted a WHERE i.oid = a.oid AND i.state = 'INITIALISED'
               AND (i.digest IS NULL OR i.digest = a.digest)""",
     )
     _insert_manifests(connection, admitted)
-    found = rows(
+    refused = rows(
         connection,
-        """UPDATE replica r SET state = 'READY', size = a.size, digest = a.digest, checked_at = :now
-             FROM admitted a, data_item i
-            WHERE r.uid = a.uid AND i.oid = a.oid AND r.state = 'PENDING'
-              AND i.state <> 'INITIALISED' AND i.digest = a.digest AND i.size = a.size
-           RETURNING r.uid""",
+        """WITH let_in AS (
+             UPDATE replica r SET state = 'READY', size = a.size, digest = a.digest, checked_at = :now
+               FROM admitted a, data_item i
+              WHERE r.uid = a.uid AND i.oid = a.oid AND r.state = 'PENDING'
+                AND i.state <> 'INITIALISED' AND i.digest = a.digest AND i.size = a.size
+             RETURNING r.uid)
+           SELECT uid FROM admitted a WHERE NOT EXISTS (SELECT FROM let_in WHERE let_in.uid = a.uid)""",
         now=now,
     )
-    return {row["uid"] for row in found}
+    return {one.uid for one in admitted} - {row["uid"] for row in refused}
 
 
 def _insert_manifests(connection: Connection, admitted: Sequence[Admitted]) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from sqlalchemy import Connection, exc, text
 
-from dlm_core.catalogue.engine import KEY, copy_into, rows, run
-from dlm_core.types import OperationKind, OperationState, new_key
+from dlm_core.catalogue.engine import KEY, Keys, copy_into, rows, run
+from dlm_core.errors import InvalidValueError
+from dlm_core.types import OperationKind, OperationState, encode_path, new_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ _WEIGHED = """
 
 def claim_operations(
     connection: Connection,
-    kinds: Sequence[OperationKind],
+    kind: OperationKind,
     *,
     token: uuid.UUID,
     worker: str,
@@ -156,7 +157,8 @@ def claim_operations(
     most_bytes: int | None = None,
     share: Share | None = None,
 ) -> list[dict[str, Any]]:
-    """Claim up to ``limit`` due operations until ``now + lease``; commit before doing the work.
+    """Claim up to ``limit`` due operations of a kind until ``now + lease``; commit before doing
+    the work.
 
     What is first by priority, then by its due time, comes first. ``token`` is new for every claim:
     only who holds it can extend or finish. Left out are replicas on the storages ``avoid`` and
@@ -164,25 +166,27 @@ def claim_operations(
     """
     share = share or Share(limit, 0, 2**62)
     picky = "" if not avoid and most_bytes is None else _PICKY
-    found = rows(
+    return rows(
         connection,
         f"""WITH due AS MATERIALIZED (
              SELECT operation_id, uid, priority, due_at FROM operation o
-              WHERE state = 'QUEUED' AND kind = ANY(:kinds) AND due_at <= :now {picky}
+              WHERE state = 'QUEUED' AND kind = :kind AND due_at <= :now {picky}
               ORDER BY priority, due_at LIMIT :limit FOR UPDATE SKIP LOCKED),
            chosen AS MATERIALIZED (
              SELECT operation_id, row_number() OVER queue AS number,
                     sum(bytes) OVER queue AS bytes, sum(files) OVER queue - files AS files_before
                FROM ({_WEIGHED}) weighed
-             WINDOW queue AS (ORDER BY priority, due_at, operation_id ROWS UNBOUNDED PRECEDING))
-           UPDATE operation o SET state = 'RUNNING', attempts = attempts + 1, worker = :worker,
-                  lease_token = :token, lease_until = :until
-             FROM chosen WHERE o.operation_id = chosen.operation_id
-              AND (chosen.number <= :few OR chosen.bytes < :bytes)
-              AND (chosen.files_before < :files)
-           RETURNING o.operation_id, o.kind, o.oid, o.uid, o.reason, o.attempts, o.plan_id,
-                     o.created_at, o.source_uid, o.error_code, o.priority, o.due_at""",
-        kinds=[kind.value for kind in kinds],
+             WINDOW queue AS (ORDER BY priority, due_at, operation_id ROWS UNBOUNDED PRECEDING)),
+           claimed AS (
+             UPDATE operation o SET state = 'RUNNING', attempts = attempts + 1, worker = :worker,
+                    lease_token = :token, lease_until = :until
+               FROM chosen WHERE o.operation_id = chosen.operation_id
+                AND (chosen.number <= :few OR chosen.bytes < :bytes)
+                AND (chosen.files_before < :files)
+             RETURNING o.operation_id, o.kind, o.oid, o.uid, o.reason, o.attempts, o.plan_id,
+                       o.created_at, o.source_uid, o.error_code, o.priority, o.due_at)
+           SELECT * FROM claimed ORDER BY priority, due_at, operation_id""",
+        kind=kind.value,
         token=token,
         worker=worker,
         limit=limit,
@@ -193,8 +197,6 @@ def claim_operations(
         files=share.files,
         **({"avoid": list(avoid), "most": most_bytes} if picky else {}),
     )
-    # an UPDATE returns them in any order
-    return sorted(found, key=lambda one: (one["priority"], one["due_at"], one["operation_id"]))
 
 
 def extend_leases(connection: Connection, token: uuid.UUID, until: datetime) -> int:
@@ -247,6 +249,38 @@ def partials_on(connection: Connection, storage_id: uuid.UUID) -> set[str]:
     return {row["partial"] for row in found}
 
 
+def owned_on(
+    connection: Connection, storage_id: uuid.UUID, paths: Sequence[str]
+) -> dict[str, bool]:
+    """Those of ``paths`` (as adapters take them) on a storage that are a replica's, or lie in one
+    that is a directory, and whether a copy to it is queued or running."""
+    above = {path: _it_and_above(path) for path in paths}
+    found = rows(
+        connection,
+        """SELECT r.path, EXISTS (
+                  SELECT FROM operation o WHERE o.uid = r.uid AND o.kind = 'copy'
+                     AND o.state IN ('QUEUED', 'RUNNING')) AS awaited
+             FROM replica r WHERE r.storage_id = :storage AND r.path = ANY(:paths)
+              AND r.state <> 'DELETED' AND r.trashed_at IS NULL""",
+        storage=storage_id,
+        paths=sorted({one for some in above.values() for one in some}),
+    )
+    awaited = {row["path"]: bool(row["awaited"]) for row in found}
+    return {
+        path: any(awaited.get(one, False) for one in some)
+        for path, some in above.items()
+        if not awaited.keys().isdisjoint(some)
+    }
+
+
+def _it_and_above(path: str) -> list[str]:
+    try:
+        parts = encode_path(path).split("/")
+    except InvalidValueError:
+        return []  # no path of ours
+    return ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
+
+
 def lock_claimed(
     connection: Connection, token: uuid.UUID, operation_ids: Sequence[uuid.UUID]
 ) -> set[uuid.UUID]:
@@ -254,14 +288,15 @@ def lock_claimed(
 
     A worker whose lease ran out must write nothing: another may have claimed the operation.
     """
-    found = rows(
-        connection,
-        """SELECT operation_id FROM operation WHERE operation_id = ANY(:ids)
-              AND lease_token = :token AND state = 'RUNNING' ORDER BY operation_id FOR UPDATE""",
-        ids=list(operation_ids),
-        token=token,
-    )
-    return {row["operation_id"] for row in found}
+    wanted = set(operation_ids)
+    held = """SELECT operation_id FROM operation WHERE operation_id = ANY(:ids)
+                  AND lease_token = :token AND state = 'RUNNING' ORDER BY operation_id FOR UPDATE"""
+    values = {"ids": Keys(wanted), "token": token}
+    count = rows(connection, f"SELECT count(*) AS n FROM ({held}) held", **values)[0]["n"]
+    # most often it is all of them, and to name each costs more than to count
+    if count == len(wanted):
+        return wanted
+    return {row["operation_id"] for row in rows(connection, held, **values)}
 
 
 def lease_left(connection: Connection, token: uuid.UUID, now: datetime) -> timedelta:
@@ -291,6 +326,29 @@ def finish_operations(
     connection: Connection, token: uuid.UUID, outcomes: Sequence[Outcome], now: datetime
 ) -> int:
     """Write how operations ended; those that ``token`` no longer holds are left alone."""
+    done = [outcome.operation_id for outcome in outcomes if _went_well(outcome)]
+    rest = [outcome for outcome in outcomes if not _went_well(outcome)]
+    finished = 0
+    if done:
+        finished += run(
+            connection,
+            """UPDATE operation SET state = 'DONE', error_code = NULL, error = NULL,
+                      lease_token = NULL, lease_until = NULL, finished_at = :now
+                WHERE operation_id = ANY(:ids) AND lease_token = :token AND state = 'RUNNING'""",
+            token=token,
+            now=now,
+            ids=Keys(done),
+        )
+    return finished + (_finish_otherwise(connection, token, rest, now) if rest else 0)
+
+
+def _went_well(outcome: Outcome) -> bool:
+    return outcome.state is OperationState.DONE and outcome.error_code is None
+
+
+def _finish_otherwise(
+    connection: Connection, token: uuid.UUID, outcomes: Sequence[Outcome], now: datetime
+) -> int:
     return run(
         connection,
         """UPDATE operation o SET state = u.state, error_code = u.code, error = u.error,

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from dlm_core.catalogue.engine import rows, run
+from dlm_core.catalogue.engine import Keys, rows, run
 
 #: whether what lies on a storage has to be staged, by the alias of its row
 COLD = "jsonb_exists({}.config, 'stage')"
@@ -207,7 +207,7 @@ def copy_details(
                 LIMIT 1) s ON true
             WHERE o.operation_id = ANY(:ids)
             ORDER BY o.priority, o.due_at, o.operation_id""",
-        ids=list(operation_ids),
+        ids=Keys(operation_ids),
     )
 
 
@@ -248,26 +248,24 @@ class Seen:
     digest: str | None
 
 
-def mark_ready(connection: Connection, seen: Sequence[Seen], now: datetime) -> set[uuid.UUID]:
+def mark_ready(connection: Connection, seen: Sequence[Seen], now: datetime) -> None:
     """Replicas whose bytes were observed become READY, or stay it with a newer check.
 
     Those of items past their life, and those trashed meanwhile, are left alone. The database
     refuses any whose digest or size is not the item's.
     """
-    found = rows(
+    run(
         connection,
         """UPDATE replica r SET state = 'READY', size = u.size, digest = u.digest,
                   checked_at = :now, excluded_until = NULL
              FROM unnest(CAST(:uids AS uuid[]), CAST(:sizes AS bigint[]),
                          CAST(:digests AS text[])) AS u(uid, size, digest)
-            WHERE r.uid = u.uid AND r.state IN ('PENDING', 'READY', 'SUSPECT')
-           RETURNING r.uid""",
+            WHERE r.uid = u.uid AND r.state IN ('PENDING', 'READY', 'SUSPECT')""",
         now=now,
-        uids=[one.uid for one in seen],
+        uids=Keys([one.uid for one in seen]),
         sizes=[one.size for one in seen],
         digests=[one.digest for one in seen],
     )
-    return {row["uid"] for row in found}
 
 
 def mark_state(
@@ -414,7 +412,7 @@ def resume_deletions(connection: Connection, oids: Sequence[uuid.UUID], now: dat
         """UPDATE replica SET delete_after = expires_at
             WHERE oid = ANY(:oids) AND expires_at <= :now AND delete_after > :now
               AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')""",
-        oids=list(oids),
+        oids=Keys(oids),
         now=now,
     )
 

@@ -8,13 +8,13 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
+from itertools import count
 from typing import Any
 
 from sqlalchemy import Connection
 
 from dlm_core.catalogue import items as catalogue
 from dlm_core.catalogue import operations as queue
-from dlm_core.catalogue import replicas
 from dlm_core.errors import DlmError, IntegrityError
 from dlm_core.lifecycle.staging import files_of, is_cold
 from dlm_core.lifecycle.traffic import reading_from
@@ -42,42 +42,48 @@ def execute_admit(context: Context, claim: Claim) -> Report:
     """
     report = Report()
     storages = context.transact(context.storages.load)
-    operations = {op["operation_id"]: op for op in claim.operations}
-    details = context.transact(
-        lambda c: replicas.replica_details(c, [op["uid"] for op in claim.operations])
-    )
-    waiting: dict[uuid.UUID, list[dict[str, Any]]] = defaultdict(list)
+    uids = [operation["uid"] for operation in claim.operations]
+    announced = context.transact(lambda c: catalogue.select_announced(c, uids))
+    waiting: dict[uuid.UUID, list[Row]] = defaultdict(list)
     over: list[queue.Outcome] = []
     for operation in claim.operations:
-        row = details[operation["uid"]]
-        storage_row = storages[row["storage_id"]]
-        if storage_row["mode"] == StorageMode.LOST:
-            # visible, and retried by 'dlm retry' should the storage come back
-            text = f"storage {storage_row['name']} is lost"
-            over.append(
-                queue.Outcome(
-                    operation["operation_id"], OperationState.FAILED, "DLM-301", text
-                )
-            )  # fmt: skip
-        elif row["state"] == ReplicaState.PENDING:
-            target = dict(row, operation_id=operation["operation_id"])
-            waiting[row["storage_id"]].append(target)
-        else:
-            over.append(
-                queue.Outcome(
-                    operation["operation_id"], OperationState.CANCELLED, "DLM-503",
-                    f"the replica is {row['state']} by now",
-                )
-            )  # fmt: skip
+        row = announced[operation["uid"]]
+        refusal = _refuse(operation, row, storages[row["storage_id"]])
+        if refusal is not None:
+            over.append(refusal)
+            continue
+        target = {**row, "operation_id": operation["operation_id"], "operation": operation}
+        waiting[row["storage_id"]].append(target)
     if over:
         context.transact(lambda c: queue.finish_operations(c, claim.token, over, context.clock()))
     with ThreadPoolExecutor(_WRITERS, "dlm-write") as writer:
-        for storage_id, targets in waiting.items():
+        for left, (storage_id, targets) in reversed([*zip(count(), waiting.items())]):
             with reading_from(context, storages[storage_id]) as storage:
                 files = files_of(context, storage, targets) if is_cold(storage) else {}
                 looks = look_when_online(context, storage, storage_id, targets, files)
-                _admit_storage(context, claim, storage, looks, operations, details, writer, report)
+                if not left:
+                    looks = _easing(looks, claim)
+                _admit_storage(context, claim, storage, looks, writer, report)
     return report
+
+
+def _easing(looks: Iterator[Look], claim: Claim) -> Iterator[Look]:
+    """Others may be claimed as soon as all of these are read."""
+    yield from looks
+    claim.eased.set()
+
+
+def _refuse(operation: Row, row: Row, storage: Row) -> queue.Outcome | None:
+    """Why there is nothing to read, or None."""
+    key = operation["operation_id"]
+    if storage["mode"] == StorageMode.LOST:
+        # visible, and retried by 'dlm retry' should the storage come back
+        text = f"storage {storage['name']} is lost"
+        return queue.Outcome(key, OperationState.FAILED, "DLM-301", text)
+    if row["state"] != ReplicaState.PENDING:
+        text = f"the replica is {row['state']} by now"
+        return queue.Outcome(key, OperationState.CANCELLED, "DLM-503", text)
+    return None
 
 
 def _admit_storage(
@@ -85,8 +91,6 @@ def _admit_storage(
     claim: Claim,
     storage: Storage,
     looks: Iterator[Look],
-    operations: Mapping[uuid.UUID, Row],
-    details: Mapping[uuid.UUID, Row],
     writer: ThreadPoolExecutor,
     report: Report,
 ) -> None:
@@ -95,10 +99,10 @@ def _admit_storage(
 
     def write() -> None:
         if len(writing) == _WRITERS:
-            _note(writing.popleft(), operations, report)
-        prepared = [_prepare(storage, details[look.uid], look) for look in gathered]
+            _note(writing.popleft(), report)
+        prepared = [_prepare(storage, look) for look in gathered]
         gathered.clear()
-        writing.append(writer.submit(_write, context, claim, operations, prepared))
+        writing.append(writer.submit(_write, context, claim, prepared))
 
     begun = time.monotonic()
     for look in looks:
@@ -113,20 +117,20 @@ def _admit_storage(
     if gathered:
         write()
     for one in writing:
-        _note(one, operations, report)
+        _note(one, report)
 
 
-def _note(writing: Writing, operations: Mapping[uuid.UUID, Row], report: Report) -> None:
+def _note(writing: Writing, report: Report) -> None:
     for look, outcome in writing.result():
         size = look.observation.size if look.observation else 0
-        report.note(operations[look.operation_id], outcome, size, look.seconds)
+        report.note(look.target["operation"], outcome, size, look.seconds)
 
 
 def _prepare(
-    storage: Storage, row: Row, look: Look
+    storage: Storage, look: Look
 ) -> tuple[Look, catalogue.Admitted | None, DlmError | None]:
     """A payload ready to be let in with its metadata, or the reason why it is not."""
-    seen = look.observation
+    row, seen = look.target, look.observation
     if seen is None:
         return look, None, look.error
     claimed = row["item_digest"]
@@ -142,7 +146,6 @@ def _prepare(
 def _write(
     context: Context,
     claim: Claim,
-    operations: Mapping[uuid.UUID, Row],
     prepared: Sequence[tuple[Look, catalogue.Admitted | None, DlmError | None]],
 ) -> list[tuple[Look, queue.Outcome]]:
     def write(connection: Connection) -> list[tuple[Look, queue.Outcome]]:
@@ -152,10 +155,7 @@ def _write(
         mine = [one for one in prepared if one[0].operation_id in held]
         good = [admitted for _, admitted, _ in mine if admitted is not None]
         let_in = catalogue.admit(connection, good, now) if good else set()
-        outcomes = [
-            (look, _outcome(context, operations[look.operation_id], look, let_in, error, now))
-            for look, _, error in mine
-        ]
+        outcomes = [(look, _outcome(context, look, let_in, error, now)) for look, _, error in mine]
         queue.finish_operations(connection, claim.token, [o for _, o in outcomes], now)
         return outcomes
 
@@ -164,12 +164,12 @@ def _write(
 
 def _outcome(
     context: Context,
-    operation: Row,
     look: Look,
     let_in: set[uuid.UUID],
     error: DlmError | None,
     now: datetime,
 ) -> queue.Outcome:
+    operation = look.target["operation"]
     if error is None and look.uid not in let_in:
         # another replica of the item was admitted meanwhile, with other bytes
         found = look.observation.digest if look.observation else ""

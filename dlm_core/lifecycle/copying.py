@@ -18,7 +18,7 @@ from typing import Any
 from dlm_core.catalogue.traffic import link_key, storage_key
 from dlm_core.lifecycle.staging import hold_back_copies, is_cold, looked_at_again
 from dlm_core.lifecycle.work import LARGE, Claim, Context, Report
-from dlm_core.transfers.mover import CopyResult, CopyTask, Lane, copy_batch
+from dlm_core.transfers.mover import CopyResult, CopyTask, Lane, copy_batch, last_at_work
 from dlm_core.transfers.throttle import paced
 from dlm_core.types import ManifestEntry, PayloadKind, decode_path
 
@@ -122,22 +122,38 @@ class Copies:
         limited = not self.limited.isdisjoint(keys)
         with (
             traffic.using(self.context, keys, limited=limited),
-            traffic.filling(None if large else link[1]),
+            traffic.filling(None if large else link[1]) as over,
         ):
-            self._copy_over(link, keys, rows, report)
+
+            def ease() -> None:
+                over()
+                self.claim.eased.set()
+
+            self._copy_over(link, keys, rows, report, ease)
         return report
 
     def _copy_over(
-        self, link: Link, keys: Sequence[str], rows: Sequence[Row], report: Report
+        self,
+        link: Link,
+        keys: Sequence[str],
+        rows: Sequence[Row],
+        report: Report,
+        ease: Callable[[], None],
     ) -> None:
+        """Copy and write down; ``ease`` is called when the last of them are at work, so that others
+        may be claimed beside them."""
         traffic = self.context.traffic
         reading, writing, between = (traffic.pace(key) for key in keys)
         source = paced(self.context.storages.open(self.storages[link[0]]), [reading])
         destination = self.context.storages.open(self.storages[link[1]])
+        tasks = self._tasks(rows)
+        left = len(tasks)
+        # never before something has come through: a storage that hangs would take all claims
+        last = min(last_at_work(tasks), left - 1)
         results = copy_batch(
             source,
             paced(destination, [writing], [writing, between]),
-            self._tasks(rows),
+            tasks,
             stop=self.context.stop,
             resume_bytes=self.context.settings.resume_bytes,
             lane=self._lane(keys, {row["operation_id"]: row["size"] for row in rows}),
@@ -149,6 +165,9 @@ class Copies:
             for result in results:
                 traffic.ended(result.task.operation_id)
                 waiting.append(looked_at_again(source, result))
+                left -= 1
+                if left == last:
+                    ease()
                 if len(waiting) >= _RECORDED_AT_ONCE:
                     if writing_down is not None:
                         writing_down.result()
@@ -180,9 +199,9 @@ def _large(rows: Sequence[Row]) -> list[Row]:
 
 
 def _task(row: Row, manifests: Mapping[uuid.UUID, Sequence[Row]], token: uuid.UUID) -> CopyTask:
+    entries = manifests.get(row["oid"], ()) if manifests else ()
     manifest = tuple(
-        ManifestEntry(decode_path(entry["path"]), entry["size"], entry["digest"])
-        for entry in manifests.get(row["oid"], ())
+        [ManifestEntry(decode_path(one["path"]), one["size"], one["digest"]) for one in entries]
     )
     return CopyTask(
         row["operation_id"],

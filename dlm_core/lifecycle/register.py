@@ -7,8 +7,10 @@ Announcing makes INITIALISED items with PENDING replicas and queues their admiss
 from __future__ import annotations
 
 import re
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -30,6 +32,7 @@ from dlm_core.errors import (
 )
 from dlm_core.lifecycle.work import Context
 from dlm_core.storages.port import PRIVATE, Entry, Storage
+from dlm_core.storages.prefetch import Prefetched
 from dlm_core.transfers.checksums import observe
 from dlm_core.types import (
     ItemState,
@@ -43,7 +46,9 @@ from dlm_core.types import (
     uri_path,
 )
 
-_CHUNK = 10_000
+#: payloads announced by one transaction: few at first, so that they can be admitted while the rest
+#: is looked for
+_FIRST_CHUNK, _CHUNK = 1_000, 10_000
 _DEFAULT_TERMS = Terms()
 _MAX_TOLD = 1000
 
@@ -59,10 +64,22 @@ class RegisterReport:
     refused: int = 0
     skipped: int = 0
     reasons: list[tuple[str, str]] = field(default_factory=list)
+    # the walk goes on in a thread of its own
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def refuse(self, what: str, why: str) -> None:
         """Count something that was not registered though it was asked for."""
-        self.refused += 1
+        with self._lock:
+            self.refused += 1
+            self._tell(what, why)
+
+    def skip(self, what: str, why: str) -> None:
+        """Count something that is no payload."""
+        with self._lock:
+            self.skipped += 1
+            self._tell(what, why)
+
+    def _tell(self, what: str, why: str) -> None:
         if len(self.reasons) < _MAX_TOLD:
             self.reasons.append((what, why))
 
@@ -189,9 +206,7 @@ def _payloads(
             yield entry.path, entry, PayloadKind.FILE
         else:
             # links are never followed: what they point to is registered where it lies
-            report.skipped += 1
-            if len(report.reasons) < _MAX_TOLD:
-                report.reasons.append((entry.path, f"a {entry.kind} is not registered"))
+            report.skip(entry.path, f"a {entry.kind} is not registered")
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
@@ -220,24 +235,43 @@ def _announce(
     report: RegisterReport,
     progress: Callable[[RegisterReport], None] | None,
 ) -> RegisterReport:
-    announcements = _announcements(source, payloads, report)
-    while chunk := list(islice(announcements, _CHUNK)):
-        merged = context.transact(
-            partial(
-                catalogue.announce,
-                storage_id=row["storage_id"],
-                announcements=chunk,
-                terms=source.terms,
-                actor=context.actor,
-                now=context.clock(),
-            )
-        )
-        report.created += merged.created
-        report.replicated += max(merged.replicated, 0)
-        _look_closer(context, source, row, storage, merged.known, report)
-        if progress is not None:
-            progress(report)
+    chunks = _chunks(_announcements(source, payloads, report))
+    with closing(Prefetched(chunks)) as found:
+        for chunk in found:
+            _announce_chunk(context, source, row, storage, chunk, report)
+            if progress is not None:
+                progress(report)
     return report
+
+
+def _chunks(announcements: Iterator[Announcement]) -> Iterator[list[Announcement]]:
+    size = _FIRST_CHUNK
+    while chunk := list(islice(announcements, size)):
+        yield chunk
+        size = min(2 * size, _CHUNK)
+
+
+def _announce_chunk(
+    context: Context,
+    source: Source,
+    row: Mapping[str, Any],
+    storage: Storage,
+    chunk: Sequence[Announcement],
+    report: RegisterReport,
+) -> None:
+    merged = context.transact(
+        partial(
+            catalogue.announce,
+            storage_id=row["storage_id"],
+            announcements=chunk,
+            terms=source.terms,
+            actor=context.actor,
+            now=context.clock(),
+        )
+    )
+    report.created += merged.created
+    report.replicated += max(merged.replicated, 0)
+    _look_closer(context, source, row, storage, merged.known, report)
 
 
 def _announcements(

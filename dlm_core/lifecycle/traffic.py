@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -78,20 +78,32 @@ class Traffic:
                 self._users = +self._users
 
     @contextmanager
-    def filling(self, storage_id: uuid.UUID | None) -> Iterator[None]:
-        """Work of its own for a storage is in hand: no more is claimed for it meanwhile."""
-        with self._lock:
-            self._filled.update([storage_id] if storage_id else [])
-        try:
-            yield
-        finally:
+    def filling(self, storage_id: uuid.UUID | None) -> Iterator[Callable[[], None]]:
+        """Work of its own for a storage is in hand: no more is claimed for it meanwhile, or until
+        what is yielded is called."""
+        left = [storage_id] if storage_id else []
+
+        def over() -> None:
             with self._lock:
-                self._filled.subtract([storage_id] if storage_id else [])
+                self._filled.subtract(left)
+                left.clear()
+
+        with self._lock:
+            self._filled.update(left)
+        try:
+            yield over
+        finally:
+            over()
 
     def filled(self) -> list[uuid.UUID]:
         """Storages that have work in hand."""
         with self._lock:
             return [key for key, count in self._filled.items() if count > 0]
+
+    @property
+    def limited(self) -> bool:
+        """Whether the files at once are limited anywhere that this drainer is at work."""
+        return self._slots.limited
 
     def pace(self, key: str) -> Pace:
         """The pace of a storage or link, for whatever is read or written there."""
@@ -226,8 +238,9 @@ def reading_from(context: Context, row: Mapping[str, Any], *more: Taker) -> Iter
         yield paced(context.storages.open(row), [context.traffic.pace(key), *more])
 
 
-@contextmanager
-def looking_at(context: Context, storage: Storage, target: Mapping[str, Any]) -> Iterator[Storage]:
+def looking_at(
+    context: Context, storage: Storage, target: Mapping[str, Any]
+) -> AbstractContextManager[Storage]:
     """Hold a place on the storage of ``target`` (storage_id, operation_id, size), and tell of the
     reading if it is large.
 
@@ -235,8 +248,17 @@ def looking_at(context: Context, storage: Storage, target: Mapping[str, Any]) ->
     ------
     Interrupted
     """
-    traffic, key = context.traffic, target["operation_id"]
     size = target["size"] or 0
+    if size <= _SMALL and not context.traffic.limited:
+        return nullcontext(storage)
+    return _looking_at(context, storage, target, size)
+
+
+@contextmanager
+def _looking_at(
+    context: Context, storage: Storage, target: Mapping[str, Any], size: int
+) -> Iterator[Storage]:
+    traffic, key = context.traffic, target["operation_id"]
 
     def moved(block: int) -> None:
         traffic.moved(context, key, size, "check", block)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -121,6 +121,8 @@ class Look:
     stamp: str | None = None
     #: that is what it said when it was last read, and nothing was read this time
     told: bool = False
+    #: the row that was looked at
+    target: Mapping[str, Any] = field(default_factory=dict)
 
 
 #: a look, the state that it proves ('' for none), and the error to show
@@ -157,7 +159,7 @@ def look_at(
         if context.stop.is_set():
             return None
         took = time.monotonic() - begun
-        return Look(target["operation_id"], target["uid"], seen, failure, took, stamp, told)
+        return Look(target["operation_id"], target["uid"], seen, failure, took, stamp, told, target)
 
     turns = Turns(storage.concurrency)
 
@@ -203,7 +205,7 @@ def look_when_online(
     held = hold_back(context, storage, storage_id, wanted)
     for row in targets:
         if (error := held.get(row["operation_id"])) is not None:
-            yield Look(row["operation_id"], row["uid"], None, error, 0.0)
+            yield Look(row["operation_id"], row["uid"], None, error, 0.0, target=row)
     yield from look_at(storage, [r for r in targets if r["operation_id"] not in held], context)
 
 

@@ -46,6 +46,11 @@ LARGE = 256 << 20
 _PATIENCE_SECONDS = 5.0
 #: what a claim takes at most: tapes want many files asked for at once, however large they are
 _SHARE = queue.Share(few=1000, bytes=16 << 30, files=1 << 18)
+#: the first claim of a drainer takes no more, and the next twice as many: to look them up takes
+#: about as long as the work on those before
+_FIRST = 1000
+#: kinds of which another claim is taken while the last of one are at work
+_BESIDE = (OperationKind.ADMIT, OperationKind.COPY)
 #: deletions of a claim: after each the guard looks at how they went
 _DELETIONS = 1000
 _DELETING = (OperationKind.TRASH, OperationKind.PURGE)
@@ -300,11 +305,12 @@ def progress_line(report: Report, seconds: float) -> str:
 
 
 class _Crew:
-    """Claims and executes, kind by kind; copies of several claims go on beside each other.
+    """Claims and executes, kind by kind; copies of several claims go on beside each other, and so
+    do the last admissions of one and the first of the next.
 
-    While a claim takes long (one huge file, a slow storage), others are taken beside it: nothing
-    more for the storages that have work in hand, and the last of them no large payloads, so that
-    small ones always find a way.
+    While a claim of copies takes long (one huge file, a slow storage), others are taken beside it:
+    nothing more for the storages that have work in hand, and the last of them no large payloads, so
+    that small ones always find a way.
     """
 
     def __init__(self, context: Context, executors: Mapping[OperationKind, Executor]) -> None:
@@ -312,6 +318,7 @@ class _Crew:
         self._at_once = context.settings.links_at_once
         self._pool = ThreadPoolExecutor(self._at_once, "dlm-claim")
         self._going: set[Future[Report]] = set()
+        self._next = dict.fromkeys(_BESIDE, _FIRST)
 
     @property
     def busy(self) -> bool:
@@ -323,8 +330,8 @@ class _Crew:
         report, kinds, context = self._ended(), list(self._executors), self._context
         context.transact(lambda c: queue.release_expired_leases(c, kinds, context.clock()))
         for kind, execute in self._executors.items():
-            if kind is OperationKind.COPY and self._at_once > 1:
-                self._take_on(execute)
+            if kind in _BESIDE and self._at_once > 1:
+                self._take_on(kind, execute)
                 report.add(self._ended())
             elif claim := self._claim(kind):
                 report.add(self._execute(claim, execute))
@@ -337,12 +344,13 @@ class _Crew:
         wait(self._going)
         return self._ended()
 
-    def _take_on(self, execute: Executor) -> None:
-        if len(self._going) < self._at_once and (claim := self._claim(OperationKind.COPY)):
+    def _take_on(self, kind: OperationKind, execute: Executor) -> None:
+        if len(self._going) < self._at_once and (claim := self._claim(kind)):
             future = self._pool.submit(self._execute, claim, execute)
             self._going.add(future)
             future.add_done_callback(lambda _: claim.eased.set())
-            claim.eased.wait(_PATIENCE_SECONDS)
+            # copies to another storage need not wait for a slow one
+            claim.eased.wait(_PATIENCE_SECONDS if kind is OperationKind.COPY else None)
         elif self._going:
             wait(self._going, _BUSY_SECONDS, FIRST_COMPLETED)
 
@@ -358,11 +366,14 @@ class _Crew:
         context, token = self._context, new_id()
         last = self._at_once > 1 and len(self._going) == self._at_once - 1
         limit = context.settings.batch_size
+        if kind in self._next:
+            limit = min(limit, self._next[kind])
+            self._next[kind] = 2 * limit
 
         def claim(connection: Connection) -> list[dict[str, Any]]:
             return queue.claim_operations(
                 connection,
-                [kind],
+                kind,
                 token=token,
                 worker=context.worker,
                 limit=min(limit, _DELETIONS) if kind in _DELETING else limit,

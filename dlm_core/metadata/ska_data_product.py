@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import yaml
-
 from dlm_core.storages.port import Storage
 from dlm_core.types import Observation, PayloadKind
 
@@ -32,6 +30,8 @@ def extract(storage: Storage, path: str, seen: Observation) -> dict[str, Any] | 
         if stream.size > _LIMIT:
             raise ValueError(f"{_NAME} is larger than {_LIMIT} bytes")
         data = stream.read()
+    import yaml  # few payloads have such a file, and all that admits would wait for it
+
     try:
         content = yaml.safe_load(data)
     except yaml.YAMLError as error:

@@ -79,10 +79,10 @@ class Bundled:
         self.remote = bool(getattr(inner, "remote", False))
         self.tells_content = bool(getattr(inner, "tells_content", False))
         # what the mover asks for goes to temporary names, or is about them
-        for passed in ("part_size", "read_back", "digest_many", "take_many"):
+        for passed in ("part_size", "read_back", "digest_many", "take_many", "forget_parts"):
             if (found := getattr(inner, passed, None)) is not None:
                 setattr(self, passed, found)
-        for own in ("write_many", "rename_many"):
+        for own in ("write_many", "rename_many", "write_in_parts"):
             if getattr(inner, own, None) is not None:
                 setattr(self, own, getattr(self, f"_{own}"))
 
@@ -230,10 +230,17 @@ class Bundled:
     # --- writing ---------------------------------------------------------------------------------
 
     def write(self, path: str, source: Readable, size: int) -> str | None:
+        return self._write_free(path, lambda: self.inner.write(path, source, size))
+
+    def _write_in_parts(self, path: str, *rest: Any) -> str | None:
+        write: Callable[..., str | None] = self.inner.write_in_parts  # type: ignore[attr-defined]
+        return self._write_free(path, lambda: write(path, *rest))
+
+    def _write_free(self, path: str, write: Callable[[], str | None]) -> str | None:
         if _is_temporary(path):
-            return self.inner.write(path, source, size)
+            return write()
         self._must_be_free(path)
-        etag = self.inner.write(path, source, size)
+        etag = write()
         try:
             self._must_be_free(path)
         except PayloadExistsError:

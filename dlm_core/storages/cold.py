@@ -34,6 +34,8 @@ class ColdStorage:
 
     def __getattr__(self, attribute: str) -> Any:
         found = getattr(self.inner, attribute)
+        if attribute == "write_in_parts":
+            return self._remembering_one(found)
         return self._remembering(found) if attribute == "write_many" else found
 
     @property
@@ -115,6 +117,14 @@ class ColdStorage:
             pairs = zip(things, errors, strict=True)
             self._remember_written([path for (path, _), error in pairs if error is None])
             return errors
+
+        return write
+
+    def _remembering_one(self, write_in_parts: Callable[..., Any]) -> Callable[..., Any]:
+        def write(path: str, *rest: Any) -> Any:
+            etag = write_in_parts(path, *rest)
+            self._remember_written([path])
+            return etag
 
         return write
 

@@ -298,6 +298,31 @@ def a_copy_that_the_storage_makes_itself_is_whole_and_new(storage: Storage, fold
         storage.remove(path)
 
 
+def an_upload_that_broke_off_is_gone_on_with(storage: Storage, folder: str) -> None:
+    """Where there is write_in_parts: nothing is visible of one that broke off, the next one has all
+    the bytes, and what is there is not overwritten."""
+    write_in_parts = getattr(storage, "write_in_parts", None)
+    if write_in_parts is None:
+        return
+    path, data, sent = f"{folder}/x", os.urandom(20 << 20), list[int]()
+
+    class Breaking(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() >= 17 << 20:
+                raise ConnectionResetError("gone")
+            return super().read(size)
+
+    def upload(source: io.BytesIO) -> object:
+        return write_in_parts(path, source, len(data), sent.append)
+
+    _refuses(storage, lambda: upload(Breaking(data)), ConnectionResetError, "the upload")
+    _want(storage, storage.stat(path) is None, "an upload that broke off is visible")
+    upload(io.BytesIO(data))
+    _want(storage, get(storage, path) == data, "an upload has other bytes")
+    _refuses(storage, lambda: upload(io.BytesIO(data)), PayloadExistsError, "a second upload")
+    _want(storage, get(storage, path) == data, "an upload was overwritten")
+
+
 CHECKS: tuple[Check, ...] = (
     it_is_well_and_tells_its_capacity,
     any_name_is_written_read_listed_and_removed,
@@ -317,6 +342,7 @@ CHECKS: tuple[Check, ...] = (
     a_directory_is_told_as_one,
     a_file_being_read_tells_its_size_and_stays,
     a_copy_that_the_storage_makes_itself_is_whole_and_new,
+    an_upload_that_broke_off_is_gone_on_with,
 )
 
 

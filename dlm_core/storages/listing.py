@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from dlm_core.errors import PathRefusedError, PayloadNotFoundError, StorageUnava
 from dlm_core.storages.port import PRIVATE, Entry
 
 _LOOKS_INSTEAD_OF_LIST = 8
+_ODD = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
 class Listed(ABC):
@@ -43,7 +45,7 @@ class Listed(ABC):
         framed = f"/{path}/"
         if "//" in framed or "/./" in framed or "/../" in framed:
             raise self._refused(path, "want relative, without '.', '..' or ''")
-        if any(ord(char) < 32 or ord(char) == 127 or char == "\\" for char in path):
+        if _ODD.search(path):
             raise self._refused(path, "not every server keeps control characters and backslashes")
         try:
             path.encode("utf-8")

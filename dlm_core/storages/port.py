@@ -120,6 +120,19 @@ class Storage(Protocol):
         of one that an earlier ``write_on`` made, nobody else writes to, and has so many bytes at
         least. If it fails, what was written stays; ``left_of`` tells how much of it is sure to be
         the file's beginning. The mover reads that again, and all of it once it is whole.
+    ``write_in_parts(path, source, size, sending) -> etag``
+        as :meth:`write` of a large file whose source is read from its beginning, but the parts that
+        an earlier call left are not sent again if they are what ``source`` gives: so much is known
+        from digests of its own bytes, by which the whole is named in the end. ``sending(bytes)`` is
+        called before so many are sent, from several threads; it may wait or raise. If it fails,
+        nothing is visible and what was sent stays, for the next call or ``forget_parts``. Returns
+        the etag that these bytes have there, as they were read.
+    ``forget_parts(before, owned) -> int``
+        ends what ``write_in_parts`` and :meth:`write` left unfinished in the storage and nobody has
+        touched since ``before`` (seconds since 1970); how many. ``owned(paths)`` tells those that
+        are the DLM's, and whether a copy to it is still to be made: of each of these one stays that
+        can be gone on from. Nothing outside the storage is touched, and where others may have a
+        part in it nothing of which ``owned`` does not know.
     ``open_read_at(path, offset) -> ReadStream``
         as :meth:`open_read`, from that byte on; its size and stamp are the whole file's.
     """

@@ -380,7 +380,7 @@ class PosixStorage:
     def rename_many(self, pairs: Sequence[tuple[str, str]]) -> list[DlmError | None]:
         """As :meth:`rename` for each; folders of names that follow each other are opened once."""
         errors: list[DlmError | None] = []
-        for _, group in groupby(pairs, lambda pair: tuple(map(posixpath.dirname, pair))):
+        for _, group in groupby(pairs, _folders):
             errors += self._rename_between(list(group))
         return errors
 
@@ -493,6 +493,10 @@ class PosixStream(io.FileIO):
         """Size, time of change and whether the file has a name: one that another was renamed over
         has none."""
         return _stamp(os.fstat(self.fileno()))
+
+
+def _folders(pair: tuple[str, str]) -> tuple[str, str]:
+    return pair[0].rpartition("/")[0], pair[1].rpartition("/")[0]
 
 
 def _stamp(status: os.stat_result) -> Hashable:

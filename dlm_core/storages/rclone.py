@@ -1,7 +1,8 @@
 """Whatever rclone can reach: HTTP to read from, and the backends that have no adapter here.
 
 Single calls go to the daemon's socket one by one; many files that lie together on a disk go in one
-``sync/copy`` with a list of them, and are read back in one ``hashsum`` (see ``take_many``).
+``sync/copy`` with a list of them, are read back in one ``hashsum`` (see ``take_many``) and become
+visible by one ``sync/move`` (see ``rename_many``).
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as StillRunning
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
-from pathlib import Path
+from itertools import groupby
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -35,6 +35,7 @@ from dlm_core.storages.listing import Listed
 from dlm_core.storages.port import Entry, Readable, Storage, Usage, temp_path
 from dlm_core.storages.posix import PosixStorage
 from dlm_core.storages.rclone_daemon import Daemon, RcloneError, daemon
+from dlm_core.storages.rclone_many import copy_listed, hashes, move_groups, move_listed
 from dlm_core.storages.secrets import SecretReference, read_secret
 from dlm_core.storages.web import read_authorization, read_web_config
 from dlm_core.storages.wire import Reply, ReplyStream, WireError
@@ -45,8 +46,8 @@ _SECRET = "secret_"
 _SECRET_NAMES = re.compile(r"pass|secret|token|credential|bearer|private|(^|_)(key|pem|sas)$")
 _TEMP = temp_path("")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}")
-_HASH_LINE = re.compile(r"([0-9a-f]{64})  (.+)", re.DOTALL)
 _LOCKS = 64
+_MOST_FOLDERS = 10_000
 _LOCKED_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
 _LONGEST_MESSAGE = 300
 # what backends say has no codes, only texts
@@ -160,6 +161,7 @@ class RcloneStorage(Listed):
         self._read_only = read_only
         self._renames: bool | None = None
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
+        self._folders: set[str] = set()
 
     # --- calls and errors ------------------------------------------------------------------------
 
@@ -393,8 +395,8 @@ class RcloneStorage(Listed):
 
     def _delete_copied(self, running: Daemon, source: str, destination: str) -> None:
         """Delete, by name, what reads the same in both places, if all of it does."""
-        copied = self._hashes(running, source)
-        if not copied or copied != self._hashes(running, destination):
+        copied = hashes(running, source, self.concurrency)
+        if not copied or copied != hashes(running, destination, self.concurrency):
             raise self._unavailable("a tree is not what it was after a copy")
         for path in copied:
             running.call("operations/deletefile", {"fs": source, "remote": path})
@@ -410,6 +412,94 @@ class RcloneStorage(Listed):
             self._call(f"operations/{what}", path)
 
     # --- many at once ----------------------------------------------------------------------------
+
+    def rename_many(self, pairs: Sequence[tuple[str, str]]) -> list[StorageError | None]:
+        """As :meth:`rename` for each; files that keep their names below a folder move together."""
+        moved: set[tuple[str, str]] = set()
+        with ThreadPoolExecutor(self.concurrency, "dlm-rename") as pool:
+            with suppress(StorageError):  # each by itself tells
+                for old, new, names in move_groups(filter(self._may_move, pairs)):
+                    done = self._move_together(old, new, names, pool)
+                    moved |= {(f"{old}/{name}", _below(new, name)) for name in done}
+            left = list(dict.fromkeys(pair for pair in pairs if pair not in moved))
+            errors = dict(zip(left, pool.map(self._error_of_rename, left), strict=True))
+        return [errors.get(pair) for pair in pairs]
+
+    def _may_move(self, pair: tuple[str, str]) -> bool:
+        try:
+            self._must_write(self._new_path(pair[1]))
+            return self._path(pair[0]) != "" and self._moves()
+        except StorageError:
+            return False
+
+    def _error_of_rename(self, pair: tuple[str, str]) -> StorageError | None:
+        try:
+            self.rename(*pair)
+        except StorageError as error:
+            return error
+        return None
+
+    def _move_together(
+        self, source: str, target: str, names: Sequence[str], pool: ThreadPoolExecutor
+    ) -> list[str]:
+        """The names of files that were moved from one folder to the other, where there was nothing
+        of such a name. Of those left out nothing is known."""
+        with ExitStack() as held:
+            for n in sorted({hash(_below(target, name)) % _LOCKS for name in names}):
+                held.enter_context(self._locks[n])
+            free = self._free(target, names, pool)
+            if not free:
+                return []
+            try:
+                with self._asking(source) as running:
+                    old, new = self._fs(running, source), self._fs(running, target)
+                    whole = move_listed(running, old, new, free, self.concurrency)
+            except StorageError:
+                whole = False  # nobody knows
+            if whole:
+                there = set(self._still_in(source, free))
+                return [name for name in free if name not in there]
+            ends = pool.map(lambda name: self._has_moved(source, target, name), free)
+            return [name for name, moved in zip(free, ends, strict=True) if moved]
+
+    def _free(self, folder: str, names: Sequence[str], pool: ThreadPoolExecutor) -> list[str]:
+        """Of names below ``folder``, those that nothing has: a listing may be partial, so
+        each is asked for, but in a folder that is not there."""
+        free: list[str] = []
+        for below, group in groupby(names, posixpath.dirname):
+            some = list(group)
+            if not self._is_missing(_below(folder, below)):
+                kinds = pool.map(lambda name: self._quick_kind(_below(folder, name)), some)
+                some = [name for name, kind in zip(some, kinds, strict=True) if kind is None]
+            free += some
+        return free
+
+    def _is_missing(self, folder: str) -> bool:
+        """Whether a folder is not there. One that is, is not asked for again: that it might be
+        there costs time only."""
+        if not folder or folder in self._folders:
+            return False
+        # the first question is the cheaper one where the folder is there, and many lie in it
+        with self._asking(folder) as running:
+            status = running.look(self._fs(running), folder)
+        if status == 404 and self._list(folder) is None:
+            return True
+        if len(self._folders) >= _MOST_FOLDERS:
+            self._folders.clear()
+        self._folders.add(folder)
+        return False
+
+    def _still_in(self, folder: str, names: Sequence[str]) -> Iterator[str]:
+        """Those of the names below ``folder`` that it still has."""
+        for below, group in groupby(names, posixpath.dirname):
+            listed = {entry.path for entry in self._list(_below(folder, below)) or ()}
+            yield from (name for name in group if f"{folder}/{name}" in listed)
+
+    def _has_moved(self, source: str, target: str, name: str) -> bool:
+        """After a move of which only the beginning is known, and before which nothing was there."""
+        if self._quick_kind(f"{source}/{name}") is not None:
+            return False
+        return self._quick_kind(_below(target, name)) == "file"
 
     def take_many(
         self,
@@ -434,69 +524,11 @@ class RcloneStorage(Listed):
         with self._asking(folder, "the copies went while they were looked at") as running:
             local = f"{running.remote('local', {})}:{source.root}"
             target = self._fs(running, folder)
-            with _ListFile(running.folder, paths) as list_file:
-                self._copy_listed(running, local, target, list_file, stop, progress)
-            return {} if stop.is_set() else self._hashes(running, target)
-
-    def _copy_listed(
-        self, running: Daemon, local: str, target: str, list_file: str,
-        stop: threading.Event, progress: Callable[[int], None] | None,
-    ) -> None:  # fmt: skip
-        group = f"dlm-{uuid.uuid4().hex}"
-        parameters = {
-            "srcFs": local, "dstFs": target, "_group": group,
-            "_filter": {"FilesFromRaw": [list_file]},
-            "_config": {
-                "Transfers": self.concurrency, "NoTraverse": True, "NoCheckDest": True,
-                "BufferSize": "2Mi", "IgnoreChecksum": True, "Retries": 1,
-            },
-        }  # fmt: skip
-        with ThreadPoolExecutor(1, "dlm-rclone-copy") as pool:
-            copying = pool.submit(running.call, "sync/copy", parameters)
-            done = 0
-            while not _ended(copying):
-                if stop.is_set():
-                    running.call("job/stopgroup", {"group": group})
-                moved = int(running.call("core/stats", {"group": group}).get("bytes", 0))
-                if progress is not None and moved > done:
-                    progress(moved - done)
-                    done = moved
-            failure = copying.exception()
-        with suppress(RcloneError, WireError):
-            moved = int(running.call("core/stats", {"group": group}).get("bytes", 0))
-            if progress is not None and moved > done:
-                progress(moved - done)
-            running.call("core/stats-delete", {"group": group})
-        # one file's trouble is that file's: it is missing from the digests
-        if failure is not None and not isinstance(failure, RcloneError):
-            raise failure
-        if isinstance(failure, RcloneError) and (_FULL.search(str(failure)) or stop.is_set()):
-            raise failure
-
-    def _hashes(self, running: Daemon, target: str) -> dict[str, str]:
-        told = running.call(
-            "operations/hashsum",
-            {
-                "fs": target, "hashType": "sha256", "download": True,
-                "_config": {"Checkers": self.concurrency, "Transfers": self.concurrency},
-            },
-        )  # fmt: skip
-        lines = map(_HASH_LINE.fullmatch, told.get("hashsum") or ())
-        return {line[2]: f"sha256:{line[1]}" for line in lines if line}
-
-
-class _ListFile:
-    """A file with one path a line, in the daemon's own folder."""
-
-    def __init__(self, folder: Path, paths: Sequence[str]) -> None:
-        self._file = folder / f"list-{uuid.uuid4().hex}"
-        self._file.write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
-
-    def __enter__(self) -> str:
-        return str(self._file)
-
-    def __exit__(self, *_: object) -> None:
-        self._file.unlink(missing_ok=True)
+            failure = copy_listed(running, local, target, paths, self.concurrency, stop, progress)
+            # one file's trouble is that file's: it is missing from the digests
+            if failure is not None and (_FULL.search(str(failure)) or stop.is_set()):
+                raise failure
+            return {} if stop.is_set() else hashes(running, target, self.concurrency)
 
 
 class RcloneStream(ReplyStream):
@@ -515,6 +547,10 @@ class RcloneStream(ReplyStream):
         return self._storage._look(self._path)
 
 
+def _below(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder and name else folder or name
+
+
 def _hash_of(running: Daemon, fs: str, path: str) -> str:
     parameters = {"fs": fs, "remote": path, "hashType": "sha256", "download": True}
     return str(running.call("operations/hashsumfile", parameters)["hash"])
@@ -531,14 +567,6 @@ def _unless_locked(call: Callable[[], object]) -> None:
                 raise
         time.sleep(pause)
     call()
-
-
-def _ended(copying: Future[Any]) -> bool:
-    try:
-        copying.exception(timeout=0.25)
-    except StillRunning:
-        return False
-    return True
 
 
 def _entry(item: Mapping[str, Any]) -> Entry:

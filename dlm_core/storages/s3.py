@@ -30,7 +30,9 @@ from dlm_core.storages.config import read_config
 from dlm_core.storages.port import PRIVATE, Entry, Readable, ReadStream, Usage
 from dlm_core.storages.prefetch import Prefetched
 from dlm_core.storages.ranges import Slice
+from dlm_core.storages.s3_client import S3Client
 from dlm_core.storages.s3_keys import KeyProvider, from_aws_chain, from_references
+from dlm_core.storages.s3_parts import Owned, Parts
 from dlm_core.storages.secrets import SecretReference
 
 #: objects up to this size are one PUT with If-None-Match; larger ones are uploaded in such parts
@@ -120,7 +122,12 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
         credential_provider=keys,
         **options,
     )
-    storage = S3Storage(name, build(prefix=prefix or None), storage_class=parsed.storage_class)
+    storage = S3Storage(
+        name,
+        build(prefix=prefix or None),
+        Parts(S3Client(name, root, parsed, keys), parsed.storage_class),
+        storage_class=parsed.storage_class,
+    )
     if parsed.storage_class is None:  # a copy by the server has the bucket's own class
         # who says the same of these reaches the same bucket with the same rights
         bucket_of = (bucket, parsed.model_dump_json())
@@ -160,9 +167,15 @@ class S3Storage:
     within: Within | None = None
 
     def __init__(
-        self, name: str, store: S3Store, concurrency: int = 32, storage_class: str | None = None
+        self,
+        name: str,
+        store: S3Store,
+        parts: Parts,
+        concurrency: int = 32,
+        storage_class: str | None = None,
     ) -> None:
         self.name, self.concurrency = name, concurrency
+        self._parts = parts
         self._attributes: Any = {"Storage-Class": storage_class} if storage_class else None
         self._store = store
         self._large = threading.BoundedSemaphore(_MULTIPARTS_AT_ONCE)
@@ -307,9 +320,26 @@ class S3Storage:
                 return obstore.put(
                     self._store, key, body, mode="create", attributes=self._attributes
                 )["e_tag"]
+        self._must_be_free(path)
+        return self._upload(path, source, size)
+
+    def _must_be_free(self, path: str) -> None:
         if self.stat(path) is not None:
             raise PayloadExistsError(storage=self.name, path=path)
-        return self._upload(path, source, size)
+
+    def write_in_parts(
+        self, path: str, source: Readable, size: int, sending: Callable[[int], None]
+    ) -> str | None:
+        part = self.part_size(size)
+        if size <= part:
+            sending(size)
+            return self.write(path, source, size)
+        self._must_be_free(self._key(path))
+        with self._large, self._translated_making(path):
+            return self._parts.write(path, source, part, sending, lambda: self._must_be_free(path))
+
+    def forget_parts(self, before: float, owned: Owned) -> int:
+        return self._parts.forget(before, owned)
 
     def _upload(self, path: str, source: Readable, size: int) -> str | None:
         part = self.part_size(size)
@@ -334,8 +364,7 @@ class S3Storage:
             return False
         if size > _COPY_LIMIT:
             return False
-        if self.stat(path) is not None:
-            raise PayloadExistsError(storage=self.name, path=path)
+        self._must_be_free(path)
         keys = there.prefix + source._key(source_path), here.prefix + self._key(path)
         try:
             with self._translated(path):

@@ -36,6 +36,7 @@ from dlm_core.storages import ssh
 from dlm_core.storages.config import read_config
 from dlm_core.storages.port import PRIVATE, Entry, Readable, ReadStream, Usage
 from dlm_core.storages.ranges import Slice
+from dlm_core.storages.sftp_clone import clone
 from dlm_core.storages.sftp_files import (
     BLOCK,
     LARGE_WEIGHT,
@@ -328,6 +329,11 @@ class SftpStorage:
     def left_of(self, path: str) -> int:
         entry = self.stat(path)
         return surely_written(entry.size) if entry is not None and entry.kind == "file" else 0
+
+    def copy_from(
+        self, source: Any, source_path: str, path: str, size: int, moved: Callable[[int], None]
+    ) -> bool:
+        return source is self and clone(self, source_path, path, size, moved)
 
     def write_many(self, files: Sequence[tuple[str, bytes]]) -> list[DlmError | None]:
         return self._each_of(files, self._put)

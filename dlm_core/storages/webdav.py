@@ -82,7 +82,9 @@ class WebdavStorage(Listed):
         self._parts, self._config = parts, config
         self._base = "/" + parts.path.strip("/") if parts.path.strip("/") else ""
         self._wire = Wire(self._connection)
+        # those that are there, and all that have one of them below or are one
         self._folders: set[str] = set()
+        self._with_folders: set[str] = set()
         self._secret: tuple[float, str] = (float("-inf"), "")
         self._lock = threading.Lock()
 
@@ -395,8 +397,11 @@ class WebdavStorage(Listed):
             raise self._refused(folder, "a file stands where a folder is wanted")
         with self._lock:
             if len(self._folders) >= _MOST_FOLDERS:
-                self._folders.clear()
+                self._folders, self._with_folders = set(), set()
             self._folders.add(folder)
+            while folder:
+                self._with_folders.add(folder)
+                folder = posixpath.dirname(folder)
 
     def _make_parents(self, folder: str) -> None:
         parent = posixpath.dirname(folder)
@@ -410,6 +415,8 @@ class WebdavStorage(Listed):
         return found is not None and found.kind == "directory"
 
     def _forget_folders(self, below: str) -> None:
+        if below and below not in self._with_folders:
+            return  # as after every rename of a file
         with self._lock:
             self._folders = {
                 one for one in self._folders if below and f"{one}/".find(f"{below}/") != 0

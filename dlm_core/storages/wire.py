@@ -9,15 +9,18 @@ from __future__ import annotations
 import http.client
 import os
 import select
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
 from dlm_core.errors import StorageError
+from dlm_core.storages.answers import Answer, request_head
 from dlm_core.storages.port import Readable
 
 BLOCK = 1 << 20
+_TOGETHER = 64 << 10
 _REPEATABLE = {"GET", "HEAD", "PROPFIND", "OPTIONS"}
 
 Headers = Mapping[str, str]
@@ -152,8 +155,9 @@ class Wire:
         """
         connection, kept = self._take()
         try:
-            connection.request(method, target, body or None, dict(headers))
-            return Reply(self, connection, connection.getresponse())
+            head = request_head(connection, method, target, headers, len(body))
+            connection.sock.sendall(head + body)
+            return self._reply(connection, method)
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             if kept and method in _REPEATABLE:
@@ -192,27 +196,33 @@ class Wire:
         broken: OSError | None = None
         left = size
         try:
-            connection.putrequest(method, target, skip_accept_encoding=True)
-            for name, value in {**headers, "Content-Length": str(size)}.items():
-                connection.putheader(name, value)
-            connection.endheaders()
-        except (OSError, http.client.HTTPException) as error:
+            unsent = request_head(connection, method, target, headers, size)
+        except http.client.HTTPException as error:
             raise WireError(_reason(error)) from None
         while block := source.read(BLOCK):
             left -= len(block)
             if left < 0:
                 raise WireError(f"the source has more than {size} bytes")
             try:
-                connection.send(block)
+                _send_both(connection.sock, unsent, block)
+                unsent = b""
             except OSError as error:
                 broken = error  # the server may have said why before it hung up
                 break
         if left and broken is None:
             raise WireError(f"the source has {size - left} bytes of {size}")
         try:
-            return Reply(self, connection, connection.getresponse())
+            if unsent and broken is None:
+                connection.sock.sendall(unsent)  # there is no body
+            return self._reply(connection, method)
         except (OSError, http.client.HTTPException) as error:
             raise WireError(_reason(broken or error)) from None
+
+    def _reply(self, connection: http.client.HTTPConnection, method: str) -> Reply:
+        answer = Answer(connection.sock, method)
+        if answer.will_close:
+            connection.close()  # its bytes are still to be read
+        return Reply(self, connection, answer)
 
     def _take(self) -> tuple[http.client.HTTPConnection, bool]:
         """A connection, and whether it was used before."""
@@ -240,6 +250,16 @@ class Wire:
             idle, self._idle = self._idle, []
         for connection in idle:
             connection.close()
+
+
+def _send_both(sock: socket.socket, head: bytes, block: bytes) -> None:
+    """What is small goes at once: the server reads a request's head and body in one go."""
+    if head and len(block) <= _TOGETHER:
+        sock.sendall(head + block)
+        return
+    if head:
+        sock.sendall(head)
+    sock.sendall(block)
 
 
 def _is_quiet(connection: http.client.HTTPConnection) -> bool:

@@ -36,8 +36,9 @@ from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.pooled import MAX_CHUNK, TINY, Turns, at_once, in_chunks, near
 from dlm_core.transfers.proving import Prover
 from dlm_core.transfers.reading import HashingReader, Interrupted, Progress, read_up_to
-from dlm_core.transfers.resuming import Resuming
+from dlm_core.transfers.resuming import Resuming, write_in_parts
 from dlm_core.transfers.tasks import (
+    AT_ONCE,
     SMALL,
     Copy,
     CopyResult,
@@ -47,16 +48,15 @@ from dlm_core.transfers.tasks import (
     can_be_listed,
     groups,
     interrupted,
+    last_at_work,
     sub_batches,
 )
 from dlm_core.types import PayloadKind
 
-__all__ = ["CopyResult", "CopyTask", "Lane", "copy_batch"]
+__all__ = ["CopyResult", "CopyTask", "Lane", "copy_batch", "last_at_work"]
 
 # folders for temporary files: threads that make files in one folder wait for each other
 _SLOTS = 16
-# sub-batches at work at a time
-_AT_ONCE = 2
 
 
 def copy_batch(
@@ -90,11 +90,10 @@ def copy_batch(
     if resume_bytes is not None:
         mover.resumed_above = resume_bytes
     going: deque[Future[list[CopyResult]]] = deque()
-    with ThreadPoolExecutor(threads, "dlm-copy") as pool, ThreadPoolExecutor(_AT_ONCE) as batches:
-        # one sub-batch is written while another is flushed and verified
+    with ThreadPoolExecutor(threads, "dlm-copy") as pool, ThreadPoolExecutor(AT_ONCE) as batches:
         for batch in sub_batches(tasks):
             going.append(batches.submit(mover.copy, batch, pool))
-            if len(going) == _AT_ONCE:
+            if len(going) == AT_ONCE:
                 yield from going.popleft().result()
             if mover.stop.is_set():
                 break
@@ -122,6 +121,7 @@ class _Mover:
         self.take_many = getattr(destination, "take_many", None)
         self.copy_from = getattr(destination, "copy_from", None)
         self.write_on = getattr(destination, "write_on", None)
+        self.write_in_parts = getattr(destination, "write_in_parts", None)
         self.resumed_above = sys.maxsize
         self.outage: DlmError | None = None
         self.prover = Prover(source, destination, self.stop, lane, self._turn)
@@ -362,6 +362,9 @@ class _Mover:
     def _write_large(self, file: File) -> None:
         if file.resumable:
             Resuming(self.source, self.destination, self.stop, self._watching(file)).write(file)
+            return
+        if self.write_in_parts is not None and file.size > self.resumed_above:
+            write_in_parts(self.source, self.destination, file, self.stop, self._watching(file))
             return
         part = self.part_size(file.size) if self.part_size is not None else None
         with self.source.open_read(file.source) as stream:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from dlm_core.storages.port import Storage
 
-MAX_CHUNK = 16
+MAX_CHUNK = 32
 #: of near files up to this size, in bytes, the interpreter's own work is most
 TINY = 64 << 10
 #: turns that each of several threads has had before they are compared with fewer threads

@@ -18,6 +18,25 @@ from dlm_core.transfers.reading import BLOCK, HashingReader, Interrupted, Progre
 from dlm_core.transfers.tasks import File
 
 
+def write_in_parts(
+    source: Storage, destination: Storage, file: File, stop: threading.Event, moved: Progress
+) -> None:
+    """Write one file; the destination has ``write_in_parts``, and finds by itself what is there.
+
+    The source is read whole, and fails before its end if it is not what it should be.
+    """
+
+    def sending(_: int) -> None:
+        if stop.is_set():
+            raise Interrupted
+
+    where = f"{source.name}:{file.source}"
+    with source.open_read(file.source) as stream:
+        reader = HashingReader(stream, file.size, file.digest, where, None, stop, moved)
+        write: Any = destination.write_in_parts  # type: ignore[attr-defined]
+        file.etag = write(file.written, reader, file.size, sending) or ""
+
+
 class Resuming:
     """Writes one file; the destination has ``write_on``.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from dlm_core.storages.port import PRIVATE, Storage
@@ -37,3 +37,25 @@ def sweep_temp(
     for copy in old:
         storage.remove(copy)
     return sum(files[copy] for copy in old)
+
+
+def sweep_parts(
+    storage: Storage,
+    older_than: timedelta,
+    now: datetime,
+    owned: Callable[[Sequence[str]], Mapping[str, bool]],
+) -> int:
+    """End uploads that nobody has touched for ``older_than``, where the storage has such; how many.
+
+    Their parts are seen in no listing of files and paid for like these. ``owned`` tells which paths
+    are the catalogue's, and whether a copy to it is still to be made: its upload stays.
+
+    Raises
+    ------
+    StorageUnavailableError, AccessDeniedError
+    """
+    forget_parts = getattr(storage, "forget_parts", None)
+    if forget_parts is None:
+        return 0
+    ended: int = forget_parts((now - older_than).timestamp(), owned)
+    return ended

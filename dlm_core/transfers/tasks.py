@@ -18,6 +18,8 @@ _TOGETHER_FILES = 64
 _TOGETHER_BYTES = 4 << 20
 _SUB_BATCH_FILES = 512
 _SUB_BATCH_BYTES = 256 << 20
+#: sub-batches at work at a time: one is written while another is flushed and verified
+AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,13 @@ class Copy:
         return any(file.kept and file.error is not None for file in self.files)
 
     def first_error(self) -> DlmError | None:
-        return self.error or next((file.error for file in self.files if file.error), None)
+        if self.error is not None:
+            return self.error
+        # asked several times of each file: no generator
+        for file in self.files:
+            if file.error is not None:
+                return file.error
+        return None
 
 
 def _anywhere(_: bool, __: int) -> AbstractContextManager[None]:
@@ -132,6 +140,17 @@ def sub_batches(tasks: Sequence[CopyTask]) -> Iterator[list[CopyTask]]:
         files += more
     if batch:
         yield batch
+
+
+def last_at_work(tasks: Sequence[CopyTask]) -> int:
+    """How many tasks are left, or nearly so, when the last of them are at work."""
+    left = size = files = 0
+    for task in reversed(tasks):
+        size, files = size + task.size, files + (len(task.manifest) or 1)
+        if files > AT_ONCE * _SUB_BATCH_FILES or size > AT_ONCE * _SUB_BATCH_BYTES:
+            break
+        left += 1
+    return left
 
 
 def interrupted(storage: Storage) -> DlmError:

@@ -168,7 +168,7 @@ class _Paced:
         found = getattr(self._inner, attribute)
         if attribute == "take_many":
             # one request for many files cannot be held back
-            limited = any(pace.limited for pace in (*self._reading, *self._writing))
+            limited = _any_limited((*self._reading, *self._writing))
             return None if limited or found is None else _unwrapping(found)
         if attribute == "copy_from":
             return found and partial(self._copy_from, found)
@@ -176,6 +176,8 @@ class _Paced:
             return lambda *where: self._held_back(found(*where))
         if attribute == "write_on":
             return found and partial(self._write_on, found)
+        if attribute == "write_in_parts":
+            return found and partial(self._write_in_parts, found)
         if attribute == "write_many" and found is not None:
             return lambda files: self._write_many(found, files)
         return found
@@ -185,12 +187,12 @@ class _Paced:
 
     def _held_back(self, stream: ReadStream) -> ReadStream:
         """What is small is through before a limit that is set now could matter."""
-        if stream.size <= _BLOCK and not any(pace.limited for pace in self._reading):
+        if stream.size <= _BLOCK and not _any_limited(self._reading):
             return stream
         return _PacedStream(stream, self._read)
 
     def write(self, path: str, source: Readable, size: int) -> str | None:
-        if size > _BLOCK or any(pace.limited for pace in self._writing):
+        if size > _BLOCK or _any_limited(self._writing):
             source = _PacedReader(source, self._write)
         return self._inner.write(path, source, size)
 
@@ -204,6 +206,18 @@ class _Paced:
         self, write_on: Callable[..., None], path: str, source: Readable, begun: int
     ) -> None:
         write_on(path, _PacedReader(source, self._write), begun)
+
+    def _write_in_parts(
+        self, write_in_parts: Callable[..., Any], path: str, source: Readable, size: int,
+        sending: Callable[[int], None],
+    ) -> Any:  # fmt: skip
+        """What is there already takes none of the pace."""
+
+        def held(size: int) -> None:
+            self._write(size)
+            sending(size)
+
+        return write_in_parts(path, source, size, held)
 
     def _copy_from(
         self, copy_from: Callable[..., bool], source: Storage, source_path: str, path: str,
@@ -222,6 +236,14 @@ class _Paced:
 
     def _write(self, size: int) -> None:
         _take(self._writing, size)
+
+
+def _any_limited(paces: Iterable[Taker]) -> bool:
+    # asked for each file, of which a generator would cost more than the question
+    for pace in paces:  # noqa: SIM110
+        if pace.limited:
+            return True
+    return False
 
 
 def _take(paces: Iterable[Taker], size: int) -> None:

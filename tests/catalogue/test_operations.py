@@ -39,7 +39,7 @@ def claim(
 ) -> list[dict[str, Any]]:
     return queue.claim_operations(
         connection,
-        _VERIFY,
+        OperationKind.VERIFY,
         token=token or new_id(),
         worker="w",
         limit=limit,

@@ -269,7 +269,7 @@ def test_the_second_half_of_a_lease_is_not_quiet(site):
 
     site.context.transact(
         lambda c: queue.claim_operations(
-            c, [OperationKind.TRASH], token=token, worker="w", limit=9, lease=lease, now=site.now
+            c, OperationKind.TRASH, token=token, worker="w", limit=9, lease=lease, now=site.now
         )
     )
     assert site.context.transact(quiet_for) == [False, True, False]

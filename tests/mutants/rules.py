@@ -55,7 +55,7 @@ RULES = (
     ),
     Mutant(
         "item-expires-early",
-        "schema/sql/0001_functions.sql",
+        "schema/sql/0011_cheaper.sql",
         (
             "       AND (n.expires_at > dlm_now() OR EXISTS (SELECT FROM holds_on(n.oid, "
             "n.uri, n.collection_id))) LIMIT 1;"
@@ -72,7 +72,7 @@ RULES = (
     ),
     Mutant(
         "item-expires-under-hold",
-        "schema/sql/0001_functions.sql",
+        "schema/sql/0011_cheaper.sql",
         (
             "       AND (n.expires_at > dlm_now() OR EXISTS (SELECT FROM holds_on(n.oid, "
             "n.uri, n.collection_id))) LIMIT 1;"
@@ -80,6 +80,30 @@ RULES = (
         "       AND n.expires_at > dlm_now() LIMIT 1;",
         "an item under a hold expires",
         ("schema/test_rules.py::test_a_hold_keeps_items_and_replicas",),
+    ),
+    Mutant(
+        "item-changes-unseen",
+        "schema/sql/0011_cheaper.sql",
+        "                 OR (n.state <> o.state AND t.noun IS NULL)\n",
+        "",
+        "an item goes from any state to any other",
+        ("schema/test_rules.py::test_items_go_where_the_table_says_and_nowhere_else",),
+    ),
+    Mutant(
+        "item-without-tally",
+        "schema/sql/0011_cheaper.sql",
+        "FROM changed WHERE moved OR grown\n        UNION ALL",
+        "FROM changed WHERE moved\n        UNION ALL",
+        "the counts of bytes drift when sizes become known",
+        ("schema/test_rules.py::test_the_tally_is_a_recount_after_any_changes",),
+    ),
+    Mutant(
+        "digest-of-any-letters",
+        "schema/sql/0011_cheaper.sql",
+        " AND substr(VALUE, 8) ~ '^[0-9a-f]+$'",
+        "",
+        "what is no digest is taken for one",
+        ("schema/test_rules.py::test_nonsense_is_refused_and_sense_is_not",),
     ),
     Mutant(
         "event-not-written",

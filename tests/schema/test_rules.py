@@ -356,6 +356,12 @@ _NONSENSE: list[tuple[str, dict[str, Any]]] = [
     ("data_item", {"size": -1}),
     ("data_item", {"digest": "md5:" + "a" * 32}),
     ("data_item", {"digest": "sha256:" + "A" * 64}),
+    ("data_item", {"digest": "sha256:" + "a" * 63}),
+    ("data_item", {"digest": "sha256:" + "a" * 65}),
+    ("data_item", {"digest": "sha257:" + "a" * 64}),
+    ("data_item", {"digest": "sha256:" + "a" * 63 + "\n"}),
+    ("data_item", {"digest": "sha256:" + "a" * 62 + "\u00e4"}),
+    ("data_item", {"digest": " sha256" + "a" * 64}),
     ("data_item", {"state": "FINE"}),
     ("data_item", {"kind": "socket"}),
     ("data_item", {"target_phase": "GOLD"}),
@@ -519,6 +525,7 @@ def _change(
     elif action == "size":
         # many rows in one statement
         run(connection, "UPDATE replica SET size = :n WHERE state = 'PENDING'", n=number)
+        run(connection, "UPDATE data_item SET size = :n WHERE state = 'INITIALISED'", n=number)
     else:
         run(connection, "SELECT dlm_fold_tally()")
 

@@ -25,7 +25,7 @@ from dlm_core.errors import (
     StorageFullError,
     StorageUnavailableError,
 )
-from dlm_core.storages import ssh
+from dlm_core.storages import sftp_clone, ssh
 from dlm_core.storages.open import open_storage
 from tests.payloads import put
 from tests.sshd import SshServer, make_key, ssh_server
@@ -505,3 +505,41 @@ def test_of_two_flushes_none_ends_before_what_the_other_took(sshd, root, monkeyp
             with pytest.raises(StorageUnavailableError):
                 flush.result(20)
     assert tried[0] == tried[1] >= {"folder"}
+
+
+@pytest.mark.parametrize("shell", [False, True])
+@pytest.mark.parametrize("copy_data", [False, True])
+def test_a_file_is_cloned_on_the_far_side(tmp_path, monkeypatch, shell, copy_data):
+    """In pieces, so that it can be stopped: exactly the bytes that are asked for, of a file that
+    may have grown. Where neither the server nor a command can, nothing is left; so it is if the
+    file has fewer, the name is taken, or it is stopped in between."""
+    monkeypatch.setattr(sftp_clone, "CHUNK", 1 << 20)
+    data, size = os.urandom((4 << 20) + 77), (3 << 20) + 5
+    sftp = "internal-sftp" + ("" if copy_data else " -P copy-data")
+    with ssh_server(tmp_path / "sshd", sftp=sftp) as server:
+        (tmp_path / "it's a \n root").mkdir()
+        root = server.root(tmp_path / "it's a \n root")
+        far = open_storage("far", "sftp", root, server.config(shell=shell))
+        put(far, "a b", data)
+        told: list[int] = []
+        done = far.copy_from(far, "a b", "new/c\n'd", size, told.append)
+        assert done == (shell or copy_data)
+        if not done:
+            assert far.stat("new/c\n'd") is None and not told
+            return
+        assert told == [1 << 20] * 3 + [5]
+        with far.open_read("new/c\n'd") as stream:
+            assert stream.read() == data[:size]
+        with pytest.raises(PayloadExistsError):
+            far.copy_from(far, "a b", "new/c\n'd", size, told.append)
+        assert not far.copy_from(far, "a b", "e", len(data) + 1, told.append)
+
+        def stop(_: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            far.copy_from(far, "a b", "e", size, stop)
+        assert far.stat("e") is None
+        assert not far.copy_from(
+            open_storage("x", "sftp", root, server.config()), "a b", "e", 1, stop
+        )

@@ -47,7 +47,7 @@ def test_an_archived_object_is_read_after_it_was_restored(glacier, size):
 def test_what_is_not_there_or_not_archived_is_no_failure(glacier, archive):
     """Asking for what is gone, or is online, is answered like any other request."""
     plain = open_storage(
-        "plain", "s3", glacier.stager._bucket,
+        "plain", "s3", glacier.stager._s3.bucket,
         {k: v for k, v in archive_config(archive).items() if k not in ("storage_class", "stage")},
     )  # fmt: skip
     plain.write("some/prefix/plain", io.BytesIO(b"x"), 1)

@@ -12,7 +12,7 @@ from dlm_core.lifecycle.register import storage_by_name
 from dlm_core.lifecycle.work import Context
 from dlm_core.storages.bundle_rebuild import RebuildReport, rebuild_index
 from dlm_core.storages.bundles import Bundled
-from dlm_core.storages.packing import PackReport, pack
+from dlm_core.storages.packing import PackReport, finish, pack
 from dlm_core.storages.port import Entry
 from dlm_core.types import StorageMode
 
@@ -46,6 +46,19 @@ def pack_storage(context: Context, name: str, *, dry_run: bool = False) -> PackR
         return pack(storage, known, context.clock(), dry_run=dry_run, stop=context.stop)
 
 
+def finish_packing(context: Context, name: str) -> PackReport:
+    """Clear away what a packing or a removal that died left on a storage, and pack nothing.
+
+    Raises
+    ------
+    NotFoundError, InvalidValueError, PackingError, StorageError
+        as for :func:`pack_storage`.
+    """
+    row, storage = _bundled(context, name)
+    with packing(context.engine, context.actor, row["storage_id"], name):
+        return finish(storage)
+
+
 def rebuild_storage_index(context: Context, name: str) -> RebuildReport:
     """Make the lost index of a storage's bundles anew from the bundles.
 
@@ -61,11 +74,12 @@ def rebuild_storage_index(context: Context, name: str) -> RebuildReport:
 
 
 def pack_due(context: Context) -> Iterator[Packs]:
-    """For each storage with bundles that may be written to, what packs it."""
+    """For each storage with bundles that may be written to, what packs it; for one that is being
+    drained, what clears away there: it retires as soon as nothing of the catalogue's is on it."""
+    work = {StorageMode.READ_WRITE: pack_storage, StorageMode.DRAINING: finish_packing}
     for row in context.transact(context.storages.load).values():
-        usable = row["managed"] and row["mode"] == StorageMode.READ_WRITE
-        if usable and "bundle_bytes" in row["config"]:
-            yield partial(pack_storage, context, row["name"])
+        if row["managed"] and row["mode"] in work and "bundle_bytes" in row["config"]:
+            yield partial(work[row["mode"]], context, row["name"])
 
 
 def _bundled(context: Context, name: str) -> tuple[Mapping[str, Any], Bundled]:

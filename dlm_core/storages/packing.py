@@ -117,11 +117,30 @@ def pack(
         else:
             _pack(storage, group, report)
     if not dry_run:
-        tidy(storage)
-        storage.index.clear_away()
+        _clear_away(storage)
         gone = before.keys() - storage.index.look(lambda: storage.index.bundles).keys()
         report.removed, report.freed = len(gone), sum(before[one].size for one in gone)
     return report
+
+
+def finish(storage: Bundled) -> PackReport:
+    """Finish or undo what a packing or a removal left, and pack nothing: for a storage that is to
+    become empty. ``removed`` are bundles that held nothing any more, whose size nobody knows.
+
+    Raises
+    ------
+    StorageError
+    """
+    index = storage.index
+    before = index.look(lambda: index.bundles.keys() | index.dropped)
+    _clear_away(storage)
+    after = index.look(lambda: index.bundles.keys() | index.dropped)
+    return PackReport(storage.name, removed=len(before - after))
+
+
+def _clear_away(storage: Bundled) -> None:
+    tidy(storage)
+    storage.index.clear_away()
 
 
 # --- what is due ----------------------------------------------------------------------------------

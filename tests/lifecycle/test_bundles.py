@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 
 from dlm_core.catalogue.packing import packing
-from dlm_core.errors import InvalidValueError, PackingError
+from dlm_core.errors import InvalidValueError, PackingError, StorageUnavailableError
 from dlm_core.lifecycle.lost import lose_storage
 from dlm_core.lifecycle.pack import pack_due, pack_storage, rebuild_storage_index
 from dlm_core.lifecycle.trash import request_restore
@@ -205,6 +205,75 @@ def test_one_packs_a_storage_at_a_time(site):
     with pytest.raises(InvalidValueError, match="whole"):
         rebuild_storage_index(site.context, "vault")
     assert [run().storage for run in pack_due(site.context)] == ["vault"]
+
+
+def expire(site, oids):
+    """The items go for good, and nothing else happens to the storage meanwhile."""
+    site.context.settings = site.context.settings.model_copy(update={"max_delete_fraction": 1.0})
+    site.execute("UPDATE data_item SET expires_at = :n WHERE oid = ANY(:o)", n=site.now, o=oids)
+    for _ in range(2):
+        site.settle()
+        site.advance(hours=2)
+    assert {site.replicas(oid)["vault"] for oid in oids} == {"DELETED"}
+
+
+def housekeeping(site):
+    return [run() for run in pack_due(site.context)]
+
+
+def test_an_emptied_bundle_that_a_crash_left_goes_from_a_draining_storage(site, monkeypatch):
+    """A worker died between the record that it is empty and its removal, and then the storage was
+    drained: housekeeping removes it, packs nothing new, and leaves what others still hold."""
+    oids = add_items(site, 120)
+    staying = oids[2::3]  # one folder, as they are packed
+    going = [oid for oid in oids if oid not in staying]
+    site.settle()
+    pack(site)
+    before = tars(site)
+    with monkeypatch.context() as patch:
+        patch.setattr("dlm_core.storages.bundles.sweep", lambda *_: None)
+        expire(site, going)
+    assert tars(site) == before
+    site.set_storage("vault", mode="draining")
+    (report,) = housekeeping(site)
+    assert (report.bundles, report.members) == (0, 0)
+    assert 0 < report.removed == len(before) - len(tars(site)) < len(before)
+    site.context.transact(lambda c: request_verification(c, actor="test", now=site.now))
+    site.work(OperationKind.VERIFY)
+    assert {site.replicas(oid)["vault"] for oid in staying} == {"READY"}
+    expire(site, staying)
+    assert tars(site) == []
+
+
+def test_a_packing_that_a_crash_cut_off_is_finished_on_a_draining_storage(site, monkeypatch):
+    """The single files that a bundle was made of lie beside it, and a bundle is waited for until
+    they went: both are gone before the storage retires."""
+    oids = add_items(site, 20)
+    site.settle()
+    singles = site.visible("vault")
+
+    def die(*_):
+        raise StorageUnavailableError(storage="vault", message="no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dlm_core.storages.packing.clean", die)
+        with pytest.raises(StorageUnavailableError):
+            pack(site)
+    assert site.visible("vault") == singles and len(tars(site)) == 1
+    site.set_storage("vault", mode="draining")
+    housekeeping(site)
+    assert site.visible("vault") == {} and len(tars(site)) == 1
+    expire(site, oids)
+    assert tars(site) == []
+
+
+def test_housekeeping_leaves_a_storage_alone_that_is_not_to_be_written(site, monkeypatch):
+    """Offline, read-only, lost: nothing is removed there either."""
+    add_items(site, 20)
+    site.settle()
+    for mode in ("read_only", "offline"):
+        site.set_storage("vault", mode=mode)
+        assert housekeeping(site) == []
 
 
 def test_bundles_on_tape_are_staged_whole(site, tmp_path):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import catalogue, moving, moving_dav, moving_xrootd
-from benchmarks.measure import scratch, server
+from benchmarks.measure import scratch, server, show
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
         found += moving.run_all(home, folder, quick) + moving_dav.run_all(home, folder, quick)
         found += moving_xrootd.run_all(home, folder, quick)
     for row in found:
-        print("{case:55} {value:>12} {unit:10} limit {limit:>12}  ratio {ratio}".format(**row))
+        show(row)
     if not quick:
         target = Path(__file__).parent / "results.json"
         target.write_text(json.dumps(found, indent=2) + "\n")

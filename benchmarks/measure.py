@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psycopg
@@ -43,13 +46,18 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def beside(bare: Callable[[int], Any], ours: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of ours, and of the bare limit: the mean of one before and one after.
+def beside(bare: Callable[[int], Any], rounds: Iterable[Callable[[], Any]]) -> tuple[float, float]:
+    """Seconds of ours and of the bare limit, which is taken before, between and after the rounds of
+    ours: machines are never the same for long. Both are means.
 
-    ``bare`` is told its number, so that it can write to a place of its own.
+    ``bare`` is told its number, so that it can write to a place of its own; what ``rounds`` does
+    before it gives the next one is not measured.
     """
-    times = [seconds(work) for work in (lambda: bare(0), ours, lambda: bare(1))]
-    return times[1], (times[0] + times[2]) / 2
+    limits, times = [seconds(lambda: bare(0))], []
+    for number, work in enumerate(rounds, start=1):
+        times.append(seconds(work))
+        limits.append(seconds(partial(bare, number)))
+    return fmean(times), fmean(limits)
 
 
 @contextmanager
@@ -73,6 +81,14 @@ def server() -> Iterator[Path]:
             embedded.stop(home)
 
 
+def make_files(folder: Path, count: int, size: int) -> None:
+    """``count`` files of ``size`` random bytes, a hundred a folder."""
+    for n in range(count):
+        path = folder / f"{n // 100:03}" / f"{n:05}.dat"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.urandom(size))
+
+
 @contextmanager
 def context(home: Path, **settings: Any) -> Iterator[Context]:
     """A core context on a new catalogue."""
@@ -87,3 +103,16 @@ def context(home: Path, **settings: Any) -> Iterator[Context]:
         yield Context(engine, Settings(home=home, **settings), "user:bench")
     finally:
         engine.dispose()
+
+
+def main(cases: Callable[[Path, Path, bool], Iterator[Result]]) -> None:
+    """Run some cases by themselves, and print them as they come; ``--quick`` tries them out."""
+    with server() as home, scratch() as folder:
+        for row in cases(home, folder, "--quick" in sys.argv):
+            show(row)
+
+
+def show(row: Result) -> None:
+    """Print a result."""
+    line = "{case:55} {value:>12} {unit:10} limit {limit:>12}  ratio {ratio}"
+    print(line.format(**row), flush=True)

@@ -6,8 +6,10 @@ import asyncio
 import hashlib
 import os
 import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,12 @@ import obstore
 from obstore.store import S3Store
 
 from benchmarks.catalogue import places
-from benchmarks.measure import Result, beside, context, result
+from benchmarks.measure import Result, beside, context, main, make_files, result
+from benchmarks.moving_far import Far, one_move, sets
 from dlm_cli.s3_server import S3Server, s3_server
-from dlm_core.catalogue.engine import run
-from dlm_core.catalogue.places import add_location, add_storage
+from dlm_core.catalogue.status import status
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import Source, register_tree
-from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.work import Context, drain
 from dlm_core.types import OperationKind
 from tests.sshd import SshServer, ssh_server
@@ -31,14 +32,6 @@ _BLOCK = 1 << 20
 _THREADS = 4
 # a drainer with nothing to do looks for work this often
 _LOOK_SECONDS = 0.02
-
-
-def make_files(folder: Path, count: int, size: int) -> None:
-    """``count`` files of ``size`` random bytes, a hundred a folder."""
-    for n in range(count):
-        path = folder / f"{n // 100:03}" / f"{n:05}.dat"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(os.urandom(size))
 
 
 def _hash(path: Path) -> str:
@@ -121,11 +114,11 @@ async def _put_all(source: Path, server: SshServer, destination: Path) -> None:
         raise OSError("a copy differs")
 
 
-def registration(core: Context, folder: Path, count: int) -> Result:
+def registration(home: Path, folder: Path, label: str, rounds: int) -> Result:
     """Announce, and admit beside it as the daemon's drainer does, against walking and hashing
-    alone."""
+    alone; each round with a new catalogue."""
 
-    def ours() -> None:
+    def ours(core: Context) -> None:
         with ThreadPoolExecutor(1) as pool:
             announcing = pool.submit(register_tree, core, Source("a", "bench"))
             while not announcing.done():
@@ -134,126 +127,85 @@ def registration(core: Context, folder: Path, count: int) -> Result:
             announcing.result()
         drain(core, {OperationKind.ADMIT: execute_admit})
 
-    took, bare = beside(lambda _: _bare_hash(folder), ours)
-    return result("registration from disk", count / took, "files/s", count / bare)
+    def each() -> Iterator[Callable[[], Any]]:
+        for _ in range(rounds):
+            with context(home) as core:
+                places(core, folder)
+                yield partial(ours, core)
+                _check(core, count)
+
+    count = len(_all_files(folder / "a"))
+    took, bare = beside(lambda _: _bare_hash(folder / "a"), each())
+    return result(f"registration from disk{label}", count / took, "files/s", count / bare)
 
 
-def registration_alone(home: Path, folder: Path, quick: bool) -> Result:
-    """Registration of files as large as many data products are: 1 MB each."""
-    count = 50 if quick else 2000
-    folder.mkdir()
-    with context(home) as core:
-        places(core, folder)
-        make_files(folder / "a", count, 10**6)
-        return registration(core, folder / "a", count)
-
-
-def _plan_moves(core: Context, keep: str) -> None:
-    """Queue the copies of all items to the one storage that is open."""
-    for name in ("b", "c", "bucket", "far"):
-        mode = "read_write" if name == keep else "offline"
-        core.transact(
-            lambda c, m=mode, n=name: run(
-                c, "UPDATE storage SET mode = :m WHERE name = :n", m=m, n=n
-            )
-        )
-    core.transact(
-        lambda c: run(
-            c,
-            "INSERT INTO evaluation SELECT oid, now() FROM data_item "
-            "ON CONFLICT (oid) DO UPDATE SET due_at = now()",
-        )
-    )
-    plan_replication(core)
-
-
-def _move(core: Context) -> None:
-    drain(core, {OperationKind.COPY: execute_copy})
+def _check(core: Context, count: int) -> None:
+    """A benchmark of registrations that were not made is worth nothing."""
+    found = core.transact(lambda c: status(c, core.clock()))["replicas"]
+    if found.get("READY") != count:
+        raise SystemExit(f"not all files were registered: {found}")
 
 
 def one_set(
-    home: Path, folder: Path, servers: tuple[S3Server, SshServer], label: str, count: int, size: int
-) -> list[Result]:
-    """The cases of one set of files."""
+    home: Path, folder: Path, servers: tuple[S3Server, SshServer], label: str, rounds: int
+) -> Iterator[Result]:
+    """The cases of one set of files, which are in folder ``a``."""
     server, sshd = servers
+    source = folder / "a"
+    yield registration(home, folder, f" {label}", rounds)
+    yield one_move(
+        home, source, [Far("posix", str(_new(folder / f"b-{n}")), {}) for n in range(rounds)],
+        label, lambda n: _bare_copy(source, folder / f"bare-{n}"),
+    )  # fmt: skip
+    yield one_move(
+        home, source, [_bucket(server) for _ in range(rounds)],
+        label, lambda n: _bare_put(source, server, f"bare-{label}-{n}"),
+    )  # fmt: skip
+    yield one_move(
+        home, source, [_far(sshd, _new(folder / f"far-{n}")) for n in range(rounds)],
+        label, lambda n: _bare_sftp(source, sshd, folder / f"bare-far-{n}"),
+    )  # fmt: skip
+
+
+def _new(folder: Path) -> Path:
     folder.mkdir()
-    total = count * size
-    value, unit = (count, "files/s") if label == "A" else (total / 1e6, "MB/s")
-    found = []
-    with context(home) as core:
-        places(core, folder)
-        make_files(folder / "a", count, size)
-        _add_bucket(core, server)
-        _add_far(core, sshd, folder / "far")
-        first = registration(core, folder / "a", count)
-        found.append({**first, "case": f"{first['case']} {label}"})
-        _plan_moves(core, "b")
-        ours, bare = beside(
-            lambda n: _bare_copy(folder / "a", folder / f"bare-{n}"), lambda: _move(core)
-        )
-        found.append(result(f"move posix-posix {label}", value / ours, unit, value / bare))
-        core.transact(lambda c: run(c, "UPDATE storage SET phase = 'GAS' WHERE name IN ('a', 'b')"))
-        _plan_moves(core, "bucket")
-        ours, bare = beside(
-            lambda n: _bare_put(folder / "a", server, f"bare-{label}-{n}"), lambda: _move(core)
-        )
-        found.append(result(f"move posix-s3 {label}", value / ours, unit, value / bare))
-        core.transact(lambda c: run(c, "UPDATE storage SET phase = 'GAS' WHERE name = 'bucket'"))
-        _plan_moves(core, "far")
-        ours, bare = beside(
-            lambda n: _bare_sftp(folder / "a", sshd, folder / f"bare-far-{n}"), lambda: _move(core)
-        )
-        found.append(result(f"move posix-sftp {label}", value / ours, unit, value / bare))
-        _check(core, count)
-    return found
+    return folder
 
 
-def _add_far(core: Context, server: SshServer, folder: Path) -> None:
-    folder.mkdir()
-
-    def make(connection: Any) -> None:
-        add_location(connection, "hpc", now=core.clock())
-        add_storage(
-            connection, "far", location="hpc", interface="sftp", phase="LIQUID",
-            config=server.config(shell=True), root=server.root(folder), storage_class="disk",
-            now=core.clock(),
-        )  # fmt: skip
-
-    core.transact(make)
+def _far(server: SshServer, folder: Path) -> Far:
+    return Far("sftp", server.root(folder), server.config(shell=True))
 
 
-def _add_bucket(core: Context, server: S3Server) -> None:
+def _bucket(server: S3Server) -> Far:
     config = {
         "endpoint": server.endpoint,
         "access_key": "env:BENCH_S3_KEY",
         "secret_key": "env:BENCH_S3_SECRET",
     }
-
-    def make(connection: Any) -> None:
-        add_location(connection, "cloud", now=core.clock())
-        add_storage(
-            connection, "bucket", location="cloud", interface="s3", phase="LIQUID", config=config,
-            root=f"{server.bucket}/{uuid.uuid4().hex}", storage_class="object", now=core.clock(),
-        )  # fmt: skip
-
-    core.transact(make)
+    return Far("s3", f"{server.bucket}/{uuid.uuid4().hex}", config)
 
 
-def _check(core: Context, count: int) -> None:
-    """A benchmark of copies that were not made is worth nothing."""
-    from dlm_core.catalogue.status import status
-
-    found = core.transact(lambda c: status(c, core.clock()))["replicas"]
-    if found.get("READY") != 4 * count:
-        raise SystemExit(f"not all copies were made: {found}")
-
-
-def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
-    """All cases of this module: A many small files, B few large ones."""
+def each(home: Path, folder: Path, quick: bool) -> Iterator[Result]:
+    """Registration of files as large as many data products are, 1 MB each; then A many small files,
+    B few large ones. Three rounds of what takes some seconds only, for one tells little."""
+    rounds = 1 if quick else 3
+    alone = _new(folder / "R")
+    make_files(alone / "a", 50 if quick else 4000, 10**6)
+    yield registration(home, alone, "", rounds)
     with s3_server(folder / "s3") as server, ssh_server(folder / "sshd") as sshd:
         os.environ["BENCH_S3_KEY"] = server.access_key
         os.environ["BENCH_S3_SECRET"] = server.secret_key
-        small, large = ((500, 10_000), (4, 20_000_000)) if quick else ((5000, 10_000), (20, 10**8))
-        found = [registration_alone(home, folder / "R", quick)]
-        found += one_set(home, folder / "A", (server, sshd), "A", *small)
-        return found + one_set(home, folder / "B", (server, sshd), "B", *large)
+        for label, (count, size) in sets(quick).items():
+            place = _new(folder / label)
+            make_files(place / "a", count, size)
+            # twenty large files take minutes, and are many gigabytes
+            yield from one_set(home, place, (server, sshd), label, rounds if label == "A" else 1)
+
+
+def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
+    """As :func:`each`, all together."""
+    return list(each(home, folder, quick))
+
+
+if __name__ == "__main__":
+    main(each)

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.measure import Result
-from benchmarks.moving import make_files
+from benchmarks.measure import Result, main, make_files
 from benchmarks.moving_far import Far, one_move, sets
 from tests.backends import dav_by_rclone
 from tests.servers import USER, DavServer, rclone_webdav_server, tool
@@ -78,19 +77,11 @@ def each(home: Path, folder: Path, quick: bool) -> Iterator[Result]:
             mark = f"{interface}-{label}-{check}"
             with rclone_webdav_server(folder / f"dav-{mark}") as server:
                 yield one_move(
-                    home, source, _far(server, interface), label,
+                    home, source, [_far(server, interface)], label,
                     partial(_bare, server, source, f"bare-{mark}", check),
                     ", beside copy and check" if check else "",
                 )  # fmt: skip
 
 
 if __name__ == "__main__":
-    import sys
-
-    from benchmarks.measure import scratch
-    from benchmarks.measure import server as catalogue
-
-    with catalogue() as home, scratch() as folder:
-        for row in each(home, folder, "--quick" in sys.argv):
-            line = "{case:55} {value:>12} {unit:10} limit {limit:>12}  ratio {ratio}"
-            print(line.format(**row), flush=True)
+    main(each)

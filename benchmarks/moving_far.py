@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,32 @@ def sets(quick: bool) -> dict[str, tuple[int, int]]:
 
 
 def one_move(
-    home: Path, source: Path, far: Far, label: str, bare: Callable[[int], None], what: str = ""
+    home: Path,
+    source: Path,
+    fars: Sequence[Far],
+    label: str,
+    bare: Callable[[int], Any],
+    what: str = "",
 ) -> Result:
-    """All files of ``source`` to ``far``, beside ``bare``, which is given the number of its run."""
+    """All files of ``source`` to each of ``fars`` by a catalogue of its own, beside ``bare``, which
+    is given the number of its run."""
     files = [path for path in source.rglob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in files)
     value, unit = (len(files), "files/s") if label == "A" else (total / 1e6, "MB/s")
-    with context(home) as core:
-        _sites(core, source, far)
-        register_tree(core, Source("a", "bench"))
-        drain(core, {OperationKind.ADMIT: execute_admit})
-        _plan(core)
-        ours, limit = beside(bare, lambda: drain(core, {OperationKind.COPY: execute_copy}))
-        _check(core, 2 * len(files))
-    return result(f"move posix-{far.interface} {label}{what}", value / ours, unit, value / limit)
+
+    def rounds() -> Iterator[Callable[[], Any]]:
+        for far in fars:
+            with context(home) as core:
+                _sites(core, source, far)
+                register_tree(core, Source("a", "bench"))
+                drain(core, {OperationKind.ADMIT: execute_admit})
+                _plan(core)
+                yield partial(drain, core, {OperationKind.COPY: execute_copy})
+                _check(core, 2 * len(files))
+
+    ours, limit = beside(bare, rounds())
+    case = f"move posix-{fars[0].interface} {label}{what}"
+    return result(case, value / ours, unit, value / limit)
 
 
 def _sites(core: Context, folder: Path, far: Far) -> None:

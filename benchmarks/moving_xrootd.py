@@ -10,8 +10,7 @@ from pathlib import Path
 
 from XRootD import client
 
-from benchmarks.measure import Result
-from benchmarks.moving import make_files
+from benchmarks.measure import Result, main, make_files
 from benchmarks.moving_far import Far, one_move, sets
 from tests.xrootd import XrootdServer, xrootd_server
 
@@ -65,7 +64,7 @@ def each(home: Path, folder: Path, quick: bool) -> Iterator[Result]:
         for check in (False, True):
             with xrootd_server(folder / f"xrootd-{label}-{check}") as server:
                 yield one_move(
-                    home, source, Far("xrootd", server.make_root(), server.config), label,
+                    home, source, [Far("xrootd", server.make_root(), server.config)], label,
                     partial(_bare, server, source, check),
                     ", beside copy and read-back" if check else "",
                 )  # fmt: skip
@@ -77,12 +76,4 @@ def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from benchmarks.measure import scratch
-    from benchmarks.measure import server as catalogue
-
-    with catalogue() as home, scratch() as folder:
-        for row in each(home, folder, "--quick" in sys.argv):
-            line = "{case:55} {value:>12} {unit:10} limit {limit:>12}  ratio {ratio}"
-            print(line.format(**row), flush=True)
+    main(each)

@@ -48,7 +48,7 @@ from dlm_core.types import (
 
 #: payloads announced by one transaction: few at first, so that they can be admitted while the rest
 #: is looked for
-_FIRST_CHUNK, _CHUNK = 1_000, 10_000
+_FIRST_CHUNK, _CHUNK = 125, 10_000
 _DEFAULT_TERMS = Terms()
 _MAX_TOLD = 1000
 
@@ -248,7 +248,7 @@ def _chunks(announcements: Iterator[Announcement]) -> Iterator[list[Announcement
     size = _FIRST_CHUNK
     while chunk := list(islice(announcements, size)):
         yield chunk
-        size = min(2 * size, _CHUNK)
+        size = min(4 * size, _CHUNK)
 
 
 def _announce_chunk(

@@ -93,7 +93,8 @@ def copy_batch(
     with ThreadPoolExecutor(threads, "dlm-copy") as pool, ThreadPoolExecutor(AT_ONCE) as batches:
         for batch in sub_batches(tasks):
             going.append(batches.submit(mover.copy, batch, pool))
-            if len(going) == AT_ONCE:
+            # one more waits: who takes the results may be slow
+            if len(going) > AT_ONCE:
                 yield from going.popleft().result()
             if mover.stop.is_set():
                 break
@@ -442,6 +443,8 @@ class _Mover:
                 renamed = self._rename_together(some) if self.near else far
                 return [self._settle(copy, renamed) for copy in some]
 
+        if self.atomic and all(copy.task.kind is PayloadKind.FILE for copy in copies):
+            return settle(copies)  # what is whole is visible: nothing to wait for the pool for
         return in_chunks(pool, settle, copies)
 
     def _rename_together(self, copies: Sequence[Copy]) -> dict[str, DlmError | None]:

@@ -18,8 +18,13 @@ _TOGETHER_FILES = 64
 _TOGETHER_BYTES = 4 << 20
 _SUB_BATCH_FILES = 512
 _SUB_BATCH_BYTES = 256 << 20
+# the first one is smaller: what comes through soon tells that others may be claimed beside it, and
+# sub-batches of several lengths do not all wait for the medium at the same time
+_FIRST_FILES = 128
 #: sub-batches at work at a time: one is written while another is flushed and verified
 AT_ONCE = 2
+# and one that waits
+_BEGUN = AT_ONCE + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +135,13 @@ def sub_batches(tasks: Sequence[CopyTask]) -> Iterator[list[CopyTask]]:
     """In order, few enough at once to be flushed and verified together."""
     batch: list[CopyTask] = []
     size = files = 0
+    most = _FIRST_FILES
     for task in tasks:
         more = len(task.manifest) or 1
-        if batch and (files + more > _SUB_BATCH_FILES or size + task.size > _SUB_BATCH_BYTES):
+        if batch and (files + more > most or size + task.size > _SUB_BATCH_BYTES):
             yield batch
             batch, size, files = [], 0, 0
+            most = min(2 * most, _SUB_BATCH_FILES)
         batch.append(task)
         size += task.size
         files += more
@@ -147,7 +154,7 @@ def last_at_work(tasks: Sequence[CopyTask]) -> int:
     left = size = files = 0
     for task in reversed(tasks):
         size, files = size + task.size, files + (len(task.manifest) or 1)
-        if files > AT_ONCE * _SUB_BATCH_FILES or size > AT_ONCE * _SUB_BATCH_BYTES:
+        if files > _BEGUN * _SUB_BATCH_FILES or size > _BEGUN * _SUB_BATCH_BYTES:
             break
         left += 1
     return left

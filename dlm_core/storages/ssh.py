@@ -14,8 +14,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from dlm_core.errors import (
     StorageUnavailableError,
 )
 from dlm_core.storages.secrets import SecretReference, read_secret
+from dlm_core.storages.ssh_shell import Shell, ShellEnded
 
 _T = TypeVar("_T")
 
@@ -146,33 +147,37 @@ class Session:
     #: absolute path of the storage's root with all links resolved, in octets
     root: bytes
     busy: int = 0
+    #: shells that wait for the next command
+    _idle: list[Shell] = field(default_factory=list)
 
     def alive(self) -> bool:
         return not self.connection.is_closed()
 
     async def command(self, command: str, given: bytes) -> tuple[int | None, bytes, bytes]:
-        """Run a command of the far side's shell with ``given`` as its input.
+        """Run a command of a POSIX shell on the far side with ``given`` as its input; it may be
+        run twice.
 
-        Returns its exit status (None: killed), what it printed, and what it complained of. It is
-        ended there if nobody waits for it any more; OpenSSH does that for all users but root, whose
-        commands end when they have something to say.
+        Returns its exit status (None: no shell answers), what it printed, and what it complained
+        of. It is ended there if nobody waits for it any more.
         """
-        process = None
+        with suppress(ShellEnded):  # one that was ended there meanwhile: a new one tells
+            if self._idle:
+                return await self._run(self._idle.pop(), command, given)
         try:
-            process = await self.connection.create_process(command, encoding=None)
-            process.stdin.write(given)
-            process.stdin.write_eof()
-            done = await process.wait()
-        except asyncio.CancelledError:
-            if process is not None:
-                process.terminate()
-                process.close()
-            raise
-        except BrokenPipeError:
+            return await self._run(await Shell.begun(self.connection), command, given)
+        except ShellEnded as error:
             if not self.alive():
-                raise
-            return None, b"", b"its input is not taken"  # something else answers than a shell
-        return done.exit_status, bytes(done.stdout or b""), bytes(done.stderr or b"")  # type: ignore[arg-type]
+                raise asyncssh.ConnectionLost("the connection went") from None
+            return None, b"", error.complaint
+
+    async def _run(self, shell: Shell, command: str, given: bytes) -> tuple[int, bytes, bytes]:
+        try:
+            answer = await shell.run(command, given)
+        except BaseException:
+            shell.end()
+            raise
+        self._idle.append(shell)
+        return answer
 
     async def has_shell(self) -> bool:
         """Whether commands are run there; a login script may print more than the command."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -26,6 +27,7 @@ from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.work import Context, drain
 from dlm_core.types import OperationKind
+from tests.servers import tool
 from tests.sshd import SshServer, ssh_server
 
 _BLOCK = 1 << 20
@@ -81,6 +83,25 @@ def _bare_put(source: Path, server: S3Server, prefix: str) -> None:
     listed = sum(len(batch) for batch in obstore.list(store))
     if listed != len(files):
         raise OSError("the listing is short")
+
+
+def _rclone_put(source: Path, server: S3Server, prefix: str) -> None:
+    """rclone's CLI, with as many transfers as the bare obstore."""
+    environment = {
+        **os.environ, "RCLONE_CONFIG": os.devnull, "RCLONE_CONFIG_S_TYPE": "s3",
+        "RCLONE_CONFIG_S_PROVIDER": "SeaweedFS", "RCLONE_CONFIG_S_ENDPOINT": server.endpoint,
+        "RCLONE_CONFIG_S_REGION": "us-east-1", "RCLONE_CONFIG_S_NO_CHECK_BUCKET": "true",
+        "RCLONE_CONFIG_S_ACCESS_KEY_ID": server.access_key,
+        "RCLONE_CONFIG_S_SECRET_ACCESS_KEY": server.secret_key,
+    }  # fmt: skip
+    names = [str(path.relative_to(source)) for path in _all_files(source)]
+    large = any((source / name).stat().st_size > _BLOCK for name in names)
+    at_once = "4" if large else "32"
+    subprocess.run(
+        [tool("rclone"), "copy", "--files-from-raw", "-", "--transfers", at_once,
+         "--checkers", at_once, "--no-traverse", str(source), f"S:{server.bucket}/{prefix}"],
+        input="\n".join(names), text=True, env=environment, check=True, capture_output=True,
+    )  # fmt: skip
 
 
 def _bare_sftp(source: Path, server: SshServer, destination: Path) -> None:
@@ -160,6 +181,10 @@ def one_set(
     yield one_move(
         home, source, [_bucket(server) for _ in range(rounds)],
         label, lambda n: _bare_put(source, server, f"bare-{label}-{n}"),
+    )  # fmt: skip
+    yield one_move(
+        home, source, [_bucket(server)],
+        label, lambda n: _rclone_put(source, server, f"rclone-{label}-{n}"), ", beside rclone",
     )  # fmt: skip
     yield one_move(
         home, source, [_far(sshd, _new(folder / f"far-{n}")) for n in range(rounds)],

@@ -12,9 +12,11 @@ import io
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
 from sqlalchemy import Engine
 
 from dlm_core.storages.port import Storage
@@ -23,6 +25,11 @@ from tests.fakes import Wrapped, refuse_batches
 _LOOKS = ("stat", "stat_many", "walk", "open_read", "read_back", "usage", "check")
 #: threads that read ahead of a write come as they like
 _AHEAD = ("dlm-prefetch", "dlm-pack")
+_NOTICED_SECONDS = 60
+_AT_WORK = (
+    "SELECT FROM pg_stat_activity WHERE datname = current_database() "
+    "AND pid <> pg_backend_pid() AND xact_start IS NOT NULL"
+)
 _EFFECTS = ("write", "rename", "remove", "flush")
 
 
@@ -161,3 +168,16 @@ def watch_commits(engine: Engine, points: Points) -> None:
         return None
 
     engine.dialect.do_commit = do_commit  # type: ignore[method-assign]
+
+
+def end_connections(engine: Engine) -> None:
+    """Dispose of a stopped process's engine, and wait until the server has noticed: until then its
+    last transaction keeps its locks, and who claims next passes over what it had."""
+    engine.dispose()
+    url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    deadline = time.monotonic() + _NOTICED_SECONDS
+    with psycopg.connect(url, autocommit=True) as connection:
+        while connection.execute(_AT_WORK).fetchone() is not None:
+            if time.monotonic() > deadline:
+                raise AssertionError("a transaction of a stopped process goes on")
+            time.sleep(0.01)

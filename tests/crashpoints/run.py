@@ -29,7 +29,7 @@ from dlm_core.storages.bundles import Bundled, split_bundling
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import PRIVATE, Storage
 from dlm_core.transfers.sweep import sweep_temp
-from tests.crashpoints.points import Crash, CrashingStorage, Points, watch_commits
+from tests.crashpoints.points import Crash, CrashingStorage, Points, end_connections, watch_commits
 from tests.crashpoints.scenarios import SCENARIOS, Scenario
 from tests.site import Site, make_site, reopen
 
@@ -182,7 +182,7 @@ def act(url: str, folder: Path, scenario: Scenario, now: datetime, points: Point
             pass
         return site.now
     finally:
-        engine.dispose()
+        end_connections(engine)
 
 
 def recover(url: str, folder: Path, scenario: Scenario, now: datetime) -> State:

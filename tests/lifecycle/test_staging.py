@@ -14,7 +14,7 @@ from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import StoragePool, drain
 from dlm_core.types import OperationKind
-from tests.crashpoints.points import Crash, Points, watch_commits
+from tests.crashpoints.points import Crash, Points, end_connections, watch_commits
 from tests.site import make_site
 from tests.tape import Tape
 
@@ -493,7 +493,7 @@ def test_a_crash_amid_a_wait_ends_in_the_copy(site, database_url):
             reached = False
         except Crash:
             pass
-        engine.dispose()
+        end_connections(engine)
         site.context = usual
         site.advance(hours=1)  # leases have run out
         site.settle()

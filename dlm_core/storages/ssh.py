@@ -41,6 +41,8 @@ _KEEPALIVE_SECONDS = 15
 _FAST = "^aes128-gcm@openssh.com,aes256-gcm@openssh.com"
 # a machine that refused one more connection is left in peace for so long
 _REFUSED_SECONDS = 60
+# of a connection; OpenSSH lets it have ten of shells and SFTP together
+_SHELLS = 8
 # a connection that has so much to do wants another beside it
 _ENOUGH = 8
 _ROOT = re.compile(
@@ -149,6 +151,7 @@ class Session:
     busy: int = 0
     #: shells that wait for the next command
     _idle: list[Shell] = field(default_factory=list)
+    _free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_SHELLS))
 
     def alive(self) -> bool:
         return not self.connection.is_closed()
@@ -160,15 +163,16 @@ class Session:
         Returns its exit status (None: no shell answers), what it printed, and what it complained
         of. It is ended there if nobody waits for it any more.
         """
-        with suppress(ShellEnded):  # one that was ended there meanwhile: a new one tells
-            if self._idle:
-                return await self._run(self._idle.pop(), command, given)
-        try:
-            return await self._run(await Shell.begun(self.connection), command, given)
-        except ShellEnded as error:
-            if not self.alive():
-                raise asyncssh.ConnectionLost("the connection went") from None
-            return None, b"", error.complaint
+        async with self._free:
+            with suppress(ShellEnded):  # one that was ended there meanwhile: a new one tells
+                if self._idle:
+                    return await self._run(self._idle.pop(), command, given)
+            try:
+                return await self._run(await Shell.begun(self.connection), command, given)
+            except ShellEnded as error:
+                if not self.alive():
+                    raise asyncssh.ConnectionLost("the connection went") from None
+                return None, b"", error.complaint
 
     async def _run(self, shell: Shell, command: str, given: bytes) -> tuple[int, bytes, bytes]:
         try:

@@ -59,7 +59,7 @@ def test_a_login_is_paid_once_and_what_it_prints_is_passed_over(tmp_path):
         assert count.read_text() == "x\n"
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(data=st.binary(max_size=300))
 def test_any_octets_are_given_and_come_back(shared, data):
     """NULs, quotes, percent signs, newlines, dashes first."""
@@ -97,3 +97,10 @@ def test_commands_at_once_have_shells_of_their_own(far, tmp_path):
         here = pool.submit(asked, far, begin.format(*places))
         there = pool.submit(asked, far, begin.format(*reversed(places)))
         assert here.result(timeout=60) == there.result(timeout=60) == (0, b"", b"")
+
+
+def test_many_commands_at_once_stay_within_what_a_server_takes(far):
+    """OpenSSH opens ten channels of a connection, and refuses more: others wait for their turn."""
+    with ThreadPoolExecutor(30) as pool:
+        told = list(pool.map(lambda n: asked(far, f"sleep 0.2; echo {n}"), range(30)))
+    assert told == [(0, b"%d\n" % n, b"") for n in range(30)]

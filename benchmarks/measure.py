@@ -60,6 +60,27 @@ def beside(bare: Callable[[int], Any], rounds: Iterable[Callable[[], Any]]) -> t
     return fmean(times), fmean(limits)
 
 
+def _resident(what: str) -> float:
+    """MB of this process: VmRSS now, VmHWM at most since the peak was begun anew."""
+    status = Path("/proc/self/status").read_text()
+    (found,) = (line.split()[1] for line in status.splitlines() if line.startswith(f"{what}:"))
+    return int(found) * 1024 / 1e6
+
+
+#: MB that a worker takes at most, of each move
+peaks: list[float] = []
+_BEGUN = _resident("VmRSS")
+
+
+def peaking(work: Callable[[], Any]) -> None:
+    """Do ``work``, and note in ``peaks`` what a worker takes at most that does nothing else: what
+    other cases and bare tools left in this process is not of it."""
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    work()
+    peaks.append(_BEGUN + _resident("VmHWM") - before)
+
+
 @contextmanager
 def scratch() -> Iterator[Path]:
     """A folder that is gone afterwards."""

@@ -227,10 +227,5 @@ def each(home: Path, folder: Path, quick: bool) -> Iterator[Result]:
             yield from one_set(home, place, (server, sshd), label, rounds if label == "A" else 1)
 
 
-def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
-    """As :func:`each`, all together."""
-    return list(each(home, folder, quick))
-
-
 if __name__ == "__main__":
     main(each)

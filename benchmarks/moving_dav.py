@@ -57,11 +57,6 @@ def _far(server: DavServer, interface: str) -> Far:
     return Far("webdav", server.make_collection(), server.config)
 
 
-def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
-    """As :func:`each`, all together."""
-    return list(each(home, folder, quick))
-
-
 def each(home: Path, folder: Path, quick: bool) -> Iterator[Result]:
     """A many small files, B few large ones; by our own adapter and by rclone's."""
     for label, (count, size) in sets(quick).items():

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Result, beside, context, result
+from benchmarks.measure import Result, beside, context, peaking, result
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.catalogue.places import add_location, add_storage
 from dlm_core.catalogue.status import status
@@ -56,7 +56,7 @@ def one_move(
                 register_tree(core, Source("a", "bench"))
                 drain(core, {OperationKind.ADMIT: execute_admit})
                 _plan(core)
-                yield partial(drain, core, {OperationKind.COPY: execute_copy})
+                yield partial(peaking, partial(drain, core, {OperationKind.COPY: execute_copy}))
                 _check(core, 2 * len(files))
 
     ours, limit = beside(bare, rounds())

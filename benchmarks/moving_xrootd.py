@@ -70,10 +70,5 @@ def each(home: Path, folder: Path, quick: bool) -> Iterator[Result]:
                 )  # fmt: skip
 
 
-def run_all(home: Path, folder: Path, quick: bool) -> list[Result]:
-    """As :func:`each`, all together."""
-    return list(each(home, folder, quick))
-
-
 if __name__ == "__main__":
     main(each)

@@ -23,8 +23,8 @@ _SUB_BATCH_BYTES = 256 << 20
 _FIRST_FILES = 128
 #: sub-batches at work at a time: one is written while another is flushed and verified
 AT_ONCE = 2
-# and one that waits
-_BEGUN = AT_ONCE + 1
+# and one that waits for them
+_TAKEN_UP = AT_ONCE + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def last_at_work(tasks: Sequence[CopyTask]) -> int:
     left = size = files = 0
     for task in reversed(tasks):
         size, files = size + task.size, files + (len(task.manifest) or 1)
-        if files > _BEGUN * _SUB_BATCH_FILES or size > _BEGUN * _SUB_BATCH_BYTES:
+        if files > _TAKEN_UP * _SUB_BATCH_FILES or size > _TAKEN_UP * _SUB_BATCH_BYTES:
             break
         left += 1
     return left

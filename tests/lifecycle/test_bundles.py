@@ -267,8 +267,8 @@ def test_a_packing_that_a_crash_cut_off_is_finished_on_a_draining_storage(site, 
     assert tars(site) == []
 
 
-def test_housekeeping_leaves_a_storage_alone_that_is_not_to_be_written(site, monkeypatch):
-    """Offline, read-only, lost: nothing is removed there either."""
+def test_housekeeping_leaves_a_storage_alone_that_is_not_to_be_written(site):
+    """Offline or read-only: nothing is removed there either."""
     add_items(site, 20)
     site.settle()
     for mode in ("read_only", "offline"):

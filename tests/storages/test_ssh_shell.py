@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -77,9 +79,27 @@ def test_a_shell_that_was_ended_there_is_replaced(far):
     """In between, and while it runs a command."""
     first = asked(far, "echo $$")
     assert asked(far, "echo $$") == first
-    asked(far, f"kill -9 {first[1].decode()}")
+    os.kill(int(first[1]), signal.SIGKILL)
     second = asked(far, "echo $$")
     assert second[0] == 0 and second[1] != first[1]
+    asked(far, f"kill -9 {int(second[1])}")
+    third = asked(far, "echo $$")
+    assert third[0] == 0 and third[1] not in (first[1], second[1])
+
+
+def test_a_shell_whose_answer_nobody_waited_for_is_not_asked_again(far, tmp_path):
+    """What it still says would be taken for the answer to the next command."""
+    before = asked(far, "echo $$")
+    (tmp_path / "big").touch()
+    os.truncate(tmp_path / "big", 8 << 30)
+    put(far, "small", b"x")
+    stop = threading.Event()
+    stop.set()
+    assert far.digest_many(["big"], stop) == {}
+    wanted = f"sha256:{hashlib.sha256(b'x').hexdigest()}"
+    assert far.digest_many(["small"]) == {"small": wanted}
+    after = asked(far, "echo $$")
+    assert after[0] == 0 and after[1] != before[1]
 
 
 def test_one_that_ends_itself_is_no_answer(far):

@@ -85,6 +85,8 @@ def _bare_copy(core: Context, written: dict[str, str]) -> tuple[float, int]:
                 f"CREATE TABLE bare_{table} (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS "
                 "INCLUDING INDEXES INCLUDING GENERATED)"
             )
+            if kept := _storage_parameters(connection, table):
+                cursor.execute(f"ALTER TABLE bare_{table} SET ({kept})")
             source = f"(SELECT {columns} FROM {table} WHERE {condition})"
             with cursor.copy(f"COPY {source} TO STDOUT (FORMAT BINARY)") as copy:
                 data[table] = b"".join(bytes(block) for block in copy)
@@ -100,6 +102,17 @@ def _bare_copy(core: Context, written: dict[str, str]) -> tuple[float, int]:
                 copy.write(data[table])
 
     return seconds(lambda: core.transact(load)), found
+
+
+def _storage_parameters(connection: Any, table: str) -> str | None:
+    """What LIKE leaves out: the fillfactor."""
+    found = rows(
+        connection,
+        """SELECT array_to_string(reloptions, ', ') AS kept FROM pg_class
+            WHERE oid = CAST(:table AS regclass)""",
+        table=table,
+    )
+    return found[0]["kept"]
 
 
 def _columns(connection: Any, table: str) -> str:

@@ -109,7 +109,7 @@ def _propose_checks(context: Context) -> list[Mapping[str, Any]]:
     return [
         {
             "item": str(check.oid),
-            "what": f"read again, {check.copies} good copies, looked at {check.looked_at:%Y-%m-%d}",
+            "what": f"read again, {check.copies} good copies, last on {check.check_from:%Y-%m-%d}",
             "bytes": check.size,
         }
         for check in propose_verification(context)

@@ -93,8 +93,8 @@ class Site:
             oid=oid, uri=uri, bucket=uri_bucket(uri), size=len(data), digest=digest, now=self.now,
         )  # fmt: skip
         self.execute(
-            "INSERT INTO replica (uid, oid, storage_id, path, size, created_at, accessed_at) "
-            "VALUES (:uid, :oid, :storage, :path, :size, :now, :now)",
+            "INSERT INTO replica (uid, oid, storage_id, path, size, created_at, accessed_at, "
+            "check_from) VALUES (:uid, :oid, :storage, :path, :size, :now, :now, :now)",
             uid=uid, oid=oid, storage=self.storages[on], path=encode_path(path), size=len(data),
             now=self.now,
         )  # fmt: skip

@@ -329,7 +329,7 @@ def set_replica_expiry(
         """UPDATE replica SET expiry_reason = :reason, expires_at = CASE
                   WHEN CAST(:at AS timestamptz) IS NULL THEN NULL
                   ELSE greatest(CAST(:at AS timestamptz), created_at) END
-            WHERE oid = :oid AND storage_id = :storage AND state NOT IN ('TRASHED', 'DELETED')
+            WHERE oid = :oid AND storage_id = :storage AND live
            RETURNING uid""",
         at=expires_at,
         reason=reason if expires_at else None,

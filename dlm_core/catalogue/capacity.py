@@ -19,15 +19,14 @@ _EFFECTIVE = """
          -- by its order the index replica_coldest: an EXISTS would read the whole table in vain once
          -- a storage that held much is empty
          s.mode = 'draining' AND ((
-           SELECT r.uid FROM replica r WHERE r.storage_id = s.storage_id AND r.expires_at IS NULL
+           SELECT r.uid FROM replica r WHERE r.storage_id = s.storage_id AND r.expires_at IS NULL AND r.live
               AND r.state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')
             ORDER BY r.accessed_at LIMIT 1) IS NOT NULL OR l.later) AS undrained
     FROM storage s JOIN storage_usage u USING (storage_id)
     CROSS JOIN LATERAL (
       SELECT coalesce(sum(r.size) FILTER (WHERE r.expires_at <= :now), 0)::bigint AS bytes,
              coalesce(bool_or(r.expires_at > :now), false) AS later FROM replica r
-       WHERE r.storage_id = s.storage_id AND r.expires_at IS NOT NULL
-         AND r.state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')) l
+       WHERE r.storage_id = s.storage_id AND r.deletable_at IS NOT NULL) l
    WHERE s.managed AND s.mode IN ('read_write', 'draining')
 """
 

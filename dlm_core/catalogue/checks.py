@@ -1,7 +1,8 @@
 """Scheduled verification: what is due to be read again, the budgets, and how well it goes.
 
-What is due comes from the index ``replica_check`` (storage, time of the last look); the cost of a
-question follows what is due, not the catalogue.
+What is due comes from the index ``replica_check`` (storage, time from which the next check counts);
+the cost of a question follows what is due, not the catalogue. The index knows no state, so what
+cannot be checked comes due as well, and is put off.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _FAILED_WAITS = timedelta(days=1)
 
 _READABLE = "('read_write', 'read_only', 'draining')"
 _DUE = """
-  SELECT r.uid, r.oid, r.size, GREATEST(r.checked_at, r.told_at) AS looked_at FROM replica r
-   WHERE r.storage_id = :storage AND r.state = 'READY' AND GREATEST(r.checked_at, r.told_at) < :before
+  SELECT r.uid, r.oid, r.size, r.check_from FROM replica r
+   WHERE r.storage_id = :storage AND r.live AND r.check_from < :before{state}
      -- one look by uid for each row that is due: as an anti-join it would read all operations
      AND (SELECT 1 FROM operation o WHERE o.uid = r.uid AND o.kind = 'verify'
              AND (o.state IN ('QUEUED', 'RUNNING') OR (o.state = 'FAILED' AND o.finished_at > :failed))
            LIMIT 1) IS NULL
-   ORDER BY GREATEST(r.checked_at, r.told_at) LIMIT :window"""
+   ORDER BY r.check_from LIMIT :window"""
 
 
 def select_unasked(
@@ -88,7 +89,7 @@ class Check:
     oid: uuid.UUID
     size: int
     copies: int
-    looked_at: datetime
+    check_from: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def storages_with_checks_due(connection: Connection, now: datetime) -> list[str]
     return [
         budget.name
         for budget in _budgets(connection, now)
-        if budget.left != 0 and rows(connection, _DUE, **_values(budget, now, 1))
+        if budget.left != 0 and rows(connection, _DUE.format(state=""), **_values(budget, now, 1))
     ]
 
 
@@ -157,18 +158,35 @@ def _values(budget: Budget, now: datetime, window: int) -> dict[str, Any]:
     }
 
 
+def put_off(connection: Connection, now: datetime, limit: int = 50_000) -> None:
+    """What is due and not READY, ``limit`` of each storage, cannot be checked: not before another
+    interval is over. It is looked at by what made it so."""
+    for budget in lock_budgets(connection, now):
+        run(
+            connection,
+            """UPDATE replica SET check_from = :now WHERE uid IN (
+                 SELECT uid FROM replica WHERE storage_id = :storage AND live AND check_from < :before
+                    AND state <> 'READY' ORDER BY check_from LIMIT :limit
+                    FOR NO KEY UPDATE SKIP LOCKED)""",
+            now=now,
+            storage=budget.storage_id,
+            before=now - budget.every,
+            limit=limit,
+        )
+
+
 def select_checks(connection: Connection, budget: Budget, now: datetime, limit: int) -> list[Check]:
     """Of the :data:`WINDOW` looked at longest ago the riskiest: fewest good copies, then oldest
     look; ``limit`` at most."""
     found = rows(
         connection,
-        f"""WITH due AS MATERIALIZED ({_DUE})
+        f"""WITH due AS MATERIALIZED ({_DUE.format(state=" AND r.state = 'READY'")})
             SELECT d.*, (SELECT count(*) FROM replica x WHERE x.oid = d.oid AND x.state = 'READY') AS copies
-              FROM due d ORDER BY copies, looked_at, uid LIMIT :limit""",
+              FROM due d ORDER BY copies, check_from, uid LIMIT :limit""",
         **_values(budget, now, WINDOW),
         limit=limit,
     )
-    return [Check(r["uid"], r["oid"], r["size"], r["copies"], r["looked_at"]) for r in found]
+    return [Check(r["uid"], r["oid"], r["size"], r["copies"], r["check_from"]) for r in found]
 
 
 def spend(connection: Connection, storage_id: uuid.UUID, now: datetime, size: int) -> None:
@@ -215,7 +233,7 @@ def mark_told(connection: Connection, uids: Sequence[uuid.UUID], now: datetime) 
     """Their storage told the same stamp as at their last read; that is no check."""
     run(
         connection,
-        "UPDATE replica SET told_at = :now WHERE uid = ANY(:uids) AND state = 'READY'",
+        "UPDATE replica SET told_at = :now, check_from = :now WHERE uid = ANY(:uids) AND state = 'READY'",
         uids=list(uids),
         now=now,
     )
@@ -246,8 +264,8 @@ def check_overview(connection: Connection, now: datetime) -> list[dict[str, Any]
                   s.verify_bytes_per_day, s.verify_bytes_per_second
              FROM storage s LEFT JOIN LATERAL (
                SELECT GREATEST(r.checked_at, r.told_at) AS oldest FROM replica r
-                WHERE r.storage_id = s.storage_id AND r.state = 'READY'
-                ORDER BY GREATEST(r.checked_at, r.told_at) LIMIT 1) o ON true
+                WHERE r.storage_id = s.storage_id AND r.live AND r.state = 'READY'
+                ORDER BY r.check_from LIMIT 1) o ON true
             WHERE s.mode <> 'retired' ORDER BY s.name""",
         now=now,
     )

@@ -310,8 +310,9 @@ def undo_trash(connection: Connection, seen: Sequence[Seen], now: datetime) -> s
     )
     found = rows(
         connection,
-        """UPDATE replica r SET state = 'READY', size = u.size, digest = u.digest, checked_at = :now,
-                  trashed_at = NULL, expires_at = NULL, expiry_reason = NULL,
+        """UPDATE replica r SET state = 'READY', size = u.size, digest = u.digest,
+                  checked_at = :now, check_from = :now, trashed_at = NULL,
+                  expires_at = NULL, expiry_reason = NULL,
                   own_expires_at = NULL, own_expiry_reason = NULL
              FROM unnest(CAST(:uids AS uuid[]), CAST(:sizes AS bigint[]),
                          CAST(:digests AS text[])) AS u(uid, size, digest)
@@ -370,7 +371,7 @@ def displaced(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uuid.UUI
         connection,
         """SELECT r.uid FROM replica r WHERE r.uid = ANY(:uids) AND EXISTS (
              SELECT FROM replica x WHERE x.storage_id = r.storage_id AND x.oid = r.oid
-                AND x.uid <> r.uid AND x.state NOT IN ('TRASHED', 'DELETED'))""",
+                AND x.uid <> r.uid AND x.live)""",
         uids=list(uids),
     )
     return {row["uid"] for row in found}

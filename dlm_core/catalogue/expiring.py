@@ -47,8 +47,8 @@ def _keys(octets: bytes) -> list[uuid.UUID]:
 
 def _due_replicas(of: str) -> str:
     return f"""
-  SELECT r.uid, r.oid, r.size, r.delete_after FROM {of} r JOIN storage s USING (storage_id)
-   WHERE r.delete_after <= :now AND r.delete_after IS NOT NULL AND r.state IN {_DELETABLE}
+  SELECT r.uid, r.oid, r.size, r.deletable_at FROM {of} r JOIN storage s USING (storage_id)
+   WHERE r.deletable_at <= :now
      AND (NOT s.managed OR s.mode IN ('read_write', 'draining', 'lost', 'retired'))"""
 
 
@@ -56,7 +56,7 @@ def _due_items(of: str) -> str:
     # after a recovery a person has to confirm holds and times first
     return f"""
   SELECT i.oid, i.expires_at, i.expiry_reason FROM {of} i
-   WHERE i.expires_at <= :now AND i.expires_at IS NOT NULL AND i.state IN ('READY', 'CORRUPTED')
+   WHERE i.expiring_at <= :now
      AND NOT (SELECT recovery_unconfirmed())"""
 
 
@@ -71,7 +71,7 @@ _PLANNED_REPLICA = """ AND EXISTS (
 _PLANNED_ITEM = """ AND EXISTS (
   SELECT FROM plan_entry k WHERE k.plan_id = :plan AND k.oid = i.oid AND k.basis = 'item_expired')"""
 
-_LONGEST_FIRST = " ORDER BY r.delete_after LIMIT :limit"
+_LONGEST_FIRST = " ORDER BY r.deletable_at LIMIT :limit"
 #: replicas that are due and that no plan names
 EXPIRED = f"{_DUE_REPLICAS}{_FREE_REPLICA}{_LONGEST_FIRST}"
 # of a lot: looked up by key, whatever the planner takes the backlog for
@@ -82,7 +82,7 @@ EXPIRED_OF_PLAN = f"{_NAMED}{_due_replicas('named')}{_PLANNED_REPLICA}{_LONGEST_
 
 _ITEMS = f"""
   due AS MATERIALIZED ({_DUE_ITEMS}{_FREE_ITEM}{_UNHELD}
-    ORDER BY i.expires_at LIMIT :limit FOR NO KEY UPDATE OF i SKIP LOCKED)"""
+    ORDER BY i.expiring_at LIMIT :limit FOR NO KEY UPDATE OF i SKIP LOCKED)"""
 _LOCKED_ITEMS = """
   named AS MATERIALIZED (
     SELECT * FROM data_item WHERE oid = ANY(:oids) ORDER BY oid FOR NO KEY UPDATE SKIP LOCKED)"""
@@ -132,7 +132,7 @@ due AS (
   SELECT r.uid, r.oid, r.size, item.expires_at AS since, true AS whole
     FROM item JOIN replica r USING (oid) WHERE r.state IN {_DELETABLE}
   UNION ALL
-  SELECT uid, oid, size, delete_after, false FROM ({_DUE_REPLICAS}{_FREE_REPLICA}) d
+  SELECT uid, oid, size, deletable_at, false FROM ({_DUE_REPLICAS}{_FREE_REPLICA}) d
    WHERE NOT EXISTS (SELECT FROM item WHERE item.oid = d.oid)
   LIMIT :limit),
 sorted AS (
@@ -212,7 +212,7 @@ def expire_items(
             connection,
             """UPDATE replica SET expires_at = greatest(:now, created_at),
                       expiry_reason = 'its item has expired'
-                WHERE oid = ANY(:oids) AND state NOT IN ('TRASHED', 'DELETED')""",
+                WHERE oid = ANY(:oids) AND live""",
             oids=oids,
             now=now,
         )

@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from dlm_core.catalogue.engine import KEY, Keys, copy_rows, rows, run
+from dlm_core.catalogue.replicas import CHECKED
 from dlm_core.catalogue.urgency import STEP, Urgency, set_urgency
 from dlm_core.errors import IllegalTransitionError, NotFoundError
 from dlm_core.types import Observation, PayloadKind, encode_path, new_id, new_key, uri_bucket
@@ -142,9 +143,9 @@ class _Merging:
         return run(
             self.connection,
             f"""INSERT INTO replica (uid, oid, storage_id, path, size, mtime, expires_at,
-                                     created_at, accessed_at)
+                                     created_at, accessed_at, check_from)
                 SELECT uid, oid, :storage, path, size, mtime, CAST(:expires AS timestamptz), :now,
-                       :now FROM announced{conflict}""",
+                       :now, :now FROM announced{conflict}""",
             storage=self.storage_id,
             expires=self.terms.replica_expires_at,
             now=self.now,
@@ -206,8 +207,7 @@ def _settle_taken(connection: Connection, storage_id: uuid.UUID) -> int:
     return run(
         connection,
         """UPDATE announced a SET oid = r.oid FROM replica r
-            WHERE r.storage_id = :storage AND r.path = a.path AND r.state <> 'DELETED'
-              AND r.trashed_at IS NULL""",
+            WHERE r.storage_id = :storage AND r.path = a.path AND r.owns_path""",
         storage=storage_id,
     )
 
@@ -233,8 +233,7 @@ def _known(connection: Connection, storage_id: uuid.UUID) -> list[dict[str, Any]
              JOIN LATERAL (
                SELECT * FROM replica r
                 WHERE r.storage_id = :storage
-                  AND ((r.oid = a.oid AND r.state NOT IN ('TRASHED', 'DELETED'))
-                       OR (r.path = a.path AND r.state <> 'DELETED' AND r.trashed_at IS NULL))
+                  AND ((r.oid = a.oid AND r.live) OR (r.path = a.path AND r.owns_path))
                 ORDER BY (r.oid = a.oid) DESC LIMIT 1) r ON true
              JOIN data_item i ON i.oid = r.oid
             WHERE r.uid <> a.uid""",
@@ -333,9 +332,9 @@ def insert_replica(
     run(
         connection,
         """INSERT INTO replica (uid, oid, storage_id, path, size, mtime, expires_at, created_at,
-                                accessed_at)
+                                accessed_at, check_from)
            VALUES (:uid, :oid, :storage, :path, :size, :mtime, CAST(:expires AS timestamptz),
-                   :now, :now)""",
+                   :now, :now, :now)""",
         uid=uid, oid=oid, storage=storage_id, path=path, size=size, mtime=mtime,
         expires=expires_at, now=now,
     )  # fmt: skip
@@ -396,8 +395,9 @@ def admit(connection: Connection, admitted: Sequence[Admitted], now: datetime) -
     _insert_manifests(connection, admitted)
     refused = rows(
         connection,
-        """WITH let_in AS (
-             UPDATE replica r SET state = 'READY', size = a.size, digest = a.digest, checked_at = :now
+        f"""WITH let_in AS (
+             UPDATE replica r SET state = 'READY', size = a.size, digest = a.digest,
+                    checked_at = :now, check_from = {CHECKED}
                FROM admitted a, data_item i
               WHERE r.uid = a.uid AND i.oid = a.oid AND r.state = 'PENDING'
                 AND i.state <> 'INITIALISED' AND i.digest = a.digest AND i.size = a.size
@@ -476,7 +476,7 @@ def settled_entries(
     run(
         connection,
         """DELETE FROM seen s USING replica r WHERE r.storage_id = :storage AND r.path = s.path
-              AND r.state <> 'DELETED' AND r.trashed_at IS NULL
+              AND r.owns_path
               AND (r.mtime IS NULL OR (r.size, r.mtime) IS NOT DISTINCT FROM (s.size, s.mtime))""",
         storage=storage_id,
     )

@@ -74,7 +74,7 @@ def lose_replicas(
         connection,
         f"""WITH page AS MATERIALIZED (
               SELECT uid, oid, path, state FROM replica
-               WHERE storage_id = :storage AND path > :after AND state <> 'DELETED' AND trashed_at IS NULL
+               WHERE storage_id = :storage AND path > :after AND owns_path
                ORDER BY path LIMIT :limit)
             SELECT p.uid, p.path, p.state IN {_THERE} AND i.state <> 'INITIALISED' AS there
               FROM page p JOIN data_item i USING (oid) ORDER BY p.path""",
@@ -108,7 +108,7 @@ def _let_stay(connection: Connection, uids: list[uuid.UUID]) -> None:
 
 _ALONE = """
   FROM replica r JOIN data_item i USING (oid)
- WHERE r.storage_id = :storage AND r.state NOT IN ('TRASHED', 'DELETED')
+ WHERE r.storage_id = :storage AND r.live
    AND i.state IN ('INITIALISED', 'READY', 'CORRUPTED')
    AND NOT EXISTS (
      SELECT FROM (SELECT * FROM replica WHERE oid = r.oid OFFSET 0) x JOIN storage s USING (storage_id)
@@ -183,7 +183,7 @@ def doubt_replicas(
     page = rows(
         connection,
         """SELECT uid, oid, path, state FROM replica
-            WHERE storage_id = :storage AND path > :after AND state <> 'DELETED' AND trashed_at IS NULL
+            WHERE storage_id = :storage AND path > :after AND owns_path
             ORDER BY path LIMIT :limit""",
         storage=storage_id,
         after=after,

@@ -261,7 +261,7 @@ def owned_on(
                   SELECT FROM operation o WHERE o.uid = r.uid AND o.kind = 'copy'
                      AND o.state IN ('QUEUED', 'RUNNING')) AS awaited
              FROM replica r WHERE r.storage_id = :storage AND r.path = ANY(:paths)
-              AND r.state <> 'DELETED' AND r.trashed_at IS NULL""",
+              AND r.owns_path""",
         storage=storage_id,
         paths=sorted({one for some in above.values() for one in some}),
     )

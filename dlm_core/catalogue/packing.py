@@ -45,7 +45,7 @@ def digests_at(
         """SELECT w.top, w.rest, coalesce(m.digest, i.digest) AS digest
              FROM unnest(CAST(:tops AS text[]), CAST(:rests AS text[])) AS w(top, rest)
              JOIN replica r ON r.storage_id = :storage AND r.path = w.top
-                           AND r.state <> 'DELETED' AND r.trashed_at IS NULL
+                           AND r.owns_path
              JOIN data_item i USING (oid)
              LEFT JOIN manifest_file m ON m.oid = r.oid AND m.path = w.rest
             WHERE r.state = 'READY'

@@ -34,7 +34,7 @@ def items_with_places(connection: Connection, storage_id: uuid.UUID) -> Iterator
             connection,
             """SELECT i.oid, i.uri, i.version, (
                  SELECT r.path FROM replica r WHERE r.oid = i.oid AND r.storage_id = :storage
-                    AND r.state <> 'DELETED' AND r.trashed_at IS NULL ORDER BY r.uid DESC LIMIT 1) AS path
+                    AND r.owns_path ORDER BY r.uid DESC LIMIT 1) AS path
                  FROM data_item i WHERE i.oid > :after AND i.state <> 'DELETED'
                 ORDER BY i.oid LIMIT :page""",
             storage=storage_id,
@@ -90,7 +90,7 @@ def place_on(
         """SELECT i.oid, i.uri, i.version, r.path, r.state FROM data_item i
              LEFT JOIN LATERAL (
                SELECT path, state FROM replica WHERE oid = i.oid AND storage_id = :storage
-                  AND state NOT IN ('TRASHED', 'DELETED') LIMIT 1) r ON true
+                  AND live LIMIT 1) r ON true
             WHERE i.uri = :uri AND (CAST(:version AS integer) IS NULL OR i.version = :version)
             ORDER BY i.version DESC LIMIT 1""",
         storage=storage_id,

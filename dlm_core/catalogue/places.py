@@ -354,7 +354,7 @@ def count_stuck(connection: Connection, storage_id: uuid.UUID) -> int:
         """SELECT count(*) AS n FROM data_item i
             WHERE i.shortfall IS NOT NULL AND i.shortfall LIKE '%impossible now%'
               AND EXISTS (SELECT FROM (SELECT * FROM replica WHERE oid = i.oid OFFSET 0) r
-                           WHERE r.storage_id = :storage AND r.state NOT IN ('TRASHED', 'DELETED'))""",
+                           WHERE r.storage_id = :storage AND r.live)""",
         storage=storage_id,
     )
     return int(found[0]["n"])

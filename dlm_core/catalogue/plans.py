@@ -90,7 +90,7 @@ def trashed_since(connection: Connection, since: datetime) -> Due:
 _FRACTIONS = """
 WITH RECURSIVE direct AS MATERIALIZED (
   SELECT i.collection_id, count(*) AS n FROM data_item i
-   WHERE i.expires_at <= :now AND i.expires_at IS NOT NULL AND i.state IN ('READY', 'CORRUPTED')
+   WHERE i.expiring_at <= :now
      AND i.collection_id IS NOT NULL
      AND NOT EXISTS (SELECT FROM plan_reserved k WHERE k.oid = i.oid AND k.basis = 'item_expired')
      AND NOT EXISTS (SELECT FROM holds_on(i.oid, i.uri, i.collection_id))
@@ -375,7 +375,7 @@ def note_applied(connection: Connection, plan_id: uuid.UUID, now: datetime) -> N
         connection,
         """UPDATE plan SET valid_until = :now WHERE plan_id = :id AND valid_until > :now
               AND NOT EXISTS (SELECT FROM plan_entry e JOIN replica r USING (uid)
-                               WHERE e.plan_id = :id AND r.state NOT IN ('TRASHED', 'DELETED'))""",
+                               WHERE e.plan_id = :id AND r.live)""",
         id=plan_id,
         now=now,
     )

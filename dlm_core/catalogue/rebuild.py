@@ -244,9 +244,9 @@ def _insert_replicas(connection: Connection, storage_id: uuid.UUID, now: datetim
     run(
         connection,
         """INSERT INTO replica (uid, oid, storage_id, path, size, mtime, created_at, accessed_at,
-                                expires_at, expiry_reason)
+                                check_from, expires_at, expiry_reason)
            SELECT uid, oid, :storage, path, size, mtime, least(replica_created_at, :now), accessed_at,
-                  replica_expires_at, replica_expiry_reason
+                  :now, replica_expires_at, replica_expiry_reason
              FROM told ORDER BY uid
            ON CONFLICT DO NOTHING""",
         storage=storage_id,

@@ -14,6 +14,11 @@ from dlm_core.catalogue.engine import Keys, rows, run
 
 #: whether what lies on a storage has to be staged, by the alias of its row
 COLD = "jsonb_exists({}.config, 'stage')"
+#: from when on the next check of a replica r counts that was just read. What comes in keeps what it
+#: came with for an hour: no index is touched then
+CHECKED = """CASE WHEN r.state = 'PENDING' AND r.check_from
+  BETWEEN CAST(:now AS timestamptz) - interval '1 hour' AND CAST(:now AS timestamptz)
+  THEN r.check_from ELSE CAST(:now AS timestamptz) END"""
 
 
 def count_evaluations_due(connection: Connection, now: datetime, limit: int = 100_000) -> int:
@@ -81,7 +86,7 @@ def replicas_of(
         connection,
         """SELECT uid, oid, storage_id, path, state, size, digest, checked_at, expires_at,
                   excluded_until
-             FROM replica WHERE oid = ANY(:oids) AND state NOT IN ('TRASHED', 'DELETED')
+             FROM replica WHERE oid = ANY(:oids) AND live
             ORDER BY uid"""
         + (" FOR NO KEY UPDATE" if lock else ""),
         oids=list(oids),
@@ -108,8 +113,9 @@ def insert_pending(
     their storage retired at this moment (it waits for us, or we for it)."""
     found = rows(
         connection,
-        """INSERT INTO replica (uid, oid, storage_id, path, size, created_at, accessed_at)
-           SELECT u.uid, u.oid, storage_id, u.path, u.size, :now, :now
+        """INSERT INTO replica (uid, oid, storage_id, path, size, created_at, accessed_at,
+                                check_from)
+           SELECT u.uid, u.oid, storage_id, u.path, u.size, :now, :now, :now
              FROM unnest(CAST(:uids AS uuid[]), CAST(:oids AS uuid[]), CAST(:storages AS uuid[]),
                          CAST(:paths AS text[]), CAST(:sizes AS bigint[]))
                   AS u(uid, oid, storage_id, path, size)
@@ -137,7 +143,7 @@ def owners_of_places(
              FROM unnest(CAST(:oids AS uuid[]), CAST(:storages AS uuid[]), CAST(:paths AS text[]))
                   WITH ORDINALITY AS u(oid, storage_id, path, n)
              JOIN replica r ON r.storage_id = u.storage_id AND r.path = u.path AND r.oid <> u.oid
-              AND r.state <> 'DELETED' AND r.trashed_at IS NULL
+              AND r.owns_path
              JOIN data_item i ON i.oid = r.oid""",
         oids=[record["oid"] for record in records],
         storages=[record["storage_id"] for record in records],
@@ -256,8 +262,8 @@ def mark_ready(connection: Connection, seen: Sequence[Seen], now: datetime) -> N
     """
     run(
         connection,
-        """UPDATE replica r SET state = 'READY', size = u.size, digest = u.digest,
-                  checked_at = :now, excluded_until = NULL
+        f"""UPDATE replica r SET state = 'READY', size = u.size, digest = u.digest,
+                  checked_at = :now, check_from = {CHECKED}, excluded_until = NULL
              FROM unnest(CAST(:uids AS uuid[]), CAST(:sizes AS bigint[]),
                          CAST(:digests AS text[])) AS u(uid, size, digest)
             WHERE r.uid = u.uid AND r.state IN ('PENDING', 'READY', 'SUSPECT')""",
@@ -327,7 +333,7 @@ def select_unmarked(
     return rows(
         connection,
         """SELECT uid, oid, size, state FROM replica
-            WHERE storage_id = :storage AND expires_at IS NULL
+            WHERE storage_id = :storage AND expires_at IS NULL AND live
               AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')
             ORDER BY accessed_at, size DESC LIMIT :limit""",
         storage=storage_id,
@@ -342,8 +348,8 @@ def select_staying(
     return rows(
         connection,
         """SELECT uid, oid, size, state FROM replica
-            WHERE storage_id = :storage AND expires_at IS NOT NULL AND expires_at > :now
-              AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING') LIMIT :limit""",
+            WHERE storage_id = :storage AND deletable_at IS NOT NULL AND expires_at > :now
+            LIMIT :limit""",
         storage=storage_id,
         now=now,
         limit=limit,
@@ -373,8 +379,7 @@ def keep_drained(connection: Connection, storage_id: uuid.UUID) -> int:
         connection,
         """UPDATE replica SET expires_at = own_expires_at, expiry_reason = own_expiry_reason,
                   own_expires_at = NULL, own_expiry_reason = NULL
-            WHERE storage_id = :id AND expires_at IS NOT NULL AND expiry_reason LIKE 'drain:%'
-              AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')""",
+            WHERE storage_id = :id AND deletable_at IS NOT NULL AND expiry_reason LIKE 'drain:%'""",
         id=storage_id,
     )
 
@@ -384,9 +389,7 @@ def leaving_bytes(connection: Connection, storage_id: uuid.UUID, now: datetime) 
     found = rows(
         connection,
         """SELECT coalesce(sum(size), 0) AS n FROM replica
-            WHERE storage_id = :storage AND expires_at <= :now
-              AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')
-              AND expires_at IS NOT NULL""",
+            WHERE storage_id = :storage AND deletable_at IS NOT NULL AND expires_at <= :now""",
         storage=storage_id,
         now=now,
     )
@@ -422,8 +425,7 @@ def known_paths(connection: Connection, storage_id: uuid.UUID, paths: Collection
     found = rows(
         connection,
         """SELECT path FROM replica
-            WHERE storage_id = :storage AND path = ANY(:paths) AND state <> 'DELETED'
-              AND trashed_at IS NULL""",
+            WHERE storage_id = :storage AND path = ANY(:paths) AND owns_path""",
         storage=storage_id,
         paths=list(paths),
     )

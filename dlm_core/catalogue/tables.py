@@ -106,6 +106,9 @@ collection = Table(
     Index("collection_parent", "parent_id", postgresql_where=text("parent_id IS NOT NULL")),
 )
 
+#: of each page, the rest is left to second versions of its rows (fillfactor, per cent)
+_ROOM = {"fillfactor": 40}
+
 data_item = Table(
     "data_item",
     metadata,
@@ -129,12 +132,13 @@ data_item = Table(
     _created(),
     Column("expires_at", Moment),
     Column("expiry_reason", Text),
-    UniqueConstraint("uri", "version"),
-    Index(
-        "data_item_expiring",
-        "expires_at",
-        postgresql_where=text("expires_at IS NOT NULL AND state IN ('READY', 'CORRUPTED')"),
+    Column(
+        "expiring_at",
+        Moment,
+        Computed("CASE WHEN state IN ('READY', 'CORRUPTED') THEN expires_at END", True),
     ),
+    UniqueConstraint("uri", "version"),
+    Index("data_item_expiring", "expiring_at", postgresql_where=text("expiring_at IS NOT NULL")),
     Index("data_item_below_target", "oid", postgresql_where=text("shortfall IS NOT NULL")),
     Index(
         "data_item_collection",
@@ -142,7 +146,7 @@ data_item = Table(
         postgresql_where=text("collection_id IS NOT NULL"),
     ),
     Index("data_item_bucket", "uri_bucket"),
-    Index("data_item_expired", "oid", postgresql_where=text("state = 'EXPIRED'")),
+    postgresql_with=_ROOM,
 )
 
 manifest_file = Table(
@@ -164,6 +168,7 @@ item_relation = Table(
     Index("item_relation_object", "object_oid"),
 )
 
+_GONE = "('TRASHED', 'DELETED')"
 _UNGONE = "state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')"
 replica = Table(
     "replica",
@@ -191,43 +196,32 @@ replica = Table(
     Column("told_stamp", Text),
     Column("own_expires_at", Moment),
     Column("own_expiry_reason", Text),
-    Index(
-        "replica_check",
-        "storage_id",
-        text("GREATEST(checked_at, told_at)"),
-        postgresql_where=text("state = 'READY'"),
+    Column("live", Boolean, Computed(f"CASE WHEN state NOT IN {_GONE} THEN true END", True)),
+    Column(
+        "owns_path",
+        Boolean,
+        Computed("CASE WHEN state <> 'DELETED' AND trashed_at IS NULL THEN true END", True),
     ),
-    Index("replica_oid", "oid"),
-    Index(
-        "replica_item_storage",
-        "oid",
-        "storage_id",
-        unique=True,
-        postgresql_where=text("state NOT IN ('TRASHED', 'DELETED')"),
-    ),
+    Column("deletable_at", Moment, Computed(f"CASE WHEN {_UNGONE} THEN delete_after END", True)),
+    _required("check_from", Moment, "now()"),
+    Index("replica_check", "storage_id", "check_from", postgresql_where=text("live")),
+    Index("replica_item_storage", "oid", "storage_id", "live", unique=True),
     Index(
         "replica_storage_path",
         "storage_id",
         "path",
         unique=True,
-        postgresql_where=text("state <> 'DELETED' AND trashed_at IS NULL"),
+        postgresql_where=text("owns_path"),
     ),
-    Index(
-        "replica_expiring",
-        "delete_after",
-        postgresql_where=text(f"delete_after IS NOT NULL AND {_UNGONE}"),
-    ),
-    Index(
-        "replica_leaving",
-        "storage_id",
-        postgresql_where=text(f"expires_at IS NOT NULL AND {_UNGONE}"),
-    ),
+    Index("replica_expiring", "deletable_at", postgresql_where=text("deletable_at IS NOT NULL")),
+    Index("replica_leaving", "storage_id", postgresql_where=text("deletable_at IS NOT NULL")),
     Index(
         "replica_coldest",
         "storage_id",
         "accessed_at",
-        postgresql_where=text(f"expires_at IS NULL AND {_UNGONE}"),
+        postgresql_where=text("live AND expires_at IS NULL"),
     ),
+    postgresql_with=_ROOM,
 )
 
 policy_version = Table(

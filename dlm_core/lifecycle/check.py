@@ -46,6 +46,7 @@ def propose_verification(context: Context) -> list[checks.Check]:
 def _plan(connection: Connection, context: Context) -> int:
     now = context.clock()
     count = checks.look_again(connection, now)
+    checks.put_off(connection, now)
     for budget, chosen in _choose(connection, context):
         # what is due does not fit into the rest of the day: the day is over, so that nobody asks
         size = sum(c.size for c in chosen) if chosen else budget.left or 0

@@ -14,6 +14,7 @@ import pytest
 from dlm_core.catalogue import checks
 from dlm_core.errors import AccessDeniedError, StorageUnavailableError
 from dlm_core.lifecycle.check import plan_verification, propose_verification, within_budget
+from dlm_core.lifecycle.register import init_data_item, set_uri
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.storages.open import open_storage
@@ -70,6 +71,27 @@ def test_what_was_not_read_for_its_interval_is_read_again(site):
     assert checked(site, old) == site.now
     assert verify(site).total == 0
     assert checked(site, young) == site.now
+
+
+def test_what_cannot_be_checked_is_put_off(site):
+    """A missing copy and an announcement that was never let in come due once an interval, cost one
+    question, and hold nothing up."""
+    site.set_storage("b", verify_every_days=None)
+    good, gone = add(site, "good"), add(site, "gone")
+    site.execute("UPDATE replica SET state = 'MISSING' WHERE oid = :oid", oid=gone)
+    announced = init_data_item(site.context, "test:announced")
+    set_uri(site.context, announced, "a", "announced")
+
+    def due():
+        return site.context.transact(lambda c: checks.storages_with_checks_due(c, site.now))
+
+    for _ in range(2):
+        site.advance(days=89)
+        assert due() == []
+        site.advance(days=2)
+        assert due() == ["a"]
+        assert verify(site).done == {"verify": 1}
+        assert due() == [] and checked(site, good) == site.now
 
 
 def test_the_riskiest_come_first(site):

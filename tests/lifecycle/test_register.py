@@ -7,7 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dlm_core.catalogue.items import Terms
+from dlm_core.catalogue.engine import rows
+from dlm_core.catalogue.items import Admitted, Announcement, Terms, announce
+from dlm_core.catalogue.items import admit as admit_rows
 from dlm_core.errors import IllegalTransitionError, InvalidValueError, NotFoundError
 from dlm_core.lifecycle import register
 from dlm_core.lifecycle.admit import execute_admit
@@ -19,7 +21,7 @@ from dlm_core.lifecycle.register import (
 )
 from dlm_core.lifecycle.watch import add_watch, count_registration_due, scan_watches
 from dlm_core.lifecycle.work import drain
-from dlm_core.types import OperationKind, decode_path, make_uri, uri_path
+from dlm_core.types import Observation, OperationKind, decode_path, make_uri, uri_path
 from tests.site import make_site
 
 
@@ -260,6 +262,43 @@ def test_the_two_steps_of_the_ska_ingest(site):
     write(site, {"other": b"payload"})
     register.ingest_data_item(site.context, "test:other", "in", "other")
     assert admit(site).done["admit"] == 1
+
+
+def test_the_next_check_counts_from_a_late_admission(site):
+    """What waited a day to be let in counts from then; what was let in at once, from when it was
+    announced."""
+    write(site, {"late": b"1"})
+    register.ingest_data_item(site.context, "test:late", "in", "late")
+    site.advance(days=1)
+    write(site, {"soon": b"2"})
+    register.ingest_data_item(site.context, "test:soon", "in", "soon")
+    announced = site.now
+    site.advance(minutes=59)
+    admit(site)
+    found = site.query("SELECT path, check_from FROM replica")
+    assert {one["path"]: one["check_from"] for one in found} == {
+        "late": site.now, "soon": announced,
+    }  # fmt: skip
+
+
+def test_letting_in_touches_no_index(site):
+    """The second version of each row, with its digest, has room beside the first (HOT)."""
+    seen = Observation(1000, "sha256:" + "0" * 64, "application/octet-stream")
+    announced = [Announcement(f"test:{n:060}", f"{n:060}", 1000, 0.0) for n in range(500)]
+
+    def let_in(connection):
+        now, terms = site.now, Terms()
+        announce(connection, site.storages["in"], announced, terms, "user:test", now)
+        replicas = rows(connection, "SELECT uid, oid FROM replica")
+        admit_rows(connection, [Admitted(r["uid"], r["oid"], seen, {}) for r in replicas], now)
+        return rows(
+            connection,
+            """SELECT relname AS name, n_tup_upd AS updated, n_tup_hot_upd AS hot
+                 FROM pg_stat_xact_user_tables WHERE relname IN ('data_item', 'replica')""",
+        )
+
+    found = site.context.transact(let_in)
+    assert [(one["updated"], one["hot"]) for one in found] == [(500, 500), (500, 500)]
 
 
 def test_watched_folders_register_what_has_settled(site):

@@ -199,7 +199,8 @@ def test_checks_that_are_due_are_asked_for_and_done(site, instance):
     assert not sensor(instance, "verification").run_requests
     site.execute(
         """UPDATE replica SET created_at = created_at - interval '91 days',
-                  checked_at = checked_at - interval '91 days'"""
+                  checked_at = checked_at - interval '91 days',
+                  check_from = check_from - interval '91 days'"""
     )
     (request,) = sensor(instance, "verification").run_requests
     assert "storages with checks due: a, b" in request.tags["dlm/due"]

@@ -105,7 +105,7 @@ def request_verification(
 
 
 _GROUP = 32
-_GROUP_BYTES = 1 << 20
+_GROUP_BYTES = 1 << 23
 
 
 @dataclass(frozen=True, slots=True)

@@ -247,11 +247,45 @@ def _are_payload(seen: Observation, row: Row) -> bool:
 
 
 def execute_purge(context: Context, claim: Claim) -> Report:
-    """Prove again, look at the survivors on their storages, certify, remove, confirm absence."""
+    """Prove again, look at the survivors on their storages, certify, remove, confirm absence.
+
+    Storage by storage, some at a time: no proof ages while another storage takes its time.
+    """
+    report = Report()
+    for operations in _by_storage(context, claim):
+        if context.stop.is_set():
+            break
+        report.add(_purge_some(context, Claim(claim.token, operations)))
+    return report
+
+
+def _by_storage(context: Context, claim: Claim) -> list[Sequence[Row]]:
+    uids = [op["uid"] for op in claim.operations]
+    details = context.transact(lambda c: replicas.replica_details(c, uids))
+    groups: dict[uuid.UUID, list[Row]] = {}
+    for operation in claim.operations:
+        groups.setdefault(details[operation["uid"]]["storage_id"], []).append(operation)
+    return [
+        group[start : start + _CHUNK]
+        for group in groups.values()
+        for start in range(0, len(group), _CHUNK)
+    ]
+
+
+def _purge_some(context: Context, claim: Claim) -> Report:
     uids = [op["uid"] for op in claim.operations]
     proofs = context.transact(lambda c: catalogue.prove(c, uids))
     unseen = look_at_survivors(context, proofs)
+    # before the certificates are written: none is good for less
+    until = context.clock() + timedelta(seconds=context.settings.certificate_seconds)
     granted = context.transact(lambda c: _certify_purge(c, context, claim, unseen))
+
+    def purge(storage: Storage, row: Row) -> None:
+        if row["managed"] and context.clock() >= until:
+            raise StorageUnavailableError(
+                storage=storage.name, message="it took so long that what is left is proven again"
+            )
+        _purge(storage, row)
 
     def write(connection: Connection, ok: Sequence[Effected], now: datetime) -> None:
         for released in (False, True):
@@ -260,7 +294,7 @@ def execute_purge(context: Context, claim: Claim) -> Report:
                 catalogue.mark_deleted(connection, gone, now, released=released)
 
     held = [op for op in claim.operations if op["operation_id"] in granted]
-    return _run(context, Claim(claim.token, held), _purge, write)
+    return _run(context, Claim(claim.token, held), purge, write)
 
 
 def _purge(storage: Storage, row: Row) -> None:

@@ -276,9 +276,10 @@ def _purge_some(context: Context, claim: Claim) -> Report:
     uids = [op["uid"] for op in claim.operations]
     proofs = context.transact(lambda c: catalogue.prove(c, uids))
     unseen = look_at_survivors(context, proofs)
+    seen = {uid for proof in proofs for uid in proof.survivors} - unseen
     # before the certificates are written: none is good for less
     until = context.clock() + timedelta(seconds=context.settings.certificate_seconds)
-    granted = context.transact(lambda c: _certify_purge(c, context, claim, unseen))
+    granted = context.transact(lambda c: _certify_purge(c, context, claim, seen))
 
     def purge(storage: Storage, row: Row) -> None:
         if row["managed"] and context.clock() >= until:
@@ -310,9 +311,12 @@ def _purge(storage: Storage, row: Row) -> None:
 
 
 def _certify_purge(
-    connection: Connection, context: Context, claim: Claim, unseen: set[uuid.UUID]
+    connection: Connection, context: Context, claim: Claim, seen: set[uuid.UUID]
 ) -> set[uuid.UUID]:
-    """Certify what may be purged; put off or undo the rest. The operations to go on with."""
+    """Certify what may be purged; put off or undo the rest. The operations to go on with.
+
+    Of the survivors that are ``seen`` alone: what became one since was not looked at.
+    """
     now = context.clock()
     held = queue.lock_claimed(
         connection, claim.token, [o["operation_id"] for o in claim.operations]
@@ -321,7 +325,7 @@ def _certify_purge(
     proofs = [
         p for p in catalogue.prove(connection, list(operations)) if p.state == ReplicaState.TRASHED
     ]
-    blind = {p.uid for p in proofs if not unseen.isdisjoint(p.survivors)}
+    blind = {p.uid for p in proofs if not seen.issuperset(p.survivors)}
     good = [p for p in proofs if p.refusal is None and p.uid not in blind]
     catalogue.certify(
         connection,

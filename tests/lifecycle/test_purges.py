@@ -10,7 +10,7 @@ import pytest
 
 from dlm_core.catalogue import deletions
 from dlm_core.errors import DlmError
-from dlm_core.lifecycle import expire
+from dlm_core.lifecycle import expire, trash
 from dlm_core.lifecycle.lost import lose_storage
 from dlm_core.lifecycle.work import _open_row
 from dlm_core.types import OperationKind, new_id
@@ -99,3 +99,33 @@ def test_nothing_is_removed_once_its_proof_is_too_old(site):
     with suppress(DlmError):  # of what went the catalogue wants a proof that is good
         site.work(OperationKind.PURGE)
     assert trashed(site) == 1
+
+
+def test_a_survivor_that_nobody_looked_at_is_none(site, monkeypatch):
+    """It came to be one while the others were looked at: the purge waits, and looks at it then."""
+    oid = in_the_trash(site, "x", "a", "b")
+    site.set_storage("a", mode="read_only")
+    site.execute("UPDATE data_item SET target_phase = 'SOLID' WHERE oid = :o", o=oid)
+    site.settle()
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID' WHERE oid = :o", o=oid)
+    assert site.replicas(oid) == {"a": "TRASHED", "b": "READY", "c": "READY"}
+    site.set_storage("a", mode="read_write")
+    site.set_storage("c", mode="offline")
+    for name in "bc":
+        (site.folder / name / "test" / "x").unlink()
+    look = trash.look_at_survivors
+
+    def look_while_c_comes_back(*arguments: Any) -> Any:
+        found = look(*arguments)
+        site.set_storage("c", mode="read_write")
+        return found
+
+    monkeypatch.setattr(trash, "look_at_survivors", look_while_c_comes_back)
+    site.advance(hours=2)
+    site.work(OperationKind.PURGE)
+    assert site.replicas(oid) == {"a": "TRASHED", "b": "SUSPECT", "c": "READY"}
+    assert trashed(site) == 1
+    for _ in range(2):
+        site.advance(hours=2)
+        site.settle()
+    assert site.replicas(oid)["a"] == "READY"

@@ -41,6 +41,7 @@ from dlm_core.lifecycle.staging import (
     hold_back,
     is_cold,
 )
+from dlm_core.lifecycle.survivors import look_again
 from dlm_core.lifecycle.traffic import looking_at, reading_from
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage
@@ -478,13 +479,33 @@ def _write(
         for look, verdict, _ in mine
         if verdict == ReplicaState.READY and look.observation
     ]
-    if good:
-        catalogue.mark_ready(connection, good, now)
+    doubted = _mark_good(connection, details, good, now) if good else []
     _note_words(connection, [look for look, _, _ in mine], {one.uid for one in good}, now)
     outcomes = [(look, _outcome(context, operations, look, v, e, now)) for look, v, e in mine]
     queue.finish_operations(connection, claim.token, [o for _, o in outcomes], now)
     _queue_second_looks(connection, context, details, mine, now)
+    look_again(connection, context, doubted, "doubted while it was read", now)
     return outcomes
+
+
+def _mark_good(
+    connection: Connection,
+    details: Mapping[uuid.UUID, Mapping[str, Any]],
+    good: Sequence[catalogue.Seen],
+    now: datetime,
+) -> list[Mapping[str, Any]]:
+    """READY is what is still as it was looked at; what somebody has doubted since, which is
+    returned, or has begun to make again, this look knows nothing of: it may have read before."""
+    ready = [one for one in good if details[one.uid]["state"] == ReplicaState.READY]
+    others = [one for one in good if details[one.uid]["state"] != ReplicaState.READY]
+    marked = catalogue.mark_ready(connection, ready, now, only_from=[ReplicaState.READY])
+    marked += catalogue.mark_ready(
+        connection, others, now, only_from=[ReplicaState.READY, ReplicaState.SUSPECT]
+    )
+    if marked == len(good):
+        return []
+    found = catalogue.replica_details(connection, [one.uid for one in good])
+    return [row for row in found.values() if row["state"] == ReplicaState.SUSPECT]
 
 
 def _note_words(

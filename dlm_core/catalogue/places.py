@@ -12,6 +12,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import rows, run
+from dlm_core.catalogue.operations import NewOperation, insert_operations
 from dlm_core.catalogue.replicas import keep_drained
 from dlm_core.errors import (
     AlreadyExistsError,
@@ -20,7 +21,7 @@ from dlm_core.errors import (
     InvalidValueError,
     NotFoundError,
 )
-from dlm_core.types import StorageMode, new_id
+from dlm_core.types import OperationKind, StorageMode, new_id
 
 #: what takes longer, in seconds, has no end that a calendar could tell
 _NEVER = 3e9
@@ -398,6 +399,13 @@ def retire_storage(
         raise DeletionRefusedError(
             key=f"storage {name}", reason=f"it still has replicas ({told}); {first}: {way}"
         )
+    if left:
+        # what was only announced there will never be seen
+        run(
+            connection,
+            "UPDATE replica SET state = 'MISSING' WHERE storage_id = :id AND state = 'PENDING'",
+            id=storage["storage_id"],
+        )
     run(
         connection,
         "UPDATE storage SET mode = 'retired', retired_at = :now WHERE storage_id = :id",
@@ -409,14 +417,27 @@ def retire_storage(
 
 
 def _end_all(connection: Connection, storage_id: uuid.UUID, why: str, now: datetime) -> None:
-    """What waited for a storage that was given up does not come any more."""
+    """What waited for a storage that was given up does not come any more; the records of what lay
+    in its trash end."""
     run(
         connection,
         """UPDATE operation o SET state = 'CANCELLED', finished_at = :now, lease_token = NULL,
                   lease_until = NULL, error_code = 'DLM-503', error = :why
              FROM replica r
-            WHERE r.uid = o.uid AND r.storage_id = :storage AND o.state IN ('QUEUED', 'RUNNING')""",
+            WHERE r.uid = o.uid AND r.storage_id = :storage AND o.state IN ('QUEUED', 'RUNNING')
+              AND o.kind NOT IN ('trash', 'purge')""",
         storage=storage_id,
         why=why,
         now=now,
     )
+    left = rows(
+        connection,
+        """SELECT r.uid, r.oid, dlm_actor() AS actor FROM replica r
+            WHERE r.storage_id = :storage AND r.state = 'TRASHED' AND NOT EXISTS (
+                  SELECT FROM operation o WHERE o.uid = r.uid AND o.kind IN ('trash', 'purge')
+                     AND o.state IN ('QUEUED', 'RUNNING'))""",
+        storage=storage_id,
+    )
+    purges = [NewOperation(OperationKind.PURGE, row["oid"], row["uid"], why, now) for row in left]
+    if left:
+        insert_operations(connection, purges, left[0]["actor"], now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,10 @@ from dlm_core.types import OperationKind, StorageMode, new_id
 
 #: what takes longer, in seconds, has no end that a calendar could tell
 _NEVER = 3e9
+#: by interface, what of a config tells one place from another of the same root; of others all does
+_TELLING: Mapping[str, Sequence[str]] = {
+    "posix": (), "sftp": (), "webdav": (), "xrootd": (), "s3": ("endpoint",),
+}  # fmt: skip
 #: what 'dlm storage set' may change
 CHANGEABLE = (
     "mode",
@@ -120,7 +125,7 @@ def add_storage(
     found = rows(connection, "SELECT location_id FROM location WHERE name = :name", name=location)
     if not found:
         raise NotFoundError("location", location, "add it with 'dlm location add'")
-    _must_be_elsewhere(connection, interface, root, config)
+    _must_be_elsewhere(connection, interface, root, config, managed)
     chosen = {key: value for key, value in (options or {}).items() if value is not None}
     _check(chosen)
     columns = "".join(f", {key}" for key in chosen if key in CHANGEABLE)
@@ -150,18 +155,43 @@ def add_storage(
 
 
 def _must_be_elsewhere(
-    connection: Connection, interface: str, root: str, config: Mapping[str, Any] | None
+    connection: Connection,
+    interface: str,
+    root: str,
+    config: Mapping[str, Any] | None,
+    managed: bool,
 ) -> None:
-    found = rows(
+    """Refuse a place that a storage has already, however it is written; and one inside another's or
+    around it, unless the outer is only read: what is deleted there would be the inner's, unasked."""
+    mine, kind = _place(root), _kind(interface, config or {})
+    known = rows(
         connection,
-        """SELECT name FROM storage
-            WHERE (interface, root, config) = (:interface, :root, CAST(:config AS jsonb))""",
+        "SELECT name, root, config, managed FROM storage WHERE interface = :interface",
         interface=interface,
-        root=root,
-        config=Jsonb(dict(config or {})),
     )
-    if found:
-        raise AlreadyExistsError(noun="this place as storage", key=found[0]["name"])
+    for row in known:
+        other = _place(row["root"])
+        if _kind(interface, row["config"]) != kind:
+            continue
+        if mine == other:
+            raise AlreadyExistsError(noun="this place as storage", key=row["name"])
+        inside = row["managed"] and mine.startswith(f"{other}/")
+        if inside or (managed and other.startswith(f"{mine}/")):
+            noun = "a place inside this one, or around it, as storage"
+            raise AlreadyExistsError(noun=noun, key=row["name"])
+
+
+def _place(root: str) -> str:
+    """A root without what may be written in several ways."""
+    # a URL has slashes of its own; and POSIX keeps two at the beginning
+    path = f"/{posixpath.normpath(root).lstrip('/')}" if root.startswith("/") else root
+    return path.rstrip("/")
+
+
+def _kind(interface: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a storage's config says on which machine its root is."""
+    keys = _TELLING.get(interface, config.keys())
+    return {key: str(config[key]).rstrip("/") for key in keys if config.get(key) is not None}
 
 
 def _check(row: Mapping[str, Any]) -> None:

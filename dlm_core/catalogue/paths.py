@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -98,3 +98,27 @@ def place_on(
         version=version,
     )
     return found[0] if found else None
+
+
+def folders_above(path: str) -> Iterator[str]:
+    """The folders in which a path lies, the innermost first."""
+    while (cut := path.rfind("/")) > 0:
+        path = path[:cut]
+        yield path
+
+
+def owners_at(
+    connection: Connection, storage_id: uuid.UUID, paths: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """Those of ``paths`` (encoded) at which a replica lies on a storage, or may lie: whose it is
+    (uid, uri) and whether its item has only been announced."""
+    found = rows(
+        connection,
+        """SELECT r.path, r.uid, i.uri, i.state = 'INITIALISED' AS announced
+             FROM replica r JOIN data_item i USING (oid)
+            WHERE r.storage_id = :storage AND r.path = ANY(:paths) AND r.state <> 'DELETED'
+              AND r.trashed_at IS NULL""",
+        storage=storage_id,
+        paths=list(paths),
+    )
+    return {row["path"]: row for row in found}

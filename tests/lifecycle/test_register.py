@@ -189,6 +189,26 @@ def test_a_directory_payload_is_copied_whole(site):
     }
 
 
+@pytest.mark.parametrize("first", ["files", "tree"])
+def test_what_is_part_of_another_payload_is_not_admitted(site, first):
+    """A file in another item's directory, or a directory with another item's file: whose place it
+    was first keeps it, else a deletion of the one would take the other's only bytes with it."""
+    write(site, {"s.ms/sub/t": b"table", "s.ms/u": b"more", "beside": b"else"})
+    steps = {
+        "files": Source("in", "files"),
+        "tree": Source("in", "tree", as_directory=("*.ms",)),
+    }
+    register_tree(site.context, steps.pop(first))
+    for source in steps.values():
+        register_tree(site.context, source)
+    admit(site)
+    ready = {uri for uri, item in items(site).items() if item["state"] == "READY"}
+    mine = {"files:s.ms/sub/t", "files:s.ms/u"} if first == "files" else {"tree:s.ms"}
+    assert {uri for uri in ready if "s.ms" in uri} == mine
+    errors = site.query("SELECT error FROM operation WHERE state = 'FAILED'")
+    assert errors and all("shares its files with" in row["error"] for row in errors)
+
+
 def test_links_are_skipped_and_never_followed(site, tmp_path):
     """A link is told as skipped, what it points to outside is not read."""
     outside = tmp_path / "secret"

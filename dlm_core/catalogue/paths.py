@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -122,3 +122,42 @@ def owners_at(
         paths=list(paths),
     )
     return {row["path"]: row for row in found}
+
+
+def places_inside(
+    connection: Connection, records: Sequence[dict[str, Any]]
+) -> list[tuple[dict[str, Any], str]]:
+    """Those of ``records`` (with storage_id and path) that would lie inside what is another's on
+    their storage, or what another of them will be, with whose or which that is."""
+    above = {record["uid"]: [*folders_above(record["path"])] for record in records}
+    theirs: dict[tuple[uuid.UUID, str], str] = {
+        (record["storage_id"], record["path"]): record["path"] for record in records
+    }
+    for storage_id in {record["storage_id"] for record in records}:
+        folders = {f for r in records if r["storage_id"] == storage_id for f in above[r["uid"]]}
+        owned = owners_at(connection, storage_id, folders)
+        theirs |= {(storage_id, path): row["uri"] for path, row in owned.items()}
+    found: list[tuple[dict[str, Any], str]] = []
+    for record in records:
+        owners = (theirs.get((record["storage_id"], folder)) for folder in above[record["uid"]])
+        found += [(record, owner) for owner in filter(None, owners)][:1]
+    return found
+
+
+def owner_inside(
+    connection: Connection, storage_id: uuid.UUID, path: str, oid: uuid.UUID
+) -> dict[str, Any] | None:
+    """A file (storage's name, path) of the directory payload of ``oid``, at ``path`` on a storage,
+    that is another item's too."""
+    found = rows(
+        connection,
+        """SELECT s.name AS storage, r.path FROM manifest_file m, LATERAL (
+             SELECT path, storage_id FROM replica r WHERE r.storage_id = :storage
+                AND r.path = CAST(:path AS text) || '/' || m.path AND r.state <> 'DELETED'
+                AND r.trashed_at IS NULL OFFSET 0) r
+             JOIN storage s USING (storage_id) WHERE m.oid = :oid LIMIT 1""",
+        storage=storage_id,
+        path=path,
+        oid=oid,
+    )
+    return found[0] if found else None

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection
@@ -55,6 +55,7 @@ from dlm_core.types import (
     OperationState,
     PayloadKind,
     ReplicaState,
+    StorageMode,
     decode_path,
 )
 
@@ -275,15 +276,30 @@ def execute_verify(context: Context, claim: Claim) -> Report:
             looks = look_when_online(context, storage, storage_id, targets, files, anew)
             for batch in _batches(looks, 512):
                 _judge(context, claim, operations, details, batch, storage, writable, files, report)
+    looked_at = {t["operation_id"] for targets in groups.values() for t in targets}
     waived = [
-        queue.Outcome(
-            op["operation_id"], OperationState.CANCELLED, "DLM-503", "nothing to verify any more"
-        )
+        _not_looked_at(context, op, details[op["uid"]], storages)
         for op in claim.operations
-        if op["operation_id"] not in {t["operation_id"] for ts in groups.values() for t in ts}
+        if op["operation_id"] not in looked_at
     ]
     context.transact(lambda c: queue.finish_operations(c, claim.token, waived, context.clock()))
     return report
+
+
+def _not_looked_at(
+    context: Context,
+    operation: Mapping[str, Any],
+    row: Mapping[str, Any],
+    storages: Mapping[uuid.UUID, Mapping[str, Any]],
+) -> queue.Outcome:
+    """There is nothing to read; but a doubt is not over because its storage is away."""
+    key, storage = operation["operation_id"], storages[row["storage_id"]]
+    if row["state"] == ReplicaState.SUSPECT and storage["mode"] == StorageMode.OFFLINE:
+        due = context.clock() + timedelta(seconds=context.settings.retry_base_seconds * 12)
+        text = f"storage {storage['name']} is {storage['mode']}"
+        return queue.Outcome(key, OperationState.QUEUED, "DLM-504", text, due, counted=False)
+    text = "nothing to verify any more"
+    return queue.Outcome(key, OperationState.CANCELLED, "DLM-503", text)
 
 
 def _tellable(context: Context, claim: Claim) -> set[uuid.UUID]:

@@ -111,10 +111,10 @@ def owners_at(
     connection: Connection, storage_id: uuid.UUID, paths: Collection[str]
 ) -> dict[str, dict[str, Any]]:
     """Those of ``paths`` (encoded) at which a replica lies on a storage, or may lie: whose it is
-    (uid, uri) and whether its item has only been announced."""
+    (uid, uri), its kind, and whether its item has only been announced."""
     found = rows(
         connection,
-        """SELECT r.path, r.uid, i.uri, i.state = 'INITIALISED' AS announced
+        """SELECT r.path, r.uid, i.uri, i.kind, i.state = 'INITIALISED' AS announced
              FROM replica r JOIN data_item i USING (oid)
             WHERE r.storage_id = :storage AND r.path = ANY(:paths) AND r.state <> 'DELETED'
               AND r.trashed_at IS NULL""",
@@ -125,18 +125,28 @@ def owners_at(
 
 
 def places_inside(
-    connection: Connection, records: Sequence[dict[str, Any]]
+    connection: Connection, records: Sequence[dict[str, Any]], directories: Collection[uuid.UUID]
 ) -> list[tuple[dict[str, Any], str]]:
-    """Those of ``records`` (with storage_id and path) that would lie inside what is another's on
-    their storage, or what another of them will be, with whose or which that is."""
+    """Those of ``records`` (with oid, storage_id and path) that would lie inside a directory that is
+    another's on their storage, or that another of them will be, with whose or which that is.
+
+    ``directories`` are the oids of those that are one. In a file nothing lies: an object store may
+    have names that go on where its name ends.
+    """
     above = {record["uid"]: [*folders_above(record["path"])] for record in records}
     theirs: dict[tuple[uuid.UUID, str], str] = {
-        (record["storage_id"], record["path"]): record["path"] for record in records
+        (record["storage_id"], record["path"]): record["path"]
+        for record in records
+        if record["oid"] in directories
     }
     for storage_id in {record["storage_id"] for record in records}:
         folders = {f for r in records if r["storage_id"] == storage_id for f in above[r["uid"]]}
         owned = owners_at(connection, storage_id, folders)
-        theirs |= {(storage_id, path): row["uri"] for path, row in owned.items()}
+        theirs |= {
+            (storage_id, path): row["uri"]
+            for path, row in owned.items()
+            if row["kind"] == "directory"
+        }
     found: list[tuple[dict[str, Any], str]] = []
     for record in records:
         owners = (theirs.get((record["storage_id"], folder)) for folder in above[record["uid"]])

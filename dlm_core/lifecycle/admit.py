@@ -23,7 +23,14 @@ from dlm_core.lifecycle.verify import Look, look_when_online
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.metadata import extract_all
 from dlm_core.storages.port import Storage
-from dlm_core.types import OperationState, ReplicaState, StorageMode, decode_path, encode_path
+from dlm_core.types import (
+    OperationState,
+    PayloadKind,
+    ReplicaState,
+    StorageMode,
+    decode_path,
+    encode_path,
+)
 
 Row = Mapping[str, Any]
 #: payloads let in by one transaction, and the seconds after which fewer will do
@@ -189,7 +196,7 @@ def _unless_shared(
     for look, admitted, error in prepared:
         for path in places.get(look.uid, ()) if owners else ():
             owner = owners.get(path)
-            if owner and owner["uid"] != look.uid:
+            if owner and owner["uid"] != look.uid and _holds(owner, path, look.target["path"]):
                 # of two that were only announced the first is let in
                 if not owner["announced"] or owner["uid"] < look.uid:
                     noun = f"the item of {path}, which {look.target['path']} shares its files with,"
@@ -197,6 +204,12 @@ def _unless_shared(
                     break
         settled.append((look, admitted, error))
     return settled
+
+
+def _holds(owner: Row, path: str, mine: str) -> bool:
+    """Whether what lies at ``path`` is a directory around what is mine, or a part of it. In a file
+    nothing lies: an object store may have names that go on where its name ends."""
+    return owner["kind"] == PayloadKind.DIRECTORY or path.startswith(f"{mine}/")
 
 
 def _places(path: str, admitted: catalogue.Admitted) -> set[str]:

@@ -287,7 +287,8 @@ def _announce(
                 homeless.add(copy.oid)
             else:
                 fresh.append((copy, _record(copy, path)))
-    inside = places_inside(connection, [record for _, record in fresh])
+    trees = {item["oid"] for item, _ in decisions if item["kind"] == PayloadKind.DIRECTORY}
+    inside = places_inside(connection, [record for _, record in fresh], trees)
     for record, owner in inside:
         # a deletion of the one would be the other's
         planning.refused[record["oid"]][record["storage_id"]] = (

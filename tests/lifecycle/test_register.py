@@ -1,6 +1,7 @@
 """Registration and admission of real files."""
 
 import hashlib
+import json
 import os
 
 import pytest
@@ -19,7 +20,9 @@ from dlm_core.lifecycle.register import (
 )
 from dlm_core.lifecycle.watch import add_watch, count_registration_due, scan_watches
 from dlm_core.lifecycle.work import drain
-from dlm_core.types import OperationKind, decode_path, make_uri, uri_path
+from dlm_core.types import OperationKind, decode_path, make_uri, new_id, uri_path
+from tests.backends import s3_config
+from tests.payloads import put
 from tests.site import make_site
 
 
@@ -207,6 +210,21 @@ def test_what_is_part_of_another_payload_is_not_admitted(site, first):
     assert {uri for uri in ready if "s.ms" in uri} == mine
     errors = site.query("SELECT error FROM operation WHERE state = 'FAILED'")
     assert errors and all("shares its files with" in row["error"] for row in errors)
+
+
+def test_names_that_go_on_where_that_of_a_file_ends_are_no_part_of_it(site, s3):
+    """An object store may have x and x/y: both are let in."""
+    site.add_storage(
+        "bucket", "B", interface="s3", root=f"{s3.bucket}/{new_id()}",
+        config=json.dumps(s3_config(s3)),
+    )  # fmt: skip
+    (row,) = site.query("SELECT * FROM storage WHERE name = 'bucket'")
+    bucket = site.context.storages.open(row)
+    for name in ("x", "x/y"):
+        put(bucket, name)
+    register_list(site.context, Source("bucket", "test"), ["x", "x/y"])
+    admit(site)
+    assert {item["state"] for item in items(site).values()} == {"READY"}
 
 
 def test_links_are_skipped_and_never_followed(site, tmp_path):

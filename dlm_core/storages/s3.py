@@ -441,8 +441,18 @@ class S3Storage:
     def remove(self, path: str) -> None:
         key = self._key(path)
         below = [entry.path for entry in self._below(path)]
+        if below and self._is_object(path):
+            below = []  # to a file belongs nothing whose name goes on where its own ends
         with self._translated(path):
             obstore.delete(self._store, [key, *below])
+
+    def _is_object(self, path: str) -> bool:
+        try:
+            with self._translated(path):
+                obstore.head(self._store, path)
+        except PayloadNotFoundError:
+            return False
+        return True
 
     def usage(self) -> Usage | None:
         return None

@@ -404,6 +404,9 @@ class S3Storage:
                 raise PayloadExistsError(storage=self.name, path=destination)
             self._move([entry], source, destination, {})
             return
+        if self._is_object(destination):
+            # where a file went before, what only begins with its name is not to follow
+            raise PayloadExistsError(storage=self.name, path=destination)
         entries = list(self._below(source))
         there = {one.path: one for one in self._below(destination)}
         if there and not _is_half_way(entries, source, there, destination):

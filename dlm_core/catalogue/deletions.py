@@ -325,10 +325,11 @@ def undo_trash(connection: Connection, seen: Sequence[Seen], now: datetime) -> s
     return {row["uid"] for row in found}
 
 
-#: a trashed replica whose place on its storage nothing of its path or its item has taken, nor is on
-#: its way back to; of several in the trash the newest
+#: a trashed replica whose place on its storage, which was not given up, nothing of its path or its
+#: item has taken, nor is on its way back to; of several in the trash the newest
 _PLACE_IS_FREE = """
-  r.uid = ANY(:uids) AND r.state = 'TRASHED' AND NOT EXISTS (
+  r.uid = ANY(:uids) AND r.state = 'TRASHED'
+  AND r.storage_id IN (SELECT storage_id FROM storage WHERE mode <> 'retired') AND NOT EXISTS (
     SELECT FROM replica x WHERE x.storage_id = r.storage_id AND x.uid <> r.uid
        AND x.state <> 'DELETED' AND (x.path = r.path OR x.oid = r.oid)
        AND (x.trashed_at IS NULL OR (x.uid = ANY(:uids) AND x.uid > r.uid)))"""
@@ -439,11 +440,12 @@ def count_active(connection: Connection, uid: uuid.UUID, kinds: Sequence[str]) -
 def newest_trashed(
     connection: Connection, oid: uuid.UUID, storage_id: uuid.UUID | None
 ) -> list[dict[str, Any]]:
-    """Trashed replicas of an item, locked, newest first."""
+    """Trashed replicas of an item, on storages that are not given up, locked, newest first."""
     return rows(
         connection,
         """SELECT uid, oid, storage_id, path, trashed_at, size FROM replica
             WHERE oid = :oid AND state = 'TRASHED'
+              AND storage_id IN (SELECT storage_id FROM storage WHERE mode <> 'retired')
               AND (CAST(:storage AS uuid) IS NULL OR storage_id = :storage)
             ORDER BY uid DESC FOR NO KEY UPDATE""",
         oid=oid,

@@ -216,7 +216,29 @@ def expire_items(
             oids=oids,
             now=now,
         )
+        _end_announcements(connection, oids, now)
     return len(oids)
+
+
+def _end_announcements(connection: Connection, oids: list[uuid.UUID], now: datetime) -> None:
+    """Nobody waits for what was only announced of expired items, or was refused when it was read:
+    MISSING, it goes with the rest. A copy that is made ends by itself."""
+    run(
+        connection,
+        """UPDATE operation SET state = 'CANCELLED', finished_at = :now, lease_token = NULL,
+                  lease_until = NULL, error_code = 'DLM-503', error = 'the item is EXPIRED by now'
+            WHERE uid = ANY(ARRAY(SELECT uid FROM replica WHERE oid = ANY(:oids) AND state = 'PENDING'))
+              AND kind = 'admit' AND state IN ('QUEUED', 'RUNNING', 'FAILED')""",
+        oids=oids,
+        now=now,
+    )
+    run(
+        connection,
+        """UPDATE replica r SET state = 'MISSING' WHERE oid = ANY(:oids) AND state = 'PENDING'
+              AND NOT EXISTS (SELECT FROM operation o WHERE o.uid = r.uid
+                                 AND o.state IN ('QUEUED', 'RUNNING'))""",
+        oids=oids,
+    )
 
 
 def item_due(connection: Connection, oid: uuid.UUID, now: datetime) -> bool:

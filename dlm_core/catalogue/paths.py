@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -96,5 +96,76 @@ def place_on(
         storage=storage_id,
         uri=uri,
         version=version,
+    )
+    return found[0] if found else None
+
+
+def folders_above(path: str) -> Iterator[str]:
+    """The folders in which a path lies, the innermost first."""
+    while (cut := path.rfind("/")) > 0:
+        path = path[:cut]
+        yield path
+
+
+def owners_at(
+    connection: Connection, storage_id: uuid.UUID, paths: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """Those of ``paths`` (encoded) at which a replica lies on a storage, or may lie: whose it is
+    (uid, uri), its kind, and whether its item has only been announced."""
+    found = rows(
+        connection,
+        """SELECT r.path, r.uid, i.uri, i.kind, i.state = 'INITIALISED' AS announced
+             FROM replica r JOIN data_item i USING (oid)
+            WHERE r.storage_id = :storage AND r.path = ANY(:paths) AND r.owns_path""",
+        storage=storage_id,
+        paths=list(paths),
+    )
+    return {row["path"]: row for row in found}
+
+
+def places_inside(
+    connection: Connection, records: Sequence[dict[str, Any]], directories: Collection[uuid.UUID]
+) -> list[tuple[dict[str, Any], str]]:
+    """Those of ``records`` (with oid, storage_id and path) that would lie inside a directory that is
+    another's on their storage, or that another of them will be, with whose or which that is.
+
+    ``directories`` are the oids of those that are one. In a file nothing lies: an object store may
+    have names that go on where its name ends.
+    """
+    above = {record["uid"]: [*folders_above(record["path"])] for record in records}
+    theirs: dict[tuple[uuid.UUID, str], str] = {
+        (record["storage_id"], record["path"]): record["path"]
+        for record in records
+        if record["oid"] in directories
+    }
+    for storage_id in {record["storage_id"] for record in records}:
+        folders = {f for r in records if r["storage_id"] == storage_id for f in above[r["uid"]]}
+        owned = owners_at(connection, storage_id, folders)
+        theirs |= {
+            (storage_id, path): row["uri"]
+            for path, row in owned.items()
+            if row["kind"] == "directory"
+        }
+    found: list[tuple[dict[str, Any], str]] = []
+    for record in records:
+        owners = (theirs.get((record["storage_id"], folder)) for folder in above[record["uid"]])
+        found += [(record, owner) for owner in filter(None, owners)][:1]
+    return found
+
+
+def owner_inside(
+    connection: Connection, storage_id: uuid.UUID, path: str, oid: uuid.UUID
+) -> dict[str, Any] | None:
+    """A file (storage's name, path) of the directory payload of ``oid``, at ``path`` on a storage,
+    that is another item's too."""
+    found = rows(
+        connection,
+        """SELECT s.name AS storage, r.path FROM manifest_file m, LATERAL (
+             SELECT path, storage_id FROM replica r WHERE r.storage_id = :storage
+                AND r.path = CAST(:path AS text) || '/' || m.path AND r.owns_path OFFSET 0) r
+             JOIN storage s USING (storage_id) WHERE m.oid = :oid LIMIT 1""",
+        storage=storage_id,
+        path=path,
+        oid=oid,
     )
     return found[0] if found else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import uuid
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import rows, run
+from dlm_core.catalogue.operations import NewOperation, insert_operations
 from dlm_core.catalogue.replicas import keep_drained
 from dlm_core.errors import (
     AlreadyExistsError,
@@ -20,10 +22,14 @@ from dlm_core.errors import (
     InvalidValueError,
     NotFoundError,
 )
-from dlm_core.types import StorageMode, new_id
+from dlm_core.types import OperationKind, StorageMode, new_id
 
 #: what takes longer, in seconds, has no end that a calendar could tell
 _NEVER = 3e9
+#: by interface, what of a config tells one place from another of the same root; of others all does
+_TELLING: Mapping[str, Sequence[str]] = {
+    "posix": (), "sftp": (), "webdav": (), "xrootd": (), "s3": ("endpoint",),
+}  # fmt: skip
 #: what 'dlm storage set' may change
 CHANGEABLE = (
     "mode",
@@ -119,7 +125,7 @@ def add_storage(
     found = rows(connection, "SELECT location_id FROM location WHERE name = :name", name=location)
     if not found:
         raise NotFoundError("location", location, "add it with 'dlm location add'")
-    _must_be_elsewhere(connection, interface, root, config)
+    _must_be_elsewhere(connection, interface, root, config, managed)
     chosen = {key: value for key, value in (options or {}).items() if value is not None}
     _check(chosen)
     columns = "".join(f", {key}" for key in chosen if key in CHANGEABLE)
@@ -149,18 +155,43 @@ def add_storage(
 
 
 def _must_be_elsewhere(
-    connection: Connection, interface: str, root: str, config: Mapping[str, Any] | None
+    connection: Connection,
+    interface: str,
+    root: str,
+    config: Mapping[str, Any] | None,
+    managed: bool,
 ) -> None:
-    found = rows(
+    """Refuse a place that a storage has already, however it is written; and one inside another's or
+    around it, unless the outer is only read: what is deleted there would be the inner's, unasked."""
+    mine, kind = _place(root), _kind(interface, config or {})
+    known = rows(
         connection,
-        """SELECT name FROM storage
-            WHERE (interface, root, config) = (:interface, :root, CAST(:config AS jsonb))""",
+        "SELECT name, root, config, managed FROM storage WHERE interface = :interface",
         interface=interface,
-        root=root,
-        config=Jsonb(dict(config or {})),
     )
-    if found:
-        raise AlreadyExistsError(noun="this place as storage", key=found[0]["name"])
+    for row in known:
+        other = _place(row["root"])
+        if _kind(interface, row["config"]) != kind:
+            continue
+        if mine == other:
+            raise AlreadyExistsError(noun="this place as storage", key=row["name"])
+        inside = row["managed"] and mine.startswith(f"{other}/")
+        if inside or (managed and other.startswith(f"{mine}/")):
+            noun = "a place inside this one, or around it, as storage"
+            raise AlreadyExistsError(noun=noun, key=row["name"])
+
+
+def _place(root: str) -> str:
+    """A root without what may be written in several ways."""
+    # a URL has slashes of its own; and POSIX keeps two at the beginning
+    path = f"/{posixpath.normpath(root).lstrip('/')}" if root.startswith("/") else root
+    return path.rstrip("/")
+
+
+def _kind(interface: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a storage's config says on which machine its root is."""
+    keys = _TELLING.get(interface, config.keys())
+    return {key: str(config[key]).rstrip("/") for key in keys if config.get(key) is not None}
 
 
 def _check(row: Mapping[str, Any]) -> None:
@@ -398,6 +429,13 @@ def retire_storage(
         raise DeletionRefusedError(
             key=f"storage {name}", reason=f"it still has replicas ({told}); {first}: {way}"
         )
+    if left:
+        # what was only announced there will never be seen
+        run(
+            connection,
+            "UPDATE replica SET state = 'MISSING' WHERE storage_id = :id AND state = 'PENDING'",
+            id=storage["storage_id"],
+        )
     run(
         connection,
         "UPDATE storage SET mode = 'retired', retired_at = :now WHERE storage_id = :id",
@@ -409,14 +447,27 @@ def retire_storage(
 
 
 def _end_all(connection: Connection, storage_id: uuid.UUID, why: str, now: datetime) -> None:
-    """What waited for a storage that was given up does not come any more."""
+    """What waited for a storage that was given up does not come any more; the records of what lay
+    in its trash end."""
     run(
         connection,
         """UPDATE operation o SET state = 'CANCELLED', finished_at = :now, lease_token = NULL,
                   lease_until = NULL, error_code = 'DLM-503', error = :why
              FROM replica r
-            WHERE r.uid = o.uid AND r.storage_id = :storage AND o.state IN ('QUEUED', 'RUNNING')""",
+            WHERE r.uid = o.uid AND r.storage_id = :storage AND o.state IN ('QUEUED', 'RUNNING')
+              AND o.kind NOT IN ('trash', 'purge')""",
         storage=storage_id,
         why=why,
         now=now,
     )
+    left = rows(
+        connection,
+        """SELECT r.uid, r.oid, dlm_actor() AS actor FROM replica r
+            WHERE r.storage_id = :storage AND r.state = 'TRASHED' AND NOT EXISTS (
+                  SELECT FROM operation o WHERE o.uid = r.uid AND o.kind IN ('trash', 'purge')
+                     AND o.state IN ('QUEUED', 'RUNNING'))""",
+        storage=storage_id,
+    )
+    purges = [NewOperation(OperationKind.PURGE, row["oid"], row["uid"], why, now) for row in left]
+    if left:
+        insert_operations(connection, purges, left[0]["actor"], now)

@@ -254,20 +254,29 @@ class Seen:
     digest: str | None
 
 
-def mark_ready(connection: Connection, seen: Sequence[Seen], now: datetime) -> None:
-    """Replicas whose bytes were observed become READY, or stay it with a newer check.
+def mark_ready(
+    connection: Connection,
+    seen: Sequence[Seen],
+    now: datetime,
+    *,
+    only_from: Sequence[str] = ("PENDING", "READY", "SUSPECT"),
+) -> int:
+    """Replicas whose bytes were observed become READY, or stay it with a newer check; how many.
 
-    Those of items past their life, and those trashed meanwhile, are left alone. The database
+    Those in other states than ``only_from``, as if trashed meanwhile, are left alone. The database
     refuses any whose digest or size is not the item's.
     """
-    run(
+    if not seen:
+        return 0
+    return run(
         connection,
         f"""UPDATE replica r SET state = 'READY', size = u.size, digest = u.digest,
                   checked_at = :now, check_from = {CHECKED}, excluded_until = NULL
              FROM unnest(CAST(:uids AS uuid[]), CAST(:sizes AS bigint[]),
                          CAST(:digests AS text[])) AS u(uid, size, digest)
-            WHERE r.uid = u.uid AND r.state IN ('PENDING', 'READY', 'SUSPECT')""",
+            WHERE r.uid = u.uid AND r.state = ANY(:only_from)""",
         now=now,
+        only_from=list(only_from),
         uids=Keys([one.uid for one in seen]),
         sizes=[one.size for one in seen],
         digests=[one.digest for one in seen],

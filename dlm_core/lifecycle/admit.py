@@ -15,14 +15,22 @@ from sqlalchemy import Connection
 
 from dlm_core.catalogue import items as catalogue
 from dlm_core.catalogue import operations as queue
-from dlm_core.errors import DlmError, IntegrityError
+from dlm_core.catalogue.paths import folders_above, owners_at
+from dlm_core.errors import AlreadyExistsError, DlmError, IntegrityError
 from dlm_core.lifecycle.staging import files_of, is_cold
 from dlm_core.lifecycle.traffic import reading_from
 from dlm_core.lifecycle.verify import Look, look_when_online
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.metadata import extract_all
 from dlm_core.storages.port import Storage
-from dlm_core.types import OperationState, ReplicaState, StorageMode, decode_path
+from dlm_core.types import (
+    OperationState,
+    PayloadKind,
+    ReplicaState,
+    StorageMode,
+    decode_path,
+    encode_path,
+)
 
 Row = Mapping[str, Any]
 #: payloads let in by one transaction, and the seconds after which fewer will do
@@ -159,6 +167,7 @@ def _write(
         ids = [look.operation_id for look, _, _ in prepared]
         held = queue.lock_claimed(connection, claim.token, ids)
         mine = [one for one in prepared if one[0].operation_id in held]
+        mine = _unless_shared(connection, mine)
         good = [admitted for _, admitted, _ in mine if admitted is not None]
         let_in = catalogue.admit(connection, good, now) if good else set()
         outcomes = [(look, _outcome(context, look, let_in, error, now)) for look, _, error in mine]
@@ -166,6 +175,47 @@ def _write(
         return outcomes
 
     return context.transact(write)
+
+
+def _unless_shared(
+    connection: Connection,
+    prepared: Sequence[tuple[Look, catalogue.Admitted | None, DlmError | None]],
+) -> list[tuple[Look, catalogue.Admitted | None, DlmError | None]]:
+    """Refuse files that lie in another item's directory, and directories in which another item's
+    payload lies: who was there first keeps it. Else a deletion of the one would be the other's."""
+    places = {
+        look.uid: _places(look.target["path"], admitted)
+        for look, admitted, _ in prepared
+        if admitted is not None
+    }
+    asked = {path for some in places.values() for path in some}
+    if not asked:
+        return [*prepared]
+    owners = owners_at(connection, prepared[0][0].target["storage_id"], asked)
+    settled = []
+    for look, admitted, error in prepared:
+        for path in places.get(look.uid, ()) if owners else ():
+            owner = owners.get(path)
+            if owner and owner["uid"] != look.uid and _holds(owner, path, look.target["path"]):
+                # of two that were only announced the first is let in
+                if not owner["announced"] or owner["uid"] < look.uid:
+                    noun = f"the item of {path}, which {look.target['path']} shares its files with,"
+                    admitted, error = None, AlreadyExistsError(noun=noun, key=owner["uri"])
+                    break
+        settled.append((look, admitted, error))
+    return settled
+
+
+def _holds(owner: Row, path: str, mine: str) -> bool:
+    """Whether what lies at ``path`` is a directory around what is mine, or a part of it. In a file
+    nothing lies: an object store may have names that go on where its name ends."""
+    return owner["kind"] == PayloadKind.DIRECTORY or path.startswith(f"{mine}/")
+
+
+def _places(path: str, admitted: catalogue.Admitted) -> set[str]:
+    """Where something may lie that is a part of a payload, or of which it is one."""
+    inside = {f"{path}/{encode_path(entry.path)}" for entry in admitted.seen.manifest}
+    return inside.union(*(folders_above(one) for one in inside or {path}))
 
 
 def _outcome(

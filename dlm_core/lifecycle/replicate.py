@@ -14,11 +14,13 @@ from sqlalchemy import Connection
 
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas as catalogue
+from dlm_core.catalogue.paths import owner_inside, places_inside
 from dlm_core.catalogue.traffic import limited_keys
 from dlm_core.catalogue.urgency import STEP, Urgency, hasten, urgencies_of
 from dlm_core.errors import (
     DlmError,
     InvalidValueError,
+    PayloadExistsError,
     PayloadNotFoundError,
     SourceDamagedError,
     StagingFailedError,
@@ -285,6 +287,16 @@ def _announce(
                 homeless.add(copy.oid)
             else:
                 fresh.append((copy, _record(copy, path)))
+    trees = {item["oid"] for item, _ in decisions if item["kind"] == PayloadKind.DIRECTORY}
+    inside = places_inside(connection, [record for _, record in fresh], trees)
+    for record, owner in inside:
+        # a deletion of the one would be the other's
+        planning.refused[record["oid"]][record["storage_id"]] = (
+            f"its place {record['path']} is inside that of {owner}"
+        )
+        homeless.add(record["oid"])
+    refused = {record["uid"] for record, _ in inside}
+    fresh = [(copy, record) for copy, record in fresh if record["uid"] not in refused]
     records = [record for _, record in fresh]
     made = catalogue.insert_pending(connection, records, planning.now) if records else set()
     remade = catalogue.remake_replicas(connection, [uid for _, uid in again]) if again else set()
@@ -455,12 +467,14 @@ def _write_copies_in(
             partials[result.task.operation_id] = result.partial
         if result.stopped:
             continue  # given back untried with all that was not begun
+        row = by_id[result.task.operation_id]
+        if result.error is None and row["kind"] == PayloadKind.DIRECTORY:
+            result = _unless_shared(connection, row, result)
         if result.error is None:
-            row = by_id[result.task.operation_id]
             good.append(catalogue.Seen(row["uid"], row["size"], row["digest"]))
             written.append((result, done(operation)))
         else:
-            several = by_id[result.task.operation_id]["sources"] > 1
+            several = row["sources"] > 1
             written.append((result, _copy_failed(context, operation, result.error, now, several)))
     if partials:
         queue.note_partials(connection, claim.token, partials)
@@ -472,6 +486,14 @@ def _write_copies_in(
     _give_up(connection, by_id, written, now)
     queue.finish_operations(connection, claim.token, [o for _, o in written], now)
     return written
+
+
+def _unless_shared(
+    connection: Connection, row: Mapping[str, Any], result: CopyResult
+) -> CopyResult:
+    """A directory that was found there whole may be of files that are copies of other items."""
+    found = owner_inside(connection, row["storage_id"], row["path"], row["oid"])
+    return replace(result, error=PayloadExistsError(**found)) if found else result
 
 
 def _copy_failed(

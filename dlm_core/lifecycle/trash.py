@@ -247,11 +247,46 @@ def _are_payload(seen: Observation, row: Row) -> bool:
 
 
 def execute_purge(context: Context, claim: Claim) -> Report:
-    """Prove again, look at the survivors on their storages, certify, remove, confirm absence."""
+    """Prove again, look at the survivors on their storages, certify, remove, confirm absence.
+
+    Storage by storage, some at a time: no proof ages while another storage takes its time.
+    """
+    report = Report()
+    for operations in _by_storage(context, claim):
+        if context.stop.is_set():
+            break
+        report.add(_purge_some(context, Claim(claim.token, operations)))
+    return report
+
+
+def _by_storage(context: Context, claim: Claim) -> list[Sequence[Row]]:
+    uids = [op["uid"] for op in claim.operations]
+    details = context.transact(lambda c: replicas.replica_details(c, uids))
+    groups: dict[uuid.UUID, list[Row]] = {}
+    for operation in claim.operations:
+        groups.setdefault(details[operation["uid"]]["storage_id"], []).append(operation)
+    return [
+        group[start : start + _CHUNK]
+        for group in groups.values()
+        for start in range(0, len(group), _CHUNK)
+    ]
+
+
+def _purge_some(context: Context, claim: Claim) -> Report:
     uids = [op["uid"] for op in claim.operations]
     proofs = context.transact(lambda c: catalogue.prove(c, uids))
     unseen = look_at_survivors(context, proofs)
-    granted = context.transact(lambda c: _certify_purge(c, context, claim, unseen))
+    seen = {uid for proof in proofs for uid in proof.survivors} - unseen
+    # before the certificates are written: none is good for less
+    until = context.clock() + timedelta(seconds=context.settings.certificate_seconds)
+    granted = context.transact(lambda c: _certify_purge(c, context, claim, seen))
+
+    def purge(storage: Storage, row: Row) -> None:
+        if row["managed"] and context.clock() >= until:
+            raise StorageUnavailableError(
+                storage=storage.name, message="it took so long that what is left is proven again"
+            )
+        _purge(storage, row)
 
     def write(connection: Connection, ok: Sequence[Effected], now: datetime) -> None:
         for released in (False, True):
@@ -260,7 +295,7 @@ def execute_purge(context: Context, claim: Claim) -> Report:
                 catalogue.mark_deleted(connection, gone, now, released=released)
 
     held = [op for op in claim.operations if op["operation_id"] in granted]
-    return _run(context, Claim(claim.token, held), _purge, write)
+    return _run(context, Claim(claim.token, held), purge, write)
 
 
 def _purge(storage: Storage, row: Row) -> None:
@@ -276,9 +311,12 @@ def _purge(storage: Storage, row: Row) -> None:
 
 
 def _certify_purge(
-    connection: Connection, context: Context, claim: Claim, unseen: set[uuid.UUID]
+    connection: Connection, context: Context, claim: Claim, seen: set[uuid.UUID]
 ) -> set[uuid.UUID]:
-    """Certify what may be purged; put off or undo the rest. The operations to go on with."""
+    """Certify what may be purged; put off or undo the rest. The operations to go on with.
+
+    Of the survivors that are ``seen`` alone: what became one since was not looked at.
+    """
     now = context.clock()
     held = queue.lock_claimed(
         connection, claim.token, [o["operation_id"] for o in claim.operations]
@@ -287,7 +325,7 @@ def _certify_purge(
     proofs = [
         p for p in catalogue.prove(connection, list(operations)) if p.state == ReplicaState.TRASHED
     ]
-    blind = {p.uid for p in proofs if not unseen.isdisjoint(p.survivors)}
+    blind = {p.uid for p in proofs if not seen.issuperset(p.survivors)}
     good = [p for p in proofs if p.refusal is None and p.uid not in blind]
     catalogue.certify(
         connection,

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection
@@ -41,6 +41,7 @@ from dlm_core.lifecycle.staging import (
     hold_back,
     is_cold,
 )
+from dlm_core.lifecycle.survivors import look_again
 from dlm_core.lifecycle.traffic import looking_at, reading_from
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage
@@ -54,6 +55,7 @@ from dlm_core.types import (
     OperationState,
     PayloadKind,
     ReplicaState,
+    StorageMode,
     decode_path,
 )
 
@@ -274,15 +276,30 @@ def execute_verify(context: Context, claim: Claim) -> Report:
             looks = look_when_online(context, storage, storage_id, targets, files, anew)
             for batch in _batches(looks, 512):
                 _judge(context, claim, operations, details, batch, storage, writable, files, report)
+    looked_at = {t["operation_id"] for targets in groups.values() for t in targets}
     waived = [
-        queue.Outcome(
-            op["operation_id"], OperationState.CANCELLED, "DLM-503", "nothing to verify any more"
-        )
+        _not_looked_at(context, op, details[op["uid"]], storages)
         for op in claim.operations
-        if op["operation_id"] not in {t["operation_id"] for ts in groups.values() for t in ts}
+        if op["operation_id"] not in looked_at
     ]
     context.transact(lambda c: queue.finish_operations(c, claim.token, waived, context.clock()))
     return report
+
+
+def _not_looked_at(
+    context: Context,
+    operation: Mapping[str, Any],
+    row: Mapping[str, Any],
+    storages: Mapping[uuid.UUID, Mapping[str, Any]],
+) -> queue.Outcome:
+    """There is nothing to read; but a doubt is not over because its storage is away."""
+    key, storage = operation["operation_id"], storages[row["storage_id"]]
+    if row["state"] == ReplicaState.SUSPECT and storage["mode"] == StorageMode.OFFLINE:
+        due = context.clock() + timedelta(seconds=context.settings.retry_base_seconds * 12)
+        text = f"storage {storage['name']} is {storage['mode']}"
+        return queue.Outcome(key, OperationState.QUEUED, "DLM-504", text, due, counted=False)
+    text = "nothing to verify any more"
+    return queue.Outcome(key, OperationState.CANCELLED, "DLM-503", text)
 
 
 def _tellable(context: Context, claim: Claim) -> set[uuid.UUID]:
@@ -478,13 +495,33 @@ def _write(
         for look, verdict, _ in mine
         if verdict == ReplicaState.READY and look.observation
     ]
-    if good:
-        catalogue.mark_ready(connection, good, now)
+    doubted = _mark_good(connection, details, good, now) if good else []
     _note_words(connection, [look for look, _, _ in mine], {one.uid for one in good}, now)
     outcomes = [(look, _outcome(context, operations, look, v, e, now)) for look, v, e in mine]
     queue.finish_operations(connection, claim.token, [o for _, o in outcomes], now)
     _queue_second_looks(connection, context, details, mine, now)
+    look_again(connection, context, doubted, "doubted while it was read", now)
     return outcomes
+
+
+def _mark_good(
+    connection: Connection,
+    details: Mapping[uuid.UUID, Mapping[str, Any]],
+    good: Sequence[catalogue.Seen],
+    now: datetime,
+) -> list[Mapping[str, Any]]:
+    """READY is what is still as it was looked at; what somebody has doubted since, which is
+    returned, or has begun to make again, this look knows nothing of: it may have read before."""
+    ready = [one for one in good if details[one.uid]["state"] == ReplicaState.READY]
+    others = [one for one in good if details[one.uid]["state"] != ReplicaState.READY]
+    marked = catalogue.mark_ready(connection, ready, now, only_from=[ReplicaState.READY])
+    marked += catalogue.mark_ready(
+        connection, others, now, only_from=[ReplicaState.READY, ReplicaState.SUSPECT]
+    )
+    if marked == len(good):
+        return []
+    found = catalogue.replica_details(connection, [one.uid for one in good])
+    return [row for row in found.values() if row["state"] == ReplicaState.SUSPECT]
 
 
 def _note_words(

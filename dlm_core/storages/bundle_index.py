@@ -371,13 +371,15 @@ class BundleIndex:
         return self._base.get(path)
 
     def below(self, path: str) -> Iterator[tuple[str, Member]]:
-        """Paths and members at ``path`` and below it, in path order; all of them if it is empty."""
+        """The member at ``path``, or paths and members below it, in path order; all if it is empty.
+        To a file belongs nothing whose path goes on where its own ends."""
         if not path:
             yield from self.since("", "")
             return
         own = self.get(path)
         if own is not None:
             yield path, own
+            return
         yield from self.since(f"{path}/", f"{path}/")
 
     def since(self, first: str, prefix: str) -> Iterator[tuple[str, Member]]:

@@ -330,7 +330,7 @@ class Bundled:
                 self.index.moving.get(source) == destination,
             )
         )
-        if own is None and not folder:
+        if own is None and (not folder or self._is_file(source)):
             return self._rename_single(source, destination)
         if not goes_on:
             self._must_be_free(destination, fresh=False)
@@ -342,6 +342,11 @@ class Bundled:
             self._move_singles(source, destination)
         self._change(lambda: self._move(source, destination))
         return True
+
+    def _is_file(self, path: str) -> bool:
+        """Whether it is a single file: an object store may have members below its name."""
+        entry = self.inner.stat(path)
+        return entry is not None and entry.kind == "file"
 
     def _move(self, source: str, destination: str) -> list[Change]:
         if self.index.get(source) is None and not self.index.is_folder(source):
@@ -396,8 +401,10 @@ class Bundled:
             return
         if self._change(lambda: [["remove", path]] * self._is_settled(path)):
             return
-        members = self.index.look(lambda: next(self.index.below(path), None) is not None)
         before = self._announce(path)
+        members = path not in before and self.index.look(
+            lambda: next(self.index.below(path), None) is not None
+        )
         self.inner.remove(path)
         if members:
             self._change(lambda: [["remove", path]])

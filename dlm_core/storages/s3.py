@@ -404,6 +404,9 @@ class S3Storage:
                 raise PayloadExistsError(storage=self.name, path=destination)
             self._move([entry], source, destination, {})
             return
+        if self._is_object(destination):
+            # where a file went before, what only begins with its name is not to follow
+            raise PayloadExistsError(storage=self.name, path=destination)
         entries = list(self._below(source))
         there = {one.path: one for one in self._below(destination)}
         if there and not _is_half_way(entries, source, there, destination):
@@ -441,8 +444,18 @@ class S3Storage:
     def remove(self, path: str) -> None:
         key = self._key(path)
         below = [entry.path for entry in self._below(path)]
+        if below and self._is_object(path):
+            below = []  # to a file belongs nothing whose name goes on where its own ends
         with self._translated(path):
             obstore.delete(self._store, [key, *below])
+
+    def _is_object(self, path: str) -> bool:
+        try:
+            with self._translated(path):
+                obstore.head(self._store, path)
+        except PayloadNotFoundError:
+            return False
+        return True
 
     def usage(self) -> Usage | None:
         return None

@@ -68,6 +68,40 @@ def test_names_and_places_are_unique(site: Site) -> None:
         site.context.transact(lambda c: places.add_location(c, "here", now=site.now))
 
 
+S3 = {"interface": "s3", "config": {"endpoint": "http://here"}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"root": "/a"}, {"root": "/a/"}),
+        ({"root": "/a"}, {"root": "//x/.././a", "config": {"mount": "/"}}),
+        ({"root": "/a"}, {"root": "/a/inside"}),
+        ({"root": "/a/inside"}, {"root": "/a"}),
+        ({"root": "/"}, {"root": "/a", "managed": False}),
+        ({"root": "bucket", **S3}, {"root": "bucket/", **S3}),
+        ({"root": "bucket/p", **S3}, {"root": "bucket", **S3}),
+    ],
+)
+def test_no_storage_is_inside_another(
+    site: Site, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    """One file would count as two copies, or go with another item's that is deleted."""
+    add(site, "a", **first)
+    with pytest.raises(AlreadyExistsError):
+        add(site, "b", **second)
+
+
+def test_places_that_only_look_alike_are_two(site: Site) -> None:
+    """Names that begin alike, the same bucket elsewhere; and one inside what is only read."""
+    add(site, "a", root="/a", managed=False, mode="read_only")
+    add(site, "inside", root="/a/inside")
+    add(site, "beside", root="/ab")
+    add(site, "s", root="bucket", **S3)
+    add(site, "t", root="bucket", interface="s3", config={"endpoint": "http://there"})
+    add(site, "u", root="bucket-2", **S3)
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [

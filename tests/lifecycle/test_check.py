@@ -450,3 +450,20 @@ def test_an_outage_of_a_storage_that_is_only_read_proves_nothing(site):
     reads(site, fail)
     assert site.work(OperationKind.VERIFY).retried == {"DLM-301": 1}
     assert site.replicas(oid)["a"] == "READY"
+
+
+def test_a_doubt_outlasts_the_absence_of_its_storage(site):
+    """The look at it waits while the storage is offline; else nobody would take it any more, and
+    the only copy would be no copy for ever."""
+    oid = add(site, "x")
+    site.execute("UPDATE replica SET state = 'SUSPECT' WHERE oid = :o", o=oid)
+    site.context.transact(
+        lambda c: request_verification(c, actor="user:test", now=site.now, oid=oid)
+    )
+    site.set_storage("a", mode="offline")
+    for _ in range(20):
+        site.work(OperationKind.VERIFY)
+        site.advance(hours=1)
+    site.set_storage("a", mode="read_write")
+    site.work(OperationKind.VERIFY)
+    assert site.replica(oid, "a")["state"] == "READY"

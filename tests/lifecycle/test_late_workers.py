@@ -239,3 +239,30 @@ def test_a_look_does_not_set_aside_what_lies_where_a_trashed_copy_was(site, monk
     site.work(OperationKind.VERIFY)
     assert slept and nothing_was_moved(site)
     copies_are_where_they_should_be(site, oid)
+
+
+@pytest.mark.parametrize("since", [["SUSPECT"], ["MISSING", "PENDING"]])
+def test_a_late_look_does_not_end_a_newer_doubt(site, monkeypatch, since):
+    """Read while they were good, the bytes went bad before the result was written: somebody has
+    noticed, or a new copy is on its way. It is no survivor, and what is doubted is looked at."""
+    oid = two_copies(site)
+    uid = site.replica(oid, "b")["uid"]
+    site.context.transact(
+        lambda c: request_verification(
+            c, actor="user:test", now=site.now, oid=oid, storage_id=site.storages["b"]
+        )
+    )
+    judge, slept = verify._judge, []
+
+    def meanwhile(*arguments: Any) -> None:
+        if not slept:
+            slept.append(True)
+            (site.folder / "b" / "test" / "x").write_bytes(b"evil bytes")
+            for state in since:
+                site.execute("UPDATE replica SET state = :s WHERE uid = :u", s=state, u=uid)
+        judge(*arguments)
+
+    monkeypatch.setattr(verify, "_judge", meanwhile)
+    site.work(OperationKind.VERIFY)
+    assert slept
+    assert site.replicas(oid)["b"] == {"SUSPECT": "CORRUPTED"}.get(since[-1], since[-1])

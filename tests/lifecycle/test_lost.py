@@ -13,6 +13,7 @@ from dlm_core.errors import (
     DeletionRefusedError,
     IllegalTransitionError,
     InvalidValueError,
+    NotFoundError,
     StorageUnavailableError,
 )
 from dlm_core.lifecycle import lost
@@ -283,6 +284,63 @@ def test_what_was_asked_of_a_storage_that_is_given_up_ends(site):
     )
     assert [(row["kind"], row["state"]) for row in left] == [("restore", "CANCELLED")]
     assert "retired" in left[0]["error"]
+
+
+def test_what_lay_in_the_trash_of_a_storage_that_is_given_up_ends(site):
+    """Also a way back that was asked for; none is any more. Where no purge is on its way, as after
+    one that FAILED, one is asked for: the items that expired are DELETED."""
+    site.execute("UPDATE data_item SET expires_at = :now", now=site.now)
+    site.settle()
+    assert states(site, "b") == {"TRASHED": N}
+    lose_storage(site.context, "b", "burnt")
+    wish = {"storage_id": site.storages["b"], "actor": "user:test", "now": site.now}
+    by_hand(site, lambda c: request_restore(c, oid=site.oids[0], **wish))
+    site.execute(
+        "UPDATE operation SET state = 'FAILED', error_code = 'DLM-301', finished_at = :now "
+        "WHERE uid = :u AND kind = 'purge' AND state = 'QUEUED'",
+        now=site.now, u=site.replica(site.oids[1], "b")["uid"],
+    )  # fmt: skip
+    by_hand(site, lambda c: retire_storage(c, "b", site.now, give_up=True))
+    with pytest.raises(NotFoundError):
+        by_hand(site, lambda c: request_restore(c, oid=site.oids[2], **wish))
+    site.advance(hours=2)
+    site.settle()
+    assert {site.item(oid)["state"] for oid in site.oids} == {"DELETED"}
+    assert site.query("SELECT FROM operation WHERE state IN ('QUEUED', 'RUNNING')") == []
+
+
+def test_what_is_needed_does_not_wait_for_a_storage_that_was_given_up(site):
+    """A trashed copy there does not come back; its record ends when the item has its copies."""
+    oid = site.oids[0]
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID' WHERE oid = :o", o=oid)
+    site.execute(
+        "UPDATE replica SET expires_at = :n WHERE oid = :o AND storage_id = :s",
+        n=site.now, o=oid, s=site.storages["b"],
+    )  # fmt: skip
+    site.settle()
+    lose_storage(site.context, "b", "burnt")
+    by_hand(site, lambda c: retire_storage(c, "b", site.now, give_up=True))
+    site.set_storage("c", mode="read_only")
+    site.execute("UPDATE data_item SET target_phase = 'SOLID' WHERE oid = :o", o=oid)
+    site.advance(hours=2)
+    site.settle()
+    assert site.replicas(oid) == {"a": "READY", "b": "TRASHED"}
+    assert site.query("SELECT FROM operation WHERE kind = 'restore'") == []
+    site.set_storage("c", mode="read_write")
+    for _ in range(2):
+        site.advance(hours=7)
+        site.settle()
+    assert site.replicas(oid) == {"a": "READY", "b": "DELETED", "c": "READY"}
+
+
+def test_what_was_only_announced_keeps_no_lost_storage_from_being_given_up(site):
+    """Nothing of it will ever be seen there."""
+    (site.folder / "b" / "new").write_bytes(b"announced")
+    register_tree(site.context, Source("b", "test"), "new")
+    lose_storage(site.context, "b", "burnt")
+    by_hand(site, lambda c: retire_storage(c, "b", site.now, give_up=True))
+    assert states(site, "b") == {"MISSING": N + 1}
+    assert site.query("SELECT FROM operation WHERE state IN ('QUEUED', 'RUNNING')") == []
 
 
 # --- back -----------------------------------------------------------------------------------------

@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 
 from dlm_core.errors import InvalidValueError, PathMeetingError
+from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.paths import place_of, plain_rules
+from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.rules import find_place, set_rules
-from dlm_core.types import make_uri, uri_bucket
+from dlm_core.lifecycle.verify import request_verification
+from dlm_core.lifecycle.work import drain
+from dlm_core.types import OperationKind, make_uri, uri_bucket
 from tests.site import make_site
 
 
@@ -243,3 +248,33 @@ def test_thousands_of_items_are_tried_in_seconds(site):
     )
     with pytest.raises(PathMeetingError, match="test:run/1/2"):
         set_rules(site.context, "b", [{"match": "test:(.*)", "template": "x/{1}"}])
+
+
+@pytest.mark.parametrize("name", ["t", "u"])
+@pytest.mark.parametrize("order", ["file tree", "tree file", "file+tree"])
+def test_no_copy_lies_in_that_of_another_item(site, order, name):
+    """A uri may go on where that of a directory ends. Of the two only one gets a copy on a storage:
+    a file put into a directory damages it, and what both have would go with the first to go."""
+    site.add_storage("in", "I", mode="read_only")
+    site.add_storage("other", "O", mode="read_only")
+    for storage, file in (("in", "t"), ("other", name)):
+        (site.folder / storage / "s.ms").mkdir()
+        (site.folder / storage / "s.ms" / file).write_bytes(file.encode())
+    sources = {
+        "file": Source("other", "ska"),
+        "tree": Source("in", "ska", as_directory=("*.ms",)),
+    }
+    site.execute("UPDATE storage SET mode = 'offline' WHERE name NOT IN ('in', 'other', 'b')")
+    for step in order.split():
+        for source in step.split("+"):
+            register_tree(site.context, sources[source])
+        drain(site.context, {OperationKind.ADMIT: execute_admit})
+        plan_replication(site.context)
+        site.work(OperationKind.COPY)
+    copies = site.query(
+        "SELECT FROM replica WHERE state = 'READY' AND storage_id = :s", s=site.storages["b"]
+    )
+    assert len(copies) == 1 and len(site.visible("b")) == 1
+    site.context.transact(lambda c: request_verification(c, actor="user:test", now=site.now))
+    site.work(OperationKind.VERIFY)
+    assert len(site.visible("b")) == 1 and site.private("b", "quarantine") == []

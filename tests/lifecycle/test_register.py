@@ -1,6 +1,7 @@
 """Registration and admission of real files."""
 
 import hashlib
+import json
 import os
 
 import pytest
@@ -21,7 +22,9 @@ from dlm_core.lifecycle.register import (
 )
 from dlm_core.lifecycle.watch import add_watch, count_registration_due, scan_watches
 from dlm_core.lifecycle.work import drain
-from dlm_core.types import Observation, OperationKind, decode_path, make_uri, uri_path
+from dlm_core.types import Observation, OperationKind, decode_path, make_uri, new_id, uri_path
+from tests.backends import s3_config
+from tests.payloads import put
 from tests.site import make_site
 
 
@@ -189,6 +192,41 @@ def test_a_directory_payload_is_copied_whole(site):
         "test/obs.ms/sub/t.f0": b"22",
         "test/obs.ms/table.dat": b"1",
     }
+
+
+@pytest.mark.parametrize("first", ["files", "tree"])
+def test_what_is_part_of_another_payload_is_not_admitted(site, first):
+    """A file in another item's directory, or a directory with another item's file: whose place it
+    was first keeps it, else a deletion of the one would take the other's only bytes with it."""
+    write(site, {"s.ms/sub/t": b"table", "s.ms/u": b"more", "beside": b"else"})
+    steps = {
+        "files": Source("in", "files"),
+        "tree": Source("in", "tree", as_directory=("*.ms",)),
+    }
+    register_tree(site.context, steps.pop(first))
+    for source in steps.values():
+        register_tree(site.context, source)
+    admit(site)
+    ready = {uri for uri, item in items(site).items() if item["state"] == "READY"}
+    mine = {"files:s.ms/sub/t", "files:s.ms/u"} if first == "files" else {"tree:s.ms"}
+    assert {uri for uri in ready if "s.ms" in uri} == mine
+    errors = site.query("SELECT error FROM operation WHERE state = 'FAILED'")
+    assert errors and all("shares its files with" in row["error"] for row in errors)
+
+
+def test_names_that_go_on_where_that_of_a_file_ends_are_no_part_of_it(site, s3):
+    """An object store may have x and x/y: both are let in."""
+    site.add_storage(
+        "bucket", "B", interface="s3", root=f"{s3.bucket}/{new_id()}",
+        config=json.dumps(s3_config(s3)),
+    )  # fmt: skip
+    (row,) = site.query("SELECT * FROM storage WHERE name = 'bucket'")
+    bucket = site.context.storages.open(row)
+    for name in ("x", "x/y"):
+        put(bucket, name)
+    register_list(site.context, Source("bucket", "test"), ["x", "x/y"])
+    admit(site)
+    assert {item["state"] for item in items(site).values()} == {"READY"}
 
 
 def test_links_are_skipped_and_never_followed(site, tmp_path):

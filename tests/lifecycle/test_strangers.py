@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from dlm_core.catalogue import replicas
+from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.expire import plan_batch
+from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
+from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind
 from tests.site import Site, make_site
 
@@ -137,3 +140,19 @@ def test_a_look_for_a_lost_copy_does_not_set_a_stranger_aside(site):
     )
     site.work(OperationKind.VERIFY)
     assert site.replicas(oid)["a"] == "READY"
+
+
+def test_an_item_expires_with_a_copy_that_was_refused(site):
+    """What was announced beside it has other bytes, so it was never let in: its record ends, and
+    the file stays, for it is somebody else's."""
+    oid = two_copies(site)
+    site.add_storage("c", "C")
+    (site.folder / "c" / "x").write_bytes(STRANGER)
+    register_tree(site.context, Source("c", "test"), "x")
+    drain(site.context, {OperationKind.ADMIT: execute_admit})
+    assert site.replicas(oid)["c"] == "PENDING"
+    let_go(site, oid)
+    to_the_end(site)
+    assert set(site.replicas(oid).values()) == {"DELETED"} and site.item(oid)["state"] == "DELETED"
+    assert site.visible("c") == {"x": STRANGER}
+    assert site.query("SELECT FROM operation WHERE state IN ('QUEUED', 'RUNNING', 'FAILED')") == []

@@ -247,3 +247,21 @@ def test_they_do_so_for_long():
     run = Bundling.TestCase
     run.settings = settings(_SETTINGS, max_examples=400, stateful_step_count=40)
     run().runTest()
+
+
+@pytest.mark.parametrize("how", ["rename", "remove"])
+def test_a_file_goes_without_what_only_begins_with_its_name(tmp_path: Path, how: str) -> None:
+    """Where the packed file was, a folder may be made for another: two payloads, of which one is
+    moved or removed alone, also when that is done again after a crash."""
+    storage = bundled(PosixStorage("disk", str(tmp_path)))
+    for name in ("x", "x/y"):
+        put(storage, name, b"good bytes")
+        pack(storage, any_digest, FAR)
+    for _ in range(2):
+        if how == "remove":
+            storage.remove("x")
+            break
+        with suppress(PayloadExistsError):
+            storage.rename("x", ".dlm/trash/uid")
+    assert [entry.path for entry in storage.walk()] == ["x/y"]
+    assert get(storage, "x/y") == b"good bytes"

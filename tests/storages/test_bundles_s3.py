@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import suppress
 
 import pytest
 
+from dlm_core.errors import PayloadExistsError
 from dlm_core.storages.conformance import get, put
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.packing import pack
@@ -78,3 +80,19 @@ def test_a_crash_at_any_call_of_packing_a_bucket_loses_nothing(bucket):
             assert n > 20
             return
     pytest.fail("it never came through")
+
+
+@pytest.mark.parametrize("how", ["rename", "remove"])
+def test_a_large_object_goes_without_members_whose_names_go_on_where_its_own_ends(bucket, how):
+    """It is not packed, what is below its name is: it goes alone, also when that is done again."""
+    storage = bundled(bucket(), bundle_below=100)
+    put(storage.inner, "x", bytes(1000))
+    put(storage.inner, "x/y", b"good bytes")
+    pack(storage, any_digest, FAR)
+    for _ in range(2):
+        if how == "remove":
+            storage.remove("x")
+            break
+        with suppress(PayloadExistsError):
+            storage.rename("x", ".dlm/trash/uid")
+    assert contents(storage) == {"x/y": b"good bytes"}

@@ -211,3 +211,19 @@ def test_objects_too_large_for_a_server_side_copy_are_renamed(bucket, monkeypatc
     assert bucket.stat("big") is None and bucket.stat("moved").etag == etag
     with bucket.open_read("moved") as stream:
         assert stream.read() == data
+
+
+def test_a_file_goes_without_what_only_begins_with_its_name(bucket):
+    """An object store may have x and x/y: two payloads, of which one goes alone."""
+    for name in ("x", "x/y", "tree/y"):
+        put(bucket, name)
+    bucket.rename("x", ".dlm/trash/uid")
+    with pytest.raises(PayloadExistsError):
+        bucket.rename("x", ".dlm/trash/uid")  # a crash came after it: it is done again
+    assert paths(bucket) == ["tree/y", "x/y"]
+    put(bucket, "z")
+    put(bucket, "z/y")
+    bucket.remove("z")
+    assert paths(bucket) == ["tree/y", "x/y", "z/y"]
+    bucket.remove("tree")
+    assert paths(bucket) == ["x/y", "z/y"]

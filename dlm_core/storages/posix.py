@@ -495,6 +495,14 @@ class PosixStream(io.FileIO):
         return _stamp(os.fstat(self.fileno()))
 
 
+def mount_point(root: str) -> str:
+    """Where the file system that holds an absolute folder is mounted."""
+    path = os.path.realpath(root)
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def _folders(pair: tuple[str, str]) -> tuple[str, str]:
     return pair[0].rpartition("/")[0], pair[1].rpartition("/")[0]
 

@@ -140,6 +140,13 @@ class ExportRunningError(DlmError):
     retryable = True
 
 
+class ClockSkewError(CatalogueError):
+    """this machine's clock is {seconds:.0f} s {way} that of the catalogue's server, at most
+    {allowed:.0f} are borne (a quarter of DLM_LEASE_SECONDS); set both by NTP; nothing was done"""
+
+    code = "DLM-208"
+
+
 # --- storages: exit code 4 --------------------------------------------------------------------
 
 

@@ -74,15 +74,15 @@ def register(
     from dlm_core.lifecycle.register import (
         Source,
         collection_id,
-        parse_checksums,
         register_list,
         register_tree,
     )
+    from dlm_core.transfers.checksums import parse_checksums
     from dlm_core.types import make_uri
 
     make_uri(scheme, f"{prefix}x")  # told once, not for every payload
     sums = parse_checksums(_read(checksums)) if checksums else {}
-    paths = [line for line in _read(list_file).splitlines() if line] if list_file else None
+    paths = _lines(_read(list_file)) if list_file else None
     if paths == []:
         raise EmptySelectorError(expected="--list names no path")
     with catalogue() as context:
@@ -112,6 +112,11 @@ def _read(path: Path) -> str:
             what="file", value=str(path), expected=f"a readable file ({error.strerror})"
         ) from None
     return data.decode("utf-8", "surrogateescape")
+
+
+def _lines(text: str) -> list[str]:
+    # at newlines only: names may have what else ends a line for Python
+    return [line for one in text.split("\n") if (line := one.removesuffix("\r"))]
 
 
 def _progress(report: Any) -> None:

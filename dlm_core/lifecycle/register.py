@@ -6,7 +6,6 @@ Announcing makes INITIALISED items with PENDING replicas and queues their admiss
 
 from __future__ import annotations
 
-import re
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -374,33 +373,6 @@ def _changed(
     )
     report.new_versions += 1
     return True
-
-
-_SUM_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
-
-
-def parse_checksums(text: str) -> dict[str, str]:
-    """Digests by path from the format of sha256sum(1), its escapes for odd names included.
-
-    Raises
-    ------
-    InvalidValueError
-        naming the first line that is none.
-    """
-    found = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        match = _SUM_LINE.fullmatch(line)
-        if match is None:
-            raise InvalidValueError(
-                what=f"checksums, line {number}", value=line[:80], expected="'<sha256>  <path>'"
-            )
-        escaped, digest, path = match.groups()
-        if escaped:
-            path = re.sub(r"\\([\\nr])", lambda m: {"\\": "\\", "n": "\n", "r": "\r"}[m[1]], path)
-        found[path.removeprefix("./")] = f"sha256:{digest.lower()}"
-    return found
 
 
 # --- the two-step form of the SKA's ingest --------------------------------------------------------

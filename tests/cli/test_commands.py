@@ -343,18 +343,20 @@ def test_a_changed_payload_is_refused_with_both_digests(
 def test_a_list_of_paths_and_checksums_are_taken_from_files(
     dlm: Dlm, storages: dict[str, Path], tmp_path: Path, settle: Callable[[], None]
 ) -> None:
-    """--list names what to register; a sum that does not agree keeps the item from READY, and
-    why tells the error; an empty list is refused."""
-    for name in ("good", "bad", "other"):
+    """--list names what to register, each name to its newline; a sum that does not agree keeps the
+    item from READY, and why tells the error; an empty list is refused."""
+    for name in ("good", "bad", "other", "form\x0cfeed"):
         (storages["a"] / name).write_bytes(b"")
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     sums, names = tmp_path / "SHA256SUMS", tmp_path / "names"
     sums.write_text(f"{empty}  good\n{'0' * 64}  bad\n")
-    names.write_text("good\nbad\n")
+    names.write_text("good\nbad\nform\x0cfeed\n")
     dlm("register", "a", "--list", str(names), "--checksums", str(sums))
     settle()
     states = {row["uri"]: row["state"] for row in dlm("item", "list", "--json").json}
-    assert states == {"file:good": "READY", "file:bad": "INITIALISED"}
+    assert states == {
+        "file:good": "READY", "file:bad": "INITIALISED", "file:form%0Cfeed": "READY",
+    }  # fmt: skip
     assert "DLM-4" in dlm("item", "why", "file:bad").out
     names.write_text("\n")
     refused(dlm("register", "a", "--list", str(names)), "DLM-106", 2)

@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from dlm_core.catalogue.engine import KEY, Keys, copy_rows, rows, run
 from dlm_core.catalogue.replicas import CHECKED
 from dlm_core.catalogue.urgency import STEP, Urgency
-from dlm_core.errors import IllegalTransitionError, NotFoundError
+from dlm_core.errors import AlreadyExistsError, IllegalTransitionError, NotFoundError
 from dlm_core.types import Observation, PayloadKind, encode_path, new_id, new_key, uri_bucket
 
 _STAGED = {
@@ -479,14 +479,21 @@ def add_watch(
     interval: timedelta,
     now: datetime,
 ) -> uuid.UUID:
-    """Watch a folder (encoded path, '' for the root) of a storage from now on."""
+    """Watch a folder (encoded path, '' for the root) of a storage from now on.
+
+    Raises
+    ------
+    AlreadyExistsError
+        it is watched already.
+    """
     watch_id = new_id()
-    run(
+    made = run(
         connection,
         """INSERT INTO watch (watch_id, storage_id, path, scheme, options, interval, scan_at,
                               created_at)
            VALUES (:id, :storage, :path, :scheme, CAST(:options AS jsonb),
-                   CAST(:interval AS interval), :now, :now)""",
+                   CAST(:interval AS interval), :now, :now)
+           ON CONFLICT (storage_id, path) DO NOTHING""",
         id=watch_id,
         storage=storage_id,
         path=path,
@@ -495,6 +502,8 @@ def add_watch(
         interval=interval,
         now=now,
     )
+    if not made:
+        raise AlreadyExistsError(noun="watch", key=path or "/")
     return watch_id
 
 

@@ -35,7 +35,7 @@ def add_watch(
 
     Raises
     ------
-    NotFoundError, CatalogueError
+    NotFoundError, AlreadyExistsError
         no such storage; watched already.
     """
     row = storage_by_name(context, storage)

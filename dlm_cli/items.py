@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,9 @@ from dlm_core.types import OperationKind
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Uri = Annotated[str, typer.Argument(help="e.g. ska:eb-1/scan-3.ms")]
-Version = Annotated[int | None, typer.Option(help="Another than the newest version.")]
+Version = Annotated[
+    int | None, typer.Option(min=1, max=2**31 - 1, help="Another than the newest version.")
+]
 Priority = Annotated[int | None, typer.Option(help="-9 (first) to 9 (last); unset: 0.")]
 By = Annotated[
     str | None, typer.Option(help="When all copies are needed: 12h, or a time with its zone.")
@@ -74,28 +77,33 @@ def register(
     from dlm_core.lifecycle.register import (
         Source,
         collection_id,
-        parse_checksums,
         register_list,
         register_tree,
+        storage_by_name,
     )
+    from dlm_core.transfers.checksums import parse_checksums
     from dlm_core.types import make_uri
 
     make_uri(scheme, f"{prefix}x")  # told once, not for every payload
     sums = parse_checksums(_read(checksums)) if checksums else {}
-    paths = [line for line in _read(list_file).splitlines() if line] if list_file else None
+    paths = _lines(_read(list_file)) if list_file else None
     if paths == []:
         raise EmptySelectorError(expected="--list names no path")
     with catalogue() as context:
         now = context.clock()
         terms = Terms(
             parse_choice("target phase", target_phase, _PHASES) or "",
-            collection_id(context, collection) if collection else None,
+            None,
             owner,
             parse_pairs(tag, "--tag"),
             parse_time(expires, now),
             parse_time(replica_expires, now),
             Urgency(priority or 0, parse_time(by, now)),
         )
+        storage_by_name(context, storage)
+        if collection is not None:
+            # last: what is refused makes none
+            terms = replace(terms, collection_id=collection_id(context, collection))
         source = Source(storage, scheme, prefix, tuple(as_directory), sums, new_version, terms)
         if paths is not None:
             report = register_list(context, source, paths, _progress)
@@ -112,6 +120,11 @@ def _read(path: Path) -> str:
             what="file", value=str(path), expected=f"a readable file ({error.strerror})"
         ) from None
     return data.decode("utf-8", "surrogateescape")
+
+
+def _lines(text: str) -> list[str]:
+    # at newlines only: names may have what else ends a line for Python
+    return [line for one in text.split("\n") if (line := one.removesuffix("\r"))]
 
 
 def _progress(report: Any) -> None:
@@ -349,11 +362,12 @@ def expire(
             raise InvalidValueError(what="--reason", value="", expected="why it may go")
         why = reason or ""
         moment = None if never else parse_time(at, context.clock())
-        if storage:
+        # an empty name is a wrong one, not none: else the whole item would go
+        if storage is not None:
             context.transact(lambda c: set_replica_expiry(c, uri, storage, moment, why, version))
         else:
             context.transact(lambda c: set_item_expiry(c, uri, moment, why, version))
-    which = f"the copy of {uri} on {storage}" if storage else uri
+    which = f"the copy of {uri} on {storage}" if storage is not None else uri
     print(f"{which} expires {human(moment) if moment else 'never'}")
 
 
@@ -380,7 +394,7 @@ def restore(
     from dlm_core.lifecycle.trash import request_restore
 
     def ask(connection: Any) -> int:
-        where = get_storage(connection, storage)["storage_id"] if storage else None
+        where = None if storage is None else get_storage(connection, storage)["storage_id"]
         oid = get_item(connection, uri, version)["oid"]
         return request_restore(
             connection, oid=oid, storage_id=where, actor=context.actor, now=context.clock()
@@ -403,7 +417,7 @@ def verify(
     from dlm_core.catalogue.places import get_storage
     from dlm_core.lifecycle.verify import request_verification
 
-    if not (uri or storage or everything):
+    if uri is None and storage is None and not everything:
         raise EmptySelectorError(expected="name an item or --storage, or say --all")
 
     def ask(connection: Any) -> int:
@@ -411,8 +425,8 @@ def verify(
             connection,
             actor=context.actor,
             now=context.clock(),
-            storage_id=get_storage(connection, storage)["storage_id"] if storage else None,
-            oid=get_item(connection, uri)["oid"] if uri else None,
+            storage_id=None if storage is None else get_storage(connection, storage)["storage_id"],
+            oid=None if uri is None else get_item(connection, uri)["oid"],
             priority=priority or 0,
         )
 
@@ -434,13 +448,13 @@ def retry(
 
     if error is not None and not re.fullmatch(r"DLM-\d{3}", error):
         raise InvalidValueError(what="error", value=error, expected="a code, e.g. DLM-302")
-    wanted = parse_choice("kind", kind, tuple(OperationKind)) if kind else None
+    wanted = parse_choice("kind", kind, tuple(OperationKind))
 
     def work(connection: Any, now: Any) -> int:
         selector = FailedSelector(
             OperationKind(wanted) if wanted else None,
-            get_storage(connection, storage)["storage_id"] if storage else None,
-            get_item(connection, item)["oid"] if item else None,
+            None if storage is None else get_storage(connection, storage)["storage_id"],
+            None if item is None else get_item(connection, item)["oid"],
             error,
         )
         return retry_failed(connection, now, selector)

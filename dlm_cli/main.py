@@ -219,6 +219,9 @@ def main() -> None:
         fail(error)
     except _UsageError as error:
         _usage(error)
+    except UnicodeEncodeError as error:
+        # names of files may be any octets, what the catalogue keeps as text may not
+        fail(InputError(message=f"{error.object!r} is not valid: UTF-8 text"))
     except (KeyboardInterrupt, typer.Abort):
         raise SystemExit(130) from None
     except BrokenPipeError:

@@ -27,7 +27,9 @@ _LONGEST_SECONDS = 100 * _SECONDS["y"]
 
 def fail(error: DlmError) -> None:
     """Print an error in one line and end with its exit code."""
-    print(f"dlm: error {error.code}: {error}", file=sys.stderr)
+    # a name may have a newline in it, or what a terminal obeys
+    words = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+    print(f"dlm: error {error.code}: {words}", file=sys.stderr)
     raise SystemExit(error.exit_code)
 
 
@@ -151,7 +153,18 @@ def parse_pairs(pairs: Sequence[str], what: str) -> dict[str, str]:
 
 def show_json(value: Any) -> None:
     """Print a value as JSON; times as ISO 8601 UTC, durations in seconds."""
-    print(json.dumps(value, default=plain_value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, default=plain_value, indent=2, ensure_ascii=False)
+    if not _is_utf8(text):  # a file's name need not be
+        text = json.dumps(value, default=plain_value, indent=2)
+    print(text)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def plain_value(value: Any) -> Any:

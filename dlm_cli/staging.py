@@ -27,7 +27,7 @@ def stage(
             connection,
             oids=[get_item(connection, uri)["oid"] for uri in uris],
             collection=collection,
-            storage_id=get_storage(connection, storage)["storage_id"] if storage else None,
+            storage_id=None if storage is None else get_storage(connection, storage)["storage_id"],
             actor=context.actor,
             now=context.clock(),
         )

@@ -14,8 +14,8 @@ from sqlalchemy.exc import IntegrityError
 
 from dlm_core.catalogue.engine import KEY, Keys, copy_rows, rows, run
 from dlm_core.catalogue.replicas import CHECKED
-from dlm_core.catalogue.urgency import STEP, Urgency, set_urgency
-from dlm_core.errors import IllegalTransitionError, NotFoundError
+from dlm_core.catalogue.urgency import STEP, Urgency
+from dlm_core.errors import AlreadyExistsError, IllegalTransitionError, NotFoundError
 from dlm_core.types import Observation, PayloadKind, encode_path, new_id, new_key, uri_bucket
 
 _STAGED = {
@@ -54,11 +54,13 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What a chunk of announcements did: numbers, and the rows that need a closer look."""
+    """What a chunk of announcements did: numbers, the rows that need a closer look, and those of
+    items that have gone: they get no copies any more."""
 
     created: int
     replicated: int
     known: list[dict[str, Any]]
+    gone: list[dict[str, Any]] = field(default_factory=list)
 
 
 def announce(
@@ -71,7 +73,7 @@ def announce(
 ) -> Merged:
     """Merge a chunk: new items with a PENDING replica, new replicas of known items, and an admit
     operation for each. ``known`` are rows whose item has a live replica on the storage, or whose
-    path there belongs to another item.
+    path there belongs to another item; ``gone`` are other rows of EXPIRED or DELETED items.
 
     Raises
     ------
@@ -114,14 +116,17 @@ class _Merging:
         """Merge; ``conflict`` says what becomes of rows that are there already."""
         count = _count(self.connection)
         created = self._insert_items(conflict)
+        gone: list[dict[str, Any]] = []
         if created != count:
             _settle_known(self.connection)
+            gone = _take_gone(self.connection, self.storage_id)
+            count -= len(gone)
         new = self._insert_replicas(conflict)
         # a staged uid is in the catalogue only if it was made just now
         made = "" if new == count else " AND EXISTS (SELECT FROM replica r WHERE r.uid = a.uid)"
         self._insert_operations(made)
         known = [] if new == count else _known(self.connection, self.storage_id)
-        return Merged(created, new - created, known)
+        return Merged(created, new - created, known, gone)
 
     def _insert_items(self, conflict: str) -> int:
         return run(
@@ -223,11 +228,25 @@ def _settle_known(connection: Connection) -> None:
     )
 
 
+def _take_gone(connection: Connection, storage_id: uuid.UUID) -> list[dict[str, Any]]:
+    """Take announcements of EXPIRED and DELETED items off the chunk: nothing keeps copies of them.
+    What still lies where it is said to lie is known."""
+    return rows(
+        connection,
+        """DELETE FROM announced a USING data_item i
+            WHERE i.oid = a.oid AND i.state IN ('EXPIRED', 'DELETED') AND NOT EXISTS (
+                  SELECT FROM replica r WHERE r.storage_id = :storage
+                     AND ((r.oid = a.oid AND r.live) OR (r.path = a.path AND r.owns_path)))
+           RETURNING a.uri, a.path, a.size, a.mtime, a.kind, a.digest, i.state, i.version""",
+        storage=storage_id,
+    )
+
+
 def _known(connection: Connection, storage_id: uuid.UUID) -> list[dict[str, Any]]:
     return rows(
         connection,
-        """SELECT a.uri, a.path AS announced_path, a.size AS announced_size,
-                  a.mtime AS announced_mtime, a.kind, r.uid, r.oid, r.path, r.size, r.mtime,
+        """SELECT a.uri, a.path AS announced_path, a.size AS announced_size, a.digest AS claimed,
+                  a.mtime AS announced_mtime, a.kind, i.kind AS item_kind, r.uid, r.oid, r.path, r.size, r.mtime,
                   r.state, i.digest, i.state AS item_state, i.version, i.uri AS owner_uri
              FROM announced a
              JOIN LATERAL (
@@ -251,63 +270,6 @@ def update_mtimes(connection: Connection, pairs: Sequence[tuple[uuid.UUID, float
         uids=[uid for uid, _ in pairs],
         times=[mtime for _, mtime in pairs],
     )
-
-
-def add_version(
-    connection: Connection,
-    storage_id: uuid.UUID,
-    old_uid: uuid.UUID,
-    announcement: Announcement,
-    terms: Terms,
-    actor: str,
-    now: datetime,
-) -> int:
-    """The bytes at a path are a new version: the old replica is MISSING, and the next version of
-    the item is announced there. Returns the version."""
-    run(
-        connection,
-        "UPDATE replica SET state = 'MISSING' WHERE uid = :uid AND state IN ('READY', 'SUSPECT')",
-        uid=old_uid,
-    )
-    # its place is taken; should the old version be copied back here, it goes beside
-    run(
-        connection,
-        """UPDATE replica r SET path = split_part(i.uri, ':', 1) || '@' || i.version || '/' || r.path
-             FROM data_item i WHERE r.uid = :uid AND i.oid = r.oid AND r.state = 'MISSING'""",
-        uid=old_uid,
-    )
-    oid, uid = new_id(), new_id()
-    version = rows(
-        connection,
-        """INSERT INTO data_item (oid, uri, version, uri_bucket, kind, size, target_phase,
-                                  collection_id, owner, tags, expires_at, created_at)
-           SELECT :oid, :uri, max(version) + 1, :bucket, :kind, :size, :phase,
-                  CAST(:collection AS uuid), :owner, CAST(:tags AS jsonb),
-                  CAST(:expires AS timestamptz), :now
-             FROM data_item WHERE uri = :uri RETURNING version""",
-        oid=oid, uri=announcement.uri, bucket=uri_bucket(announcement.uri),
-        kind=announcement.kind.value, size=announcement.size, phase=terms.target_phase,
-        collection=terms.collection_id, owner=terms.owner, tags=Jsonb(terms.tags or {}),
-        expires=terms.item_expires_at, now=now,
-    )[0]["version"]  # fmt: skip
-    insert_replica(
-        connection, oid, uid, storage_id, announcement.path, announcement.size,
-        announcement.mtime, terms.replica_expires_at, now,
-    )  # fmt: skip
-    run(
-        connection,
-        """INSERT INTO operation (operation_id, kind, oid, uid, reason, actor, due_at, created_at)
-           VALUES (:id, 'admit', :oid, :uid, 'announced as a new version', :actor, :now, :now)""",
-        id=new_id(),
-        oid=oid,
-        uid=uid,
-        actor=actor,
-        now=now,
-    )
-    if terms.urgency != Urgency():
-        given = {"priority": terms.urgency.priority, "needed_by": terms.urgency.needed_by}
-        set_urgency(connection, [oid], given)
-    return int(version)
 
 
 def insert_replica(
@@ -517,14 +479,21 @@ def add_watch(
     interval: timedelta,
     now: datetime,
 ) -> uuid.UUID:
-    """Watch a folder (encoded path, '' for the root) of a storage from now on."""
+    """Watch a folder (encoded path, '' for the root) of a storage from now on.
+
+    Raises
+    ------
+    AlreadyExistsError
+        it is watched already.
+    """
     watch_id = new_id()
-    run(
+    made = run(
         connection,
         """INSERT INTO watch (watch_id, storage_id, path, scheme, options, interval, scan_at,
                               created_at)
            VALUES (:id, :storage, :path, :scheme, CAST(:options AS jsonb),
-                   CAST(:interval AS interval), :now, :now)""",
+                   CAST(:interval AS interval), :now, :now)
+           ON CONFLICT (storage_id, path) DO NOTHING""",
         id=watch_id,
         storage=storage_id,
         path=path,
@@ -533,6 +502,8 @@ def add_watch(
         interval=interval,
         now=now,
     )
+    if not made:
+        raise AlreadyExistsError(noun="watch", key=path or "/")
     return watch_id
 
 

@@ -394,15 +394,32 @@ _SELECTED = """
 def retry_failed(
     connection: Connection, now: datetime, selector: FailedSelector | None = None
 ) -> int:
-    """Queue FAILED operations again, all or the selected ones, with their tries forgotten."""
+    """Queue FAILED operations again, all or the selected ones, with their tries forgotten; how many.
+
+    Of several of a kind on one replica the newest is, if none is queued or running, else two workers
+    would do the same at once; the others are CANCELLED.
+    """
     chosen = selector or FailedSelector()
+    values = {
+        "now": now,
+        "kind": chosen.kind.value if chosen.kind else None,
+        "storage": chosen.storage_id,
+        "oid": chosen.oid,
+        "code": chosen.error_code,
+    }
+    run(
+        connection,
+        f"""UPDATE operation o SET state = 'CANCELLED', finished_at = :now
+             WHERE {_SELECTED} AND EXISTS (
+               SELECT FROM operation x WHERE x.uid = o.uid AND x.kind = o.kind
+                  AND (x.state IN ('QUEUED', 'RUNNING')
+                       OR (x.state = 'FAILED' AND x.operation_id > o.operation_id
+                           AND (CAST(:code AS text) IS NULL OR x.error_code = :code))))""",
+        **values,
+    )
     return run(
         connection,
         f"""UPDATE operation o SET state = 'QUEUED', attempts = 0, due_at = :now, finished_at = NULL
              WHERE {_SELECTED}""",
-        now=now,
-        kind=chosen.kind.value if chosen.kind else None,
-        storage=chosen.storage_id,
-        oid=chosen.oid,
-        code=chosen.error_code,
+        **values,
     )

@@ -103,7 +103,7 @@ tree(top, collection_id) AS (
   UNION SELECT t.top, c.collection_id FROM tree t JOIN collection c ON c.parent_id = t.collection_id),
 gone AS (
   SELECT t.top AS collection_id, count(*) AS n FROM data_item i JOIN tree t USING (collection_id)
-   WHERE i.state = 'EXPIRED'
+   WHERE i.expired
      AND NOT EXISTS (SELECT FROM plan_entry e JOIN plan p USING (plan_id)
                       WHERE e.oid = i.oid AND p.state = 'APPROVED')
    GROUP BY 1),

@@ -137,6 +137,7 @@ data_item = Table(
         Moment,
         Computed("CASE WHEN state IN ('READY', 'CORRUPTED') THEN expires_at END", True),
     ),
+    Column("expired", Boolean, Computed("CASE WHEN state = 'EXPIRED' THEN true END", True)),
     UniqueConstraint("uri", "version"),
     Index("data_item_expiring", "expiring_at", postgresql_where=text("expiring_at IS NOT NULL")),
     Index("data_item_below_target", "oid", postgresql_where=text("shortfall IS NOT NULL")),
@@ -146,6 +147,7 @@ data_item = Table(
         postgresql_where=text("collection_id IS NOT NULL"),
     ),
     Index("data_item_bucket", "uri_bucket"),
+    Index("data_item_expired", "collection_id", postgresql_where=text("expired")),
     postgresql_with=_ROOM,
 )
 

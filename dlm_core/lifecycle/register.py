@@ -6,7 +6,6 @@ Announcing makes INITIALISED items with PENDING replicas and queues their admiss
 
 from __future__ import annotations
 
-import re
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,8 +19,10 @@ from typing import Any
 from sqlalchemy import Connection
 
 from dlm_core.catalogue import items as catalogue
+from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.catalogue.items import Announcement, Terms
+from dlm_core.catalogue.versions import add_version
 from dlm_core.errors import (
     DigestConflictError,
     DlmError,
@@ -36,6 +37,7 @@ from dlm_core.storages.prefetch import Prefetched
 from dlm_core.transfers.checksums import observe
 from dlm_core.types import (
     ItemState,
+    OperationKind,
     PayloadKind,
     ReplicaState,
     decode_path,
@@ -271,6 +273,7 @@ def _announce_chunk(
     )
     report.created += merged.created
     report.replicated += max(merged.replicated, 0)
+    _renew(context, source, row, merged.gone, report)
     _look_closer(context, source, row, storage, merged.known, report)
 
 
@@ -313,18 +316,30 @@ def _look_closer(
         same_place = one["path"] == one["announced_path"] and one["owner_uri"] == one["uri"]
         if not same_place:
             report.refuse(one["uri"], _conflict(one, source.storage))
-        elif one["kind"] == PayloadKind.FILE and (one["size"], one["mtime"]) != (
+            continue
+        if one["kind"] == PayloadKind.FILE and (one["size"], one["mtime"]) != (
             one["announced_size"],
             one["announced_mtime"],
         ):
             if _changed(context, source, row, storage, one, report):
                 continue
             touched.append((one["uid"], one["announced_mtime"]))
-            report.unchanged += 1
+        if (why := _other_than_said(one)) is not None:
+            report.refuse(one["uri"], why)
         else:
             report.unchanged += 1
     if touched:
         context.transact(lambda c: catalogue.update_mtimes(c, touched))
+
+
+def _other_than_said(one: Mapping[str, Any]) -> str | None:
+    """How a known item whose bytes did not change is another than was announced, or None."""
+    if one["claimed"] is not None and one["digest"] not in (None, one["claimed"]):
+        return f"is registered with digest {one['digest']}, the checksums say {one['claimed']}"
+    # until it is admitted an item is a file by default
+    if one["item_state"] != ItemState.INITIALISED and one["kind"] != one["item_kind"]:
+        return f"is registered as a {one['item_kind']}, but there is a {one['kind']}"
+    return None
 
 
 def _conflict(one: Mapping[str, Any], storage: str) -> str:
@@ -359,48 +374,60 @@ def _changed(
         report.refuse(one["uri"], str(conflict))
         return True
     announcement = Announcement(
-        one["uri"], one["path"], one["announced_size"], one["announced_mtime"]
-    )
-    context.transact(
-        lambda c: catalogue.add_version(
+        one["uri"], one["path"], one["announced_size"], one["announced_mtime"],
+        digest=one["claimed"],
+    )  # fmt: skip
+    _add_version(context, source, row, one["uid"], announcement, report)
+    return True
+
+
+def _renew(
+    context: Context,
+    source: Source,
+    row: Mapping[str, Any],
+    gone: Sequence[Mapping[str, Any]],
+    report: RegisterReport,
+) -> None:
+    """What lies there again though its item has expired or is deleted: a new version, if it is said
+    to be one. Else whatever brought it back would undo the deletion."""
+    for one in gone:
+        if not source.new_version:
+            report.refuse(
+                one["uri"],
+                f"version {one['version']} is {one['state']} and gets no copies any more; register "
+                "it as a new version (--new-version)",
+            )
+            continue
+        announcement = Announcement(
+            one["uri"], one["path"], one["size"], one["mtime"], PayloadKind(one["kind"]),
+            one["digest"],
+        )  # fmt: skip
+        _add_version(context, source, row, None, announcement, report)
+
+
+def _add_version(
+    context: Context,
+    source: Source,
+    row: Mapping[str, Any],
+    old_uid: uuid.UUID | None,
+    announcement: Announcement,
+    report: RegisterReport,
+) -> None:
+    version = context.transact(
+        lambda c: add_version(
             c,
             row["storage_id"],
-            one["uid"],
+            old_uid,
             announcement,
             source.terms,
             context.actor,
             context.clock(),
         )
     )
-    report.new_versions += 1
-    return True
-
-
-_SUM_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
-
-
-def parse_checksums(text: str) -> dict[str, str]:
-    """Digests by path from the format of sha256sum(1), its escapes for odd names included.
-
-    Raises
-    ------
-    InvalidValueError
-        naming the first line that is none.
-    """
-    found = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        match = _SUM_LINE.fullmatch(line)
-        if match is None:
-            raise InvalidValueError(
-                what=f"checksums, line {number}", value=line[:80], expected="'<sha256>  <path>'"
-            )
-        escaped, digest, path = match.groups()
-        if escaped:
-            path = re.sub(r"\\([\\nr])", lambda m: {"\\": "\\", "n": "\n", "r": "\r"}[m[1]], path)
-        found[path.removeprefix("./")] = f"sha256:{digest.lower()}"
-    return found
+    if version is None:
+        report.refuse(announcement.uri, "its place was taken meanwhile; register it again")
+    else:
+        report.new_versions += 1
 
 
 # --- the two-step form of the SKA's ingest --------------------------------------------------------
@@ -471,7 +498,8 @@ def set_uri(context: Context, oid: uuid.UUID, storage: str, path: str) -> uuid.U
 
 
 def set_state(context: Context, oid: uuid.UUID, state: str) -> None:
-    """READY says that the payload has been written: its admission is queued, which reads it.
+    """READY says that the payload has been written: its admission is queued, which reads it, at
+    each place that was told. Saying it again changes nothing.
 
     Raises
     ------
@@ -485,19 +513,23 @@ def set_state(context: Context, oid: uuid.UUID, state: str) -> None:
         item = _item(connection, oid)
         if state != ItemState.READY or item["state"] != ItemState.INITIALISED:
             raise IllegalTransitionError(noun="item", key=item["uri"], old=item["state"], new=state)
-        queued = run(
+        pending = rows(
             connection,
-            """INSERT INTO operation (operation_id, kind, oid, uid, reason, actor, due_at,
-                                      created_at)
-               SELECT :id, 'admit', oid, uid, 'said to be written', :actor, :now, :now FROM replica
-                WHERE oid = :oid AND state = 'PENDING' LIMIT 1""",
-            id=new_id(),
+            """SELECT r.uid, EXISTS (
+                      SELECT FROM operation o WHERE o.uid = r.uid AND o.kind = 'admit'
+                         AND o.state IN ('QUEUED', 'RUNNING')) AS asked
+                 FROM replica r WHERE r.oid = :oid AND r.state = 'PENDING' ORDER BY r.uid""",
             oid=oid,
-            actor=context.actor,
-            now=context.clock(),
         )
-        if not queued:
+        if not pending:
             raise NotFoundError("payload of", item["uri"], "tell its place with set_uri first")
+        now, why = context.clock(), "said to be written"
+        admissions = [
+            queue.NewOperation(OperationKind.ADMIT, oid, one["uid"], why, now)
+            for one in pending
+            if not one["asked"]
+        ]
+        queue.insert_operations(connection, admissions, context.actor, now)
 
     context.transact(queue_admission)
 

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from dlm_core.catalogue import items as catalogue
 from dlm_core.catalogue.items import count_watches_due
 from dlm_core.catalogue.operations import count_due
-from dlm_core.errors import StorageError
+from dlm_core.errors import InputError, StorageError
 from dlm_core.lifecycle.register import RegisterReport, Source, register_list, storage_by_name
 from dlm_core.lifecycle.work import Context, log
 from dlm_core.storages.port import Storage
@@ -35,7 +35,7 @@ def add_watch(
 
     Raises
     ------
-    NotFoundError, CatalogueError
+    NotFoundError, AlreadyExistsError
         no such storage; watched already.
     """
     row = storage_by_name(context, storage)
@@ -54,8 +54,9 @@ def scan_watches(context: Context) -> RegisterReport:
     for watch in context.transact(lambda c: catalogue.claim_watches(c, context.clock())):
         try:
             report = _scan(context, watch)
-        except StorageError as error:
-            # it is looked at again after its interval; the other folders are not held up
+        except (StorageError, InputError) as error:
+            # it is down, or out of use; it is looked at again after its interval, and neither the
+            # other folders are held up nor the admissions
             log.warning("watched folder %s:%s: %s", watch["storage"], watch["path"], error)
             continue
         total.created += report.created

@@ -9,7 +9,12 @@ from collections.abc import Iterable
 from functools import lru_cache
 from hashlib import sha256
 
-from dlm_core.errors import ChangedWhileReadError, PathRefusedError, PayloadNotFoundError
+from dlm_core.errors import (
+    ChangedWhileReadError,
+    InvalidValueError,
+    PathRefusedError,
+    PayloadNotFoundError,
+)
 from dlm_core.storages.port import ReadStream, Storage
 from dlm_core.types import ManifestEntry, Observation, PayloadKind, encode_path
 
@@ -26,6 +31,7 @@ _MAGIC = {
 }
 _ANY_MAGIC = tuple(_MAGIC)
 _SUFFIXES = re.compile(r"(\.[^./]+){1,2}\Z")
+_SUM_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
 
 
 def observe(
@@ -120,3 +126,29 @@ def manifest_digest(entries: Iterable[ManifestEntry]) -> str:
         line = f"{one.digest.removeprefix('sha256:')}  {one.size}  {encode_path(one.path)}\n"
         hasher.update(line.encode("ascii"))
     return f"sha256:{hasher.hexdigest()}"
+
+
+def parse_checksums(text: str) -> dict[str, str]:
+    """Digests by path from the format of sha256sum(1), its escapes for odd names included.
+
+    Raises
+    ------
+    InvalidValueError
+        naming the first line that is none.
+    """
+    found = {}
+    # at newlines only: names may have what else ends a line for Python
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if not line.strip():
+            continue
+        match = _SUM_LINE.fullmatch(line)
+        if match is None:
+            raise InvalidValueError(
+                what=f"checksums, line {number}", value=line[:80], expected="'<sha256>  <path>'"
+            )
+        escaped, digest, path = match.groups()
+        if escaped:
+            path = re.sub(r"\\([\\nr])", lambda m: {"\\": "\\", "n": "\n", "r": "\r"}[m[1]], path)
+        found[path.removeprefix("./")] = f"sha256:{digest.lower()}"
+    return found

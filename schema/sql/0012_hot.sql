@@ -8,11 +8,15 @@ ALTER TABLE replica SET (fillfactor = 40);
 
 ALTER TABLE data_item
   ADD COLUMN expiring_at moment
-    GENERATED ALWAYS AS (CASE WHEN state IN ('READY', 'CORRUPTED') THEN expires_at END) STORED;
+    GENERATED ALWAYS AS (CASE WHEN state IN ('READY', 'CORRUPTED') THEN expires_at END) STORED,
+  ADD COLUMN expired boolean
+    GENERATED ALWAYS AS (CASE WHEN state = 'EXPIRED' THEN true END) STORED;
 COMMENT ON COLUMN data_item.expiring_at IS 'Its expires_at as long as it can still expire.';
+COMMENT ON COLUMN data_item.expired IS 'true while it is EXPIRED, else NULL.';
 DROP INDEX data_item_expiring;
 CREATE INDEX data_item_expiring ON data_item (expiring_at) WHERE expiring_at IS NOT NULL;
-DROP INDEX data_item_expired;  -- nothing looked there
+DROP INDEX data_item_expired;
+CREATE INDEX data_item_expired ON data_item (collection_id) WHERE expired;
 
 ALTER TABLE replica
   ADD COLUMN live boolean

@@ -158,6 +158,38 @@ def test_every_claim_has_a_token_of_its_own(site):
     assert len(tokens) == len(set(tokens)) == 2
 
 
+def test_what_failed_is_queued_again_once_for_each_replica(site):
+    """Of several operations of a kind on it the newest, and none beside one that is queued: two
+    workers would do the same at once."""
+
+    def fail():
+        site.execute(
+            """UPDATE operation SET state = 'FAILED', error_code = 'DLM-302', finished_at = :now
+                WHERE state = 'QUEUED'""",
+            now=site.now,
+        )
+
+    def ask():
+        return site.context.transact(
+            lambda c: request_verification(c, actor="user:test", now=site.now)
+        )
+
+    def states():
+        found = site.query("SELECT state FROM operation ORDER BY state")
+        return [row["state"] for row in found]
+
+    fail()
+    assert ask() == 2
+    fail()
+    assert states() == ["FAILED"] * 4
+    assert site.context.transact(lambda c: queue.retry_failed(c, site.now)) == 2
+    assert states() == ["CANCELLED"] * 2 + ["QUEUED"] * 2
+    fail()
+    assert ask() == 2
+    assert site.context.transact(lambda c: queue.retry_failed(c, site.now)) == 0
+    assert states() == ["CANCELLED"] * 4 + ["QUEUED"] * 2
+
+
 def test_tries_end():
     """Each wait is at most twice as long as the last and none longer than the ceiling; after the
     last try there is none."""

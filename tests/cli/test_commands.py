@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import Engine
 
 from dlm_cli.session import parse_duration, parse_size, parse_time
-from dlm_core.catalogue.engine import rows
+from dlm_core.catalogue.engine import begin, rows
 from dlm_core.errors import InvalidValueError
 from dlm_core.storages.conformance import CHECKS
 from dlm_core.storages.open import open_storage
@@ -119,6 +119,12 @@ def test_a_reader_that_goes_away_is_no_error(dlm: Dlm, storages: Any) -> None:
         (["watch", "add", "a", "--scheme", "No Scheme"], "DLM-101"),
         (["register", "a", "--expires", "2300-01-01T00:00Z"], "DLM-101"),
         (["register", "a", "--prefix", "/absolute/"], "DLM-101"),
+        (["item", "show", "file:x", "--version", "2147483648"], "DLM-100"),
+        (["item", "show", "\udcff"], "DLM-100"),
+        (["storage", "add", "a\nb", "--location", "here", "--root", "relative"], "DLM-101"),
+        (["verify", "--storage", ""], "DLM-102"),
+        (["retry", "--item", ""], "DLM-102"),
+        (["retry", "--kind", ""], "DLM-101"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -128,6 +134,43 @@ def test_bad_input_is_one_line_and_exit_code_2(
     result = dlm(*arguments)
     refused(result, code, 2)
     assert result.out == ""
+
+
+@pytest.mark.parametrize("more", [["a", "--tag", "novalue"], ["nope"], ["a", "--by", "soon"]])
+def test_a_refused_registration_makes_no_collection(
+    dlm: Dlm, storages: Any, engine: Engine, more: list[str]
+) -> None:
+    """Nothing is changed by what is refused."""
+    assert dlm("register", *more, "--collection", "typo").code == 2
+    with begin(engine, "test") as connection:
+        assert rows(connection, "SELECT name FROM collection") == []
+
+
+def test_an_empty_name_of_a_storage_does_not_stand_for_all(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None]
+) -> None:
+    """A shell's unset variable must not let the whole item expire."""
+    (storages["a"] / "x").write_bytes(b"x")
+    dlm("register", "a")
+    settle()
+    refused(dlm("expire", "file:x", "--storage", "", "--reason", "r"), "DLM-102", 2)
+    assert dlm("item", "show", "file:x", "--json").json["expires_at"] is None
+
+
+def test_a_folder_is_watched_once(dlm: Dlm, storages: Any) -> None:
+    """A second watch on it is refused by name."""
+    assert dlm("watch", "add", "a", "in").code == 0
+    assert "'in'" in refused(dlm("watch", "add", "a", "in", "--every", "1m"), "DLM-103", 2)
+
+
+def test_json_tells_names_that_are_no_utf8(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path
+) -> None:
+    """What was refused with such a name is told as any other."""
+    (tmp_path / "names").write_bytes(b"\xff\n")
+    told = dlm("register", "a", "--list", str(tmp_path / "names"), "--json")
+    assert (told.code, told.json["refused"]) == (2, 1)
+    assert told.json["reasons"][0]["path"] == "\udcff"
 
 
 def test_a_storage_that_is_not_there_is_not_added(dlm: Dlm, tmp_path: Path) -> None:
@@ -356,18 +399,20 @@ def test_a_changed_payload_is_refused_with_both_digests(
 def test_a_list_of_paths_and_checksums_are_taken_from_files(
     dlm: Dlm, storages: dict[str, Path], tmp_path: Path, settle: Callable[[], None]
 ) -> None:
-    """--list names what to register; a sum that does not agree keeps the item from READY, and
-    why tells the error; an empty list is refused."""
-    for name in ("good", "bad", "other"):
+    """--list names what to register, each name to its newline; a sum that does not agree keeps the
+    item from READY, and why tells the error; an empty list is refused."""
+    for name in ("good", "bad", "other", "form\x0cfeed"):
         (storages["a"] / name).write_bytes(b"")
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     sums, names = tmp_path / "SHA256SUMS", tmp_path / "names"
     sums.write_text(f"{empty}  good\n{'0' * 64}  bad\n")
-    names.write_text("good\nbad\n")
+    names.write_text("good\nbad\nform\x0cfeed\n")
     dlm("register", "a", "--list", str(names), "--checksums", str(sums))
     settle()
     states = {row["uri"]: row["state"] for row in dlm("item", "list", "--json").json}
-    assert states == {"file:good": "READY", "file:bad": "INITIALISED"}
+    assert states == {
+        "file:good": "READY", "file:bad": "INITIALISED", "file:form%0Cfeed": "READY",
+    }  # fmt: skip
     assert "DLM-4" in dlm("item", "why", "file:bad").out
     names.write_text("\n")
     refused(dlm("register", "a", "--list", str(names)), "DLM-106", 2)

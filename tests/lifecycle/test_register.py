@@ -16,12 +16,17 @@ from dlm_core.lifecycle import register
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import (
     Source,
-    parse_checksums,
     register_list,
     register_tree,
 )
-from dlm_core.lifecycle.watch import add_watch, count_registration_due, scan_watches
+from dlm_core.lifecycle.watch import (
+    add_watch,
+    count_registration_due,
+    plan_registration,
+    scan_watches,
+)
 from dlm_core.lifecycle.work import drain
+from dlm_core.transfers.checksums import parse_checksums
 from dlm_core.types import Observation, OperationKind, decode_path, make_uri, new_id, uri_path
 from tests.backends import s3_config
 from tests.payloads import put
@@ -357,6 +362,20 @@ def test_watched_folders_register_what_has_settled(site):
     assert set(items(site)) == {"test:drop/x", "test:drop/growing"}
     site.advance(seconds=31)
     assert scan_watches(site.context).created == 0
+
+
+def test_a_watch_on_a_storage_out_of_use_holds_nothing_up(site):
+    """The other folders are looked at, and what was announced is let in."""
+    site.add_storage("gone", "B")
+    for storage in ("gone", "in"):
+        add_watch(site.context, storage, scheme="test")
+        write(site, {storage: b"1"}, storage)
+    scan_watches(site.context)
+    site.set_storage("gone", mode="lost")
+    site.advance(seconds=31)
+    executors = {OperationKind.ADMIT: execute_admit}
+    assert drain(site.context, executors, plan_registration).done == {"admit": 1}
+    assert set(items(site)) == {"test:in"}
 
 
 def test_metadata_come_from_the_plug_ins(site):

@@ -396,6 +396,22 @@ def test_a_deletion_reads_no_table_through(site: Engine) -> None:
         assert after[table]["fetched"] - before[table]["fetched"] < 10 * 1000
 
 
+def test_the_share_of_a_collection_that_goes_is_counted_from_what_goes(site: Engine) -> None:
+    """The items of a large collection that stay are not looked at, each time that one is due."""
+    with site.connect() as connection:
+        run(connection, "SELECT set_config('dlm.now', :now, true)", now=NOW.isoformat())
+        run(connection, "INSERT INTO collection (collection_id, name) VALUES (:id, 'all')",
+            id=new_id())  # fmt: skip
+        run(connection, "UPDATE data_item SET collection_id = c.collection_id FROM collection c")
+        run(connection, "ANALYZE data_item")
+        plan = Plan(connection)
+        with recorded(site) as sent:
+            approval.find_stop(connection, LATER, LIMITS, expiring.Due(1, 1), expiring.Due(0, 0))
+        plan.take(_explained(connection, *sent[-1]))
+        connection.rollback()
+    assert {"data_item_expiring", "data_item_expired"} <= plan.indexes
+
+
 def _read_through(connection: Connection) -> dict[str, dict[str, int]]:
     """Sequential scans of the large tables in this transaction so far, and rows by indexes."""
     found = rows(

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import Any
+
 from alembic import command
+from sqlalchemy import Connection
 
 from dlm_core.catalogue import schema
 from dlm_core.catalogue.engine import begin, make_engine, rows, run
-from tests.schema.rules import NOW, insert, ready_item, set_clock, set_item, set_replica
+from tests.schema.rules import (
+    NOW,
+    add_item,
+    add_replica,
+    add_storage,
+    insert,
+    ready_item,
+    set_clock,
+    set_item,
+    set_replica,
+    ways,
+)
 from tests.schema.test_rules import new_id, refusal
 
 
@@ -32,3 +47,70 @@ def test_what_was_there_before_is_there_and_keeps_its_rules(empty_database_url: 
         storage = rows(connection, "SELECT DISTINCT verify_every_days AS d FROM storage")
         assert storage == [{"d": 90}]
     engine.dispose()
+
+
+def test_what_the_predicates_said_of_state_the_new_columns_say(empty_database_url: str) -> None:
+    """Of every state, with and without an end, trashed or not: an index of 0012 has the rows that
+    its predecessor had, the next check counts from the last look, and nothing is told anew."""
+    engine = make_engine(empty_database_url)
+    with begin(engine, "test") as connection:
+        command.upgrade(schema._config(connection), "0011")
+        run(connection, "SELECT dlm_ensure_partitions(now(), 3)")
+        set_clock(connection)
+        for way in ways(connection, "replica", "PENDING").values():
+            for end in (None, NOW):
+                oid, _ = ready_item(connection)
+                uid = add_replica(connection, oid, add_storage(connection), expires_at=end)
+                for state in way[1:]:
+                    set_replica(connection, uid, state)
+        for way in ways(connection, "item", "INITIALISED").values():
+            oid = add_item(connection, expires_at=NOW)
+            for state in way[1:]:
+                set_item(connection, oid, state)
+        run(
+            connection,
+            """UPDATE replica SET trashed_at = checked_at
+                WHERE state = 'TRASHED' AND expires_at IS NULL""",
+        )
+        run(
+            connection,
+            """UPDATE replica SET told_at = checked_at + interval '1 day' WHERE state = 'READY'""",
+        )
+        before = _said(connection)
+    schema.upgrade(empty_database_url)
+    with begin(engine, "test", NOW) as connection:
+        assert _said(connection) == before
+        for table, of in _OLD.items():
+            for new, old in of.items():
+                wrong = f"SELECT * FROM {table} WHERE ({new}) IS DISTINCT FROM ({old})"
+                assert rows(connection, wrong) == [], new
+        late = "SELECT * FROM replica WHERE check_from > greatest(checked_at, told_at)"
+        assert rows(connection, late) == []
+        early = "SELECT max(greatest(checked_at, told_at) - check_from) AS n FROM replica"
+        assert rows(connection, early) == [{"n": timedelta()}]
+    engine.dispose()
+
+
+#: what the columns of 0012 stand for, by table
+_OLD = {
+    "data_item": {
+        "expiring_at": "CASE WHEN state IN ('READY', 'CORRUPTED') THEN expires_at END",
+        "coalesce(expired, false)": "state = 'EXPIRED'",
+    },
+    "replica": {
+        "coalesce(live, false)": "state NOT IN ('TRASHED', 'DELETED')",
+        "coalesce(owns_path, false)": "state <> 'DELETED' AND trashed_at IS NULL",
+        "deletable_at IS NOT NULL": """expires_at IS NOT NULL
+            AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')""",
+        "coalesce(deletable_at, delete_after)": "delete_after",
+    },
+}
+
+
+def _said(connection: Connection) -> list[Any]:
+    """What is counted, told, and on the list of what is looked at."""
+    return [
+        rows(connection, "SELECT count(*) AS n, max(seq) AS last FROM event"),
+        rows(connection, "SELECT * FROM tally ORDER BY noun, storage_id, state, n, bytes"),
+        rows(connection, "SELECT * FROM evaluation ORDER BY oid"),
+    ]

@@ -1,0 +1,134 @@
+"""What is registered a second time: changed, gone, in two ways, or by two at once."""
+
+import pytest
+
+from dlm_core.catalogue.browse import set_item_expiry
+from dlm_core.catalogue.items import Announcement, Terms
+from dlm_core.catalogue.versions import add_version
+from dlm_core.lifecycle import register
+from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.transfers.checksums import parse_checksums
+from tests.lifecycle.test_register import admit, items, write
+from tests.site import make_site
+
+
+@pytest.fixture
+def site(engine, tmp_path):
+    site = make_site(engine, tmp_path)
+    site.add_storage("in", "A")
+    return site
+
+
+def again(site, **options):
+    return register_tree(site.context, Source("in", "test", **options))
+
+
+def registered(site, files):
+    write(site, files)
+    again(site)
+    admit(site)
+
+
+def versions(site):
+    found = site.query("SELECT uri, version, state FROM data_item ORDER BY uri, version")
+    return [tuple(row.values()) for row in found]
+
+
+@pytest.mark.parametrize("until", ["DELETED", "EXPIRED"])
+def test_what_has_gone_comes_back_as_a_new_version_only(site, until):
+    """Its copies would be no one's: nothing is made for an item that has expired. Said to be a new
+    version it is one, and lives."""
+    registered(site, {"x": b"1"})
+    site.context.transact(lambda c: set_item_expiry(c, "test:x", site.now, "gone", None))
+    site.settle()
+    if until == "DELETED":
+        site.advance(hours=2)
+        site.settle()
+    assert versions(site) == [("test:x", 1, until)]
+    write(site, {"x": b"1", "y": b"2"})
+    report = again(site)
+    assert (report.created, report.replicated, report.refused) == (1, 0, 1)
+    assert report.reasons[0][0] == "test:x" and f"version 1 is {until}" in report.reasons[0][1]
+    assert admit(site).done == {"admit": 1}
+    assert again(site, new_version=True).new_versions == 1
+    assert admit(site).done == {"admit": 1}
+    assert versions(site)[:2] == [("test:x", 1, until), ("test:x", 2, "READY")]
+    report = again(site)
+    assert (report.unchanged, report.refused) == (2, 0)
+
+
+@pytest.mark.parametrize("state", ["SUSPECT", "CORRUPTED", "MISSING"])
+def test_a_new_version_takes_the_place_of_a_copy_that_was_given_up(site, state):
+    """A look may have found the change before it was registered."""
+    registered(site, {"x": b"1", "y": b"2"})
+    for one in dict.fromkeys(["SUSPECT", state]):
+        site.execute("UPDATE replica SET state = :one WHERE path = 'x'", one=one)
+    write(site, {"x": b"22"})
+    assert again(site, new_version=True).new_versions == 1
+    assert admit(site).done == {"admit": 1}
+    assert again(site).unchanged == 2
+    found = site.query("SELECT path, state FROM replica ORDER BY path")
+    assert [tuple(row.values()) for row in found] == [
+        ("test@1/x", "MISSING"), ("x", "READY"), ("y", "READY"),
+    ]  # fmt: skip
+
+
+def test_of_two_who_find_a_new_version_one_makes_it(site):
+    """The other is told that the place is taken, and its registration goes on."""
+    registered(site, {"x": b"1"})
+    (old,) = site.query("SELECT uid FROM replica")
+    new = Announcement("test:x", "x", 2)
+
+    def make(connection):
+        where, who = site.storages["in"], "user:test"
+        return add_version(connection, where, old["uid"], new, Terms(), who, site.now)
+
+    made = [site.context.transact(make) for _ in range(2)]
+    assert made == [2, None]
+    paths = site.query("SELECT path FROM replica ORDER BY path")
+    assert [row["path"] for row in paths] == ["test@1/x", "x"]
+
+
+def test_checksums_brought_later_are_compared_too(site):
+    """With what is known already, and with a new version's bytes."""
+    registered(site, {"x": b"1"})
+    wrong = {"x": "sha256:" + "0" * 64}
+    report = again(site, checksums=wrong)
+    assert (report.unchanged, report.refused) == (0, 1)
+    assert "0" * 64 in report.reasons[0][1]
+    write(site, {"x": b"22"})
+    assert again(site, checksums=wrong, new_version=True).new_versions == 1
+    assert admit(site).failed == {"DLM-400": 1}
+    assert versions(site) == [("test:x", 1, "READY"), ("test:x", 2, "INITIALISED")]
+
+
+def test_a_directory_in_a_files_place_is_not_unchanged(site):
+    """It is refused, with what was registered."""
+    registered(site, {"x": b"1"})
+    (site.folder / "in" / "x").unlink()
+    write(site, {"x/1": b"1"})
+    report = again(site, as_directory=["x"])
+    assert (report.unchanged, report.refused) == (0, 1)
+    assert report.reasons == [("test:x", "is registered as a file, but there is a directory")]
+
+
+def test_what_is_said_to_be_written_twice_is_read_once(site):
+    """set_state again queues nothing more; each place that was told is read."""
+    site.add_storage("out", "B")
+    oid = register.init_data_item(site.context, "test:x")
+    for storage in ("in", "out"):
+        write(site, {"x": b"1"}, storage)
+        register.set_uri(site.context, oid, storage, "x")
+    for _ in range(2):
+        register.set_state(site.context, oid, "READY")
+    assert admit(site).done == {"admit": 2}
+    assert site.replicas(oid) == {"in": "READY", "out": "READY"}
+    assert items(site)["test:x"]["state"] == "READY"
+
+
+@pytest.mark.parametrize("odd", ["\x0c", "\x85", "\u2028", "\x1c"])
+def test_names_in_checksum_files_end_at_newlines(odd):
+    """sha256sum escapes no other octets that end a line for Python."""
+    digest = "a" * 64
+    found = parse_checksums(f"{digest}  x{odd}y\r\n{digest}  z\n")
+    assert list(found) == [f"x{odd}y", "z"]

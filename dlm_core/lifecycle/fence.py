@@ -90,7 +90,7 @@ class _Fenced:
         self._inner, self._fence = inner, fence_
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute == "rename_many":
+        if attribute in ("rename_many", "remove_file"):
             raise AttributeError(attribute)  # one by one, each through the fence
         return getattr(self._inner, attribute)
 

@@ -449,6 +449,11 @@ class S3Storage:
         with self._translated(path):
             obstore.delete(self._store, [key, *below])
 
+    def remove_file(self, path: str) -> None:
+        key = self._key(path)
+        with self._translated(path):
+            obstore.delete(self._store, [key])
+
     def _is_object(self, path: str) -> bool:
         try:
             with self._translated(path):

@@ -227,3 +227,12 @@ def test_a_file_goes_without_what_only_begins_with_its_name(bucket):
     assert paths(bucket) == ["tree/y", "x/y", "z/y"]
     bucket.remove("tree")
     assert paths(bucket) == ["x/y", "z/y"]
+
+
+def test_one_of_two_that_clear_the_same_file_leaves_what_only_begins_with_its_name(bucket):
+    """Whoever comes second finds no object of that name any more, only those below it."""
+    put(bucket, "x")
+    put(bucket, "x/y")
+    for _ in range(2):
+        bucket.remove_file("x")
+    assert paths(bucket) == ["x/y"]

@@ -31,7 +31,7 @@ from dlm_core.errors import (
     SourceDamagedError,
     StorageUnavailableError,
 )
-from dlm_core.storages.port import Storage, temp_path
+from dlm_core.storages.port import Storage, remove_file, temp_path
 from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.pooled import MAX_CHUNK, TINY, Turns, at_once, in_chunks, near
 from dlm_core.transfers.proving import Prover
@@ -520,11 +520,19 @@ class _Mover:
             if not self.atomic:
                 self.destination.remove(copy.written)
                 return
-            for file in copy.files:
-                damaged = isinstance(file.error, DestinationDamagedError)
-                # after an outage the next try adopts the files that came through
-                if file.made and (damaged or not error.retryable):
-                    self.destination.remove(file.written)
+            # after an outage the next try adopts the files that came through
+            made = [
+                file.written
+                for file in copy.files
+                if file.made
+                and (isinstance(file.error, DestinationDamagedError) or not error.retryable)
+            ]
+            if made:
+                with self.lane.taking_back(copy.task.operation_id, self.destination) as storage:
+                    if storage is None:
+                        return
+                    for path in made:
+                        remove_file(storage, path)
         except DlmError:
             pass  # the sweep finds it; the task's own error is the one to tell
 

@@ -117,6 +117,10 @@ def _unseen(_: uuid.UUID, __: str, ___: int) -> None:
     pass
 
 
+def _ours(_: uuid.UUID, storage: Storage) -> AbstractContextManager[Storage | None]:
+    return nullcontext(storage)
+
+
 @dataclass(frozen=True, slots=True)
 class Lane:
     """The limits that a copy keeps besides its bytes' pace, and who watches it; by default none.
@@ -125,10 +129,14 @@ class Lane:
     are read back (``back``).
     ``watch(operation_id, step, size)`` is told of bytes of files that are not small, by block;
     ``step`` is copy or check.
+    ``taking_back(operation_id, storage)`` is held while what a try made under its final name is
+    removed from what it gives; it gives None to who has lost the operation: others may have found
+    these files there, and made them theirs.
     """
 
     places: Callable[[bool, int], AbstractContextManager[None]] = _anywhere
     watch: Callable[[uuid.UUID, str, int], None] = _unseen
+    taking_back: Callable[[uuid.UUID, Storage], AbstractContextManager[Storage | None]] = _ours
 
 
 def sub_batches(tasks: Sequence[CopyTask]) -> Iterator[list[CopyTask]]:

@@ -28,16 +28,7 @@ from dlm_core.storages.conformance import get, put
 from dlm_core.storages.packing import pack
 from dlm_core.storages.posix import PosixStorage
 from tests.backends import bundled
-from tests.fakes import (
-    FAR,
-    Counting,
-    Hooked,
-    StoppedError,
-    Stopping,
-    Wrapped,
-    any_digest,
-    die_after,
-)
+from tests.fakes import FAR, Counting, StoppedError, Stopping, Wrapped, any_digest
 from tests.faulty import ALWAYS, Fault, Faulty
 
 FILES = {f"block-{n % 2}/{n:03}.dat": f"bytes of {n} ".encode() * (n + 1) for n in range(12)}
@@ -603,22 +594,3 @@ def test_an_unbroken_stream_of_bytes_is_read_and_written(disk):
 class _Failing(io.RawIOBase):
     def read(self, size: int = -1, /) -> bytes:
         raise ZeroDivisionError
-
-
-@pytest.mark.parametrize("how", ["rename", "remove"])
-def test_a_member_goes_without_the_folder_that_was_made_in_its_place(disk, root, how):
-    """Others lie there, one of them too large to be packed; also while a packer that was lost has
-    left single files of some to be cleared."""
-    put(disk, "x", b"packed")
-    pack(disk, any_digest, FAR)
-    put(disk, "x/large", bytes(2 << 20))
-    put(disk, "x/y", b"packed too")
-    with pytest.raises(StoppedError):
-        pack(bundled(Hooked(disk.inner, die_after("remove", "x/y"))), any_digest, FAR)
-    assert single(root) == ["x/large"]
-    if how == "remove":
-        disk.remove("x")
-    else:
-        disk.rename("x", ".dlm/trash/uid")
-        assert get(disk, ".dlm/trash/uid") == b"packed"
-    assert contents(disk) == {"x/y": b"packed too", "x/large": bytes(2 << 20)}

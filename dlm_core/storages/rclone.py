@@ -50,9 +50,10 @@ _LOCKS = 64
 _MOST_FOLDERS = 10_000
 _LOCKED_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
 _LONGEST_MESSAGE = 300
-# what backends say has no codes, only texts
+# what backends say has no codes, only texts, and names in them: quoted, or with a slash
+_NAMES = re.compile(r'"(?:[^"\\]|\\.)*"|\S*/\S*')
 _ABSENT = re.compile(
-    r"(object|directory|file) not found|no such file|not a directory|\b404\b", re.I
+    r"(object|directory|file) not found|no such file|not a directory|(?<![\d\]]:)\b404\b", re.I
 )
 _DENIED = re.compile(
     r"permission denied|access ?denied|unauthori[sz]ed|forbidden|unable to authenticate"
@@ -192,15 +193,25 @@ class RcloneStorage(Listed):
         message = self._without_secrets(str(error))
         if not isinstance(error, RcloneError):
             return self._unavailable(message)
-        if _FULL.search(message):
+        told = self._without_names(message, path)
+        if _FULL.search(told):
             return StorageFullError(storage=self.name, message=message)
-        if _DENIED.search(message):
+        if _DENIED.search(told):
             return AccessDeniedError(storage=self.name, path=path, message=message)
-        if "is a directory" in message:
+        if "is a directory" in told:
             return self._refused(path, "it is a directory, not a file")
-        if _ABSENT.search(message):
+        if _ABSENT.search(told):
             return PayloadNotFoundError(storage=self.name, path=path)
         return self._unavailable(message)
+
+    def _without_names(self, message: str, path: str) -> str:
+        """A file may be called 404, and a folder 'no such file'; a name may have spaces."""
+        while path:
+            message = message.replace(f"/{path}", "/")
+            path = posixpath.dirname(path)
+        if top := self._root.strip("/"):
+            message = message.replace(f"/{top}", "/")
+        return _NAMES.sub(" ", message)
 
     def _without_secrets(self, message: str) -> str:
         """A backend may tell the address that it asked, with what was in it."""

@@ -43,7 +43,12 @@ from dlm_core.storages.wire import Reply, ReplyStream, WireError
 Options = Callable[[], Mapping[str, str]]
 
 _SECRET = "secret_"
-_SECRET_NAMES = re.compile(r"pass|secret|token|credential|bearer|private|(^|_)(key|pem|sas)$")
+# of options that are secrets, or may hold one
+_SECRET_NAMES = re.compile(
+    r"pass|secret|token|credential|bearer|private|cookie|authorization|mnemonic|customer_key"
+    r"|connection_string|(^|_)(keys?|pem|sas(_url)?|headers|access_grant|session_id)$"
+)
+_CREDENTIALS = re.compile("://[^/]*@")
 _TEMP = temp_path("")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}")
 _LOCKS = 64
@@ -101,8 +106,8 @@ def open_rclone(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorag
 
 
 def _check_options(name: str, plain: Mapping[str, str], secrets: Mapping[str, str]) -> None:
-    for key in plain:
-        if _SECRET_NAMES.search(key):
+    for key, value in plain.items():
+        if _is_secret(key, value):
             raise InvalidValueError(
                 what=f"config of storage {name}: {key}", value="(not shown)",
                 expected=f"{_SECRET}{key}=env:NAME, file:/path or credential:NAME",
@@ -115,6 +120,10 @@ def _check_options(name: str, plain: Mapping[str, str], secrets: Mapping[str, st
                 what=f"config of storage {name}: {_SECRET}{key}", value="(not shown)",
                 expected="env:NAME, file:/path or credential:NAME",
             ) from None  # fmt: skip
+
+
+def _is_secret(key: str, value: str) -> bool:
+    return bool(_SECRET_NAMES.search(key) or _CREDENTIALS.search(value))
 
 
 def open_http(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorage:
@@ -217,7 +226,7 @@ class RcloneStorage(Listed):
         """A backend may tell the address that it asked, with what was in it."""
         with suppress(InvalidValueError):
             for key, value in self._options().items():
-                if value and (_SECRET_NAMES.search(key) or key == "headers"):
+                if value and _is_secret(key, value):
                     message = message.replace(value, "(secret)")
         return message.split("\n")[0][:_LONGEST_MESSAGE]
 

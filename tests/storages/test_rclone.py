@@ -225,6 +225,13 @@ def test_a_wrong_password_is_denied_and_not_shown(wsgidav, tmp_path):
         {"type": "webdav", "bearer_token": "hunter2"},
         {"type": "webdav", "secret_pass": "hunter2"},
         {"type": "webdav,pass=hunter2"},
+        {"type": "webdav", "url": "https://dlm:hunter2@dav.example.org"},
+        {"type": "http", "url": "http://x/", "headers": "Authorization,hunter2"},
+        {"type": "azureblob", "sas_url": "https://x.example.org/?sig=hunter2"},
+        {"type": "azurefiles", "connection_string": "AccountKey=hunter2"},
+        {"type": "storj", "access_grant": "hunter2"},
+        {"type": "s3", "sse_customer_key_base64": "hunter2"},
+        {"type": "iclouddrive", "cookies": "hunter2"},
     ],
 )
 def test_a_secret_given_where_a_reference_belongs_is_refused(config):

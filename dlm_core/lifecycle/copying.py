@@ -197,7 +197,7 @@ class Copies:
                 ours = queue.lock_claimed(connection, self.claim.token, [operation_id])
                 yield Fence(connection).around(storage) if ours else None
 
-        return Lane(places, watch, taking_back)
+        return Lane(places, watch, taking_back, lambda: traffic.limits(keys))
 
 
 def _small(rows: Sequence[Row]) -> list[Row]:

@@ -490,8 +490,8 @@ class PosixStream(io.FileIO):
             raise self._storage._translate(error, self._path) from error
 
     def stamp(self) -> Hashable:
-        """Size, time of change and whether the file has a name: one that another was renamed over
-        has none."""
+        """Size, time of change and how many names the file has: one that another was renamed over
+        has one less."""
         return _stamp(os.fstat(self.fileno()))
 
 
@@ -508,7 +508,7 @@ def _folders(pair: tuple[str, str]) -> tuple[str, str]:
 
 
 def _stamp(status: os.stat_result) -> Hashable:
-    return status.st_size, status.st_mtime_ns, status.st_nlink > 0
+    return status.st_size, status.st_mtime_ns, status.st_nlink
 
 
 def _entry(path: str, status: os.stat_result) -> Entry:

@@ -19,6 +19,7 @@ from dlm_core.errors import (
 from dlm_core.storages import kernel, posix
 from dlm_core.storages.posix import PosixStorage
 from dlm_core.types import make_uri, uri_path
+from tests.fakes import StoppedError
 from tests.payloads import get, put
 
 
@@ -226,6 +227,23 @@ def test_renaming_where_the_kernel_lacks_noreplace(disk, monkeypatch, kind):
     with pytest.raises(PayloadExistsError):
         disk.rename(source, target)
     assert get(disk, "new/file") == b"payload" and get(disk, "tree/file") == b"again"
+
+
+def test_a_tree_whose_renaming_was_cut_off_is_renamed_again(disk, monkeypatch):
+    """Where its new name has to be claimed by an empty folder: that is all that is there, and it is
+    in nobody's way."""
+    monkeypatch.setattr(kernel, "_libc", object())
+    put(disk, "tree/file")
+
+    def cut_off(*_, **__):
+        raise StoppedError
+
+    with monkeypatch.context() as lost:
+        lost.setattr(os, "rename", cut_off)
+        with pytest.raises(StoppedError):
+            disk.rename("tree", "new")
+    disk.rename("tree", "new")
+    assert get(disk, "new/file") == b"payload" and disk.stat("tree") is None
 
 
 def test_deep_trees_are_walked(disk):

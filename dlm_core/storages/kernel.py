@@ -92,11 +92,27 @@ def rename_noreplace(old_folder: int, old: str, new_folder: int, new: str) -> No
         raise OSError(number, os.strerror(number), old)
     if stat.S_ISDIR(os.stat(old, dir_fd=old_folder, follow_symlinks=False).st_mode):
         # no atomic way there: mkdir claims the name, rename then replaces only an empty folder
-        os.mkdir(new, dir_fd=new_folder)
+        try:
+            os.mkdir(new, dir_fd=new_folder)
+        except FileExistsError as taken:
+            _rename_over_claim(old_folder, old, new_folder, new, taken)
+            return
         os.rename(old, new, src_dir_fd=old_folder, dst_dir_fd=new_folder)
     else:
         os.link(old, new, src_dir_fd=old_folder, dst_dir_fd=new_folder, follow_symlinks=False)
         os.unlink(old, dir_fd=old_folder)
+
+
+def _rename_over_claim(
+    old_folder: int, old: str, new_folder: int, new: str, taken: FileExistsError
+) -> None:
+    """An empty folder is what somebody left who was cut off after he had claimed the name."""
+    try:
+        os.rename(old, new, src_dir_fd=old_folder, dst_dir_fd=new_folder)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise taken from None
+        raise
 
 
 def sync_filesystem(descriptor: int) -> None:

@@ -247,13 +247,13 @@ class PosixStorage:
             self._pour(source, descriptor, path)
         except BaseException:
             # the medium or the source failed, or we were interrupted: nothing may stay
-            _quietly(os.close, descriptor)
-            _quietly(os.unlink, full)
+            _close_quietly(descriptor)
+            self._clear(full)
             raise
         try:
             os.close(descriptor)  # where NFS tells that the quota is used up
         except OSError as error:
-            _quietly(os.unlink, full)
+            self._clear(full)
             raise self._translate_making(error, path) from error
         return None
 
@@ -290,13 +290,13 @@ class PosixStorage:
             try:
                 done = stream.size == size and self._by_kernel(stream, descriptor, path, moved)
             except BaseException:
-                _quietly(os.close, descriptor)
-                _quietly(os.unlink, full)
+                _close_quietly(descriptor)
+                self._clear(full)
                 raise
         try:
             os.close(descriptor)
             if not done:
-                os.unlink(full)
+                self._clear(full)
         except OSError as error:
             raise self._translate_making(error, path) from error
         return done
@@ -332,6 +332,15 @@ class PosixStorage:
                 return open_without_links(full, _CREATE, 0o644)
         except OSError as error:
             raise self._translate_making(error, path) from error
+
+    def _clear(self, full: str) -> None:
+        """Clearing up after an error that is being told; the sweep finds what stays."""
+        with suppress(OSError):
+            folder, name = self._open_folder(full)
+            try:
+                os.unlink(name, dir_fd=folder)
+            finally:
+                os.close(folder)
 
     def _pour(self, source: Readable, descriptor: int, path: str) -> None:
         written = begun = 0
@@ -527,9 +536,7 @@ def _let_go(descriptor: int, offset: int, length: int) -> None:
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
-def _quietly(call: Callable[..., None], argument: int | str) -> None:
-    """Clearing up after an error that is being told; the sweep finds what stays."""
-    try:
-        call(argument)
-    except OSError:
-        pass
+def _close_quietly(descriptor: int) -> None:
+    """After an error that is being told."""
+    with suppress(OSError):
+        os.close(descriptor)

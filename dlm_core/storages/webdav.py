@@ -238,6 +238,9 @@ class WebdavStorage(Listed):
         if full != base and not full.startswith(f"{base}/"):
             raise self._unavailable("its answer leaves the root")
         path = full[len(base) + 1 :]
+        alone = response.findtext(f"{_DAV}status")  # of what is not told of, or cut short
+        if alone is not None and " 200" not in alone:
+            raise self._unavailable(f"its answer leaves out {path or 'a part'}")
         found = {
             prop.tag: prop
             for status in response.findall(f"{_DAV}propstat")
@@ -247,7 +250,10 @@ class WebdavStorage(Listed):
         kind = found.get(f"{_DAV}resourcetype")
         if kind is not None and kind.find(f"{_DAV}collection") is not None:
             return Entry(path, 0, _time(found), "directory")
-        size = int(_text(found, "getcontentlength") or "0")
+        told = _text(found, "getcontentlength")
+        if kind is None and not told:
+            raise self._unavailable(f"it does not tell what {path} is")
+        size = int(told or "0")
         etag = _text(found, "getetag")
         return Entry(path, size, _time(found), "file", etag.strip('"') if etag else None)
 

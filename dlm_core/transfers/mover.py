@@ -161,8 +161,8 @@ class _Mover:
             self.prover.ask_for_digests(files)
         unproven = [file for file in files if not file.error and not file.proven]
         in_chunks(pool, self.prover.read_back, unproven, self.prover.opened_ahead)
-        stopped = self.stop.is_set()
         results = self._publish(copies, pool)
+        stopped = self.stop.is_set()
         if not self.atomic:
             results = self._make_names_durable(results)
         self._clear_together(copies)
@@ -417,11 +417,13 @@ class _Mover:
     def _adopt(self, file: File, error: PayloadExistsError) -> None:
         """What an earlier try left complete is as good as a new copy; anything else stays."""
         try:
-            seen = observe(self.destination, file.written)
+            seen = observe(self.destination, file.written, stop=self.stop)
         except DlmError as failure:
             file.error = _of_destination(failure, file)
             return
-        if (seen.size, seen.digest) == (file.size, file.digest):
+        if self.stop.is_set():
+            file.error = interrupted(self.destination)
+        elif (seen.size, seen.digest) == (file.size, file.digest):
             file.proven = True
         else:
             file.error = error
@@ -483,7 +485,9 @@ class _Mover:
     def _same_already(self, copy: Copy, error: DlmError) -> DlmError | None:
         task = copy.task
         try:
-            seen = observe(self.destination, task.destination_path, task.kind)
+            seen = observe(self.destination, task.destination_path, task.kind, self.stop)
+            if self.stop.is_set():
+                return interrupted(self.destination)
             if (seen.size, seen.digest) != (task.size, task.digest):
                 return error
             self.destination.remove(copy.written)

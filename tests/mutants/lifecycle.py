@@ -311,11 +311,9 @@ LIFECYCLE = (
         "dlm_core/transfers/mover.py",
         (
             "        in_chunks(pool, self.prover.read_back, unproven, self.prover.opened_ahead)\n"
-            "        stopped = self.stop.is_set()\n"
             "        results = self._publish(copies, pool)\n"
         ),
         (
-            "        stopped = self.stop.is_set()\n"
             "        results = self._publish(copies, pool)\n"
             "        in_chunks(pool, self.prover.read_back, unproven, self.prover.opened_ahead)\n"
         ),
@@ -348,8 +346,8 @@ LIFECYCLE = (
     Mutant(
         "stranger-adopted",
         "dlm_core/transfers/mover.py",
-        "        if (seen.size, seen.digest) == (file.size, file.digest):",
-        "        if seen.size == file.size:",
+        "        elif (seen.size, seen.digest) == (file.size, file.digest):",
+        "        elif seen.size == file.size:",
         "other bytes of the same size at the destination are adopted",
         ("transfers/test_mover.py::test_other_bytes_at_the_destination_stay",),
         "SKA DLM 12: no-check-dest",

@@ -1,6 +1,7 @@
 """What a POSIX storage promises beyond the contract of all."""
 
 import errno
+import io
 import os
 import subprocess
 
@@ -19,6 +20,7 @@ from dlm_core.errors import (
 from dlm_core.storages import kernel, posix
 from dlm_core.storages.posix import PosixStorage
 from dlm_core.types import make_uri, uri_path
+from tests.fakes import StoppedError
 from tests.payloads import get, put
 
 
@@ -226,6 +228,49 @@ def test_renaming_where_the_kernel_lacks_noreplace(disk, monkeypatch, kind):
     with pytest.raises(PayloadExistsError):
         disk.rename(source, target)
     assert get(disk, "new/file") == b"payload" and get(disk, "tree/file") == b"again"
+
+
+def test_a_tree_whose_renaming_was_cut_off_is_renamed_again(disk, monkeypatch):
+    """Where its new name has to be claimed by an empty folder: that is all that is there, and it is
+    in nobody's way."""
+    monkeypatch.setattr(kernel, "_libc", object())
+    put(disk, "tree/file")
+
+    def cut_off(*_, **__):
+        raise StoppedError
+
+    with monkeypatch.context() as lost:
+        lost.setattr(os, "rename", cut_off)
+        with pytest.raises(StoppedError):
+            disk.rename("tree", "new")
+    disk.rename("tree", "new")
+    assert get(disk, "new/file") == b"payload" and disk.stat("tree") is None
+
+
+@pytest.mark.parametrize("call", ["write", "copy_from"])
+def test_what_failed_is_not_cleared_away_behind_a_link(disk, tmp_path, call):
+    """Somebody puts a link in the folder's place meanwhile: a file elsewhere has the same name."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "x").write_bytes(b"not ours")
+    put(disk, "source", bytes(3 << 20))
+
+    def fail(_=0):
+        os.rename(f"{disk.root}/d", f"{disk.root}/moved")
+        os.symlink(elsewhere, f"{disk.root}/d")
+        raise ConnectionResetError
+
+    class Failing(io.RawIOBase):
+        def read(self, size=-1):
+            fail()
+
+    making = {
+        "write": lambda: disk.write("d/x", Failing(), 5),
+        "copy_from": lambda: disk.copy_from(disk, "source", "d/x", 3 << 20, fail),
+    }
+    with pytest.raises(ConnectionResetError):
+        making[call]()
+    assert (elsewhere / "x").read_bytes() == b"not ours"
 
 
 def test_deep_trees_are_walked(disk):

@@ -129,7 +129,9 @@ def test_a_redirect_is_not_followed_with_the_password(monkeypatch):
 
 LIES = {
     "leaves the root": "<d:href>/elsewhere</d:href>",
-    "something else": "<d:href>/root/another</d:href>",
+    "something else": (
+        "<d:href>/root/another</d:href><d:propstat><d:prop><d:resourcetype/></d:prop></d:propstat>"
+    ),
     "cannot be understood": "<d:href>/root</d:href><d:broken",
 }
 
@@ -145,6 +147,32 @@ def test_an_answer_about_something_else_is_an_outage(words):
         storage = open_storage("liar", "webdav", f"{url}/root", {})
         with pytest.raises(StorageUnavailableError, match=words):
             storage.stat("x")
+
+
+_FOLDER = (
+    "<d:propstat><d:prop><d:resourcetype><d:collection/></d:resourcetype></d:prop>"
+    "<d:status>HTTP/1.1 200 OK</d:status></d:propstat>"
+)
+PARTIAL = {
+    "cut short (RFC 5323)": "<d:href>/root/</d:href><d:status>HTTP/1.1 507 Full</d:status>",
+    "a member is not told of": "<d:href>/root/x</d:href><d:status>HTTP/1.1 403 No</d:status>",
+    "a member's kind is not told": (
+        "<d:href>/root/x</d:href><d:propstat><d:prop><d:resourcetype/><d:getcontentlength/>"
+        "</d:prop><d:status>HTTP/1.1 403 No</d:status></d:propstat>"
+    ),
+}
+
+
+@pytest.mark.parametrize("words", PARTIAL)
+def test_a_listing_that_says_that_it_is_partial_is_an_outage(words):
+    """What a payload has would be forgotten, or a folder be taken for an empty file."""
+    top = f"<d:response><d:href>/root/</d:href>{_FOLDER}</d:response>"
+    part = f"<d:response>{PARTIAL[words]}</d:response>"
+    body = f'<?xml version="1.0"?><d:multistatus xmlns:d="DAV:">{top}{part}</d:multistatus>'
+    with answering(207, body=body.encode()) as (url, _):
+        storage = open_storage("liar", "webdav", f"{url}/root", {})
+        with pytest.raises(StorageUnavailableError):
+            list(storage.walk())
 
 
 @pytest.mark.parametrize(

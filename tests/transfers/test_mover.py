@@ -5,6 +5,7 @@ import hashlib
 import os
 import threading
 import uuid
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,9 @@ from dlm_core.storages.open import open_storage
 from dlm_core.transfers.checksums import manifest_digest, observe
 from dlm_core.transfers.mover import CopyTask, copy_batch
 from dlm_core.types import ManifestEntry, PayloadKind
-from tests.fakes import Hooked, Packing, QuotaStorage, Tampering
+from tests.backends import s3_config
+from tests.fakes import Cut, Hooked, Packing, QuotaStorage, Tampering
+from tests.payloads import put
 
 
 @pytest.fixture
@@ -165,6 +168,26 @@ def test_stopping_leaves_the_rest_untouched(source, tmp_path):
     assert 128 <= len(results) < 1100
     assert len(list(inner.walk())) == len(results)
     assert leftovers(inner) == []
+
+
+@pytest.mark.parametrize("kind", ["posix", "s3"])
+def test_a_stop_ends_the_comparison_with_what_is_there(source, tmp_path, request, kind):
+    """An earlier try left it whole, and it may be terabytes: it stays for the next try to adopt."""
+    if kind == "posix":
+        (tmp_path / "out").mkdir()
+        inner = open_storage("out", "posix", str(tmp_path / "out"), {})
+    else:
+        server = request.getfixturevalue("s3")
+        root = f"{server.bucket}/{uuid.uuid4().hex}"
+        inner = open_storage("out", "s3", root, s3_config(server))
+    data, stop = bytes(40 << 20), threading.Event()
+    wanted = task(source, "x", data)
+    put(inner, wanted.destination_path, data)
+    there = Cut(inner, 2 << 20, stop.set)
+    assert list(copy_batch(source, there, [wanted], stop=stop)) == []
+    assert there.read < 10 << 20
+    (again,) = copy_batch(source, inner, [replace(wanted, token="again")])
+    assert again.error is None and leftovers(inner) == []
 
 
 @pytest.fixture

@@ -79,6 +79,12 @@ class PathMeetingError(InputError):
     code = "DLM-107"
 
 
+class TooLongError(InputError):
+    """a name is longer than the catalogue can keep: {message}"""
+
+    code = "DLM-108"
+
+
 # --- the catalogue and the services: exit code 3 ----------------------------------------------
 
 

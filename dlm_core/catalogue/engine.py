@@ -17,7 +17,7 @@ from psycopg.pq import Format
 from sqlalchemy import Connection, Engine, create_engine, exc, text
 
 from dlm_core.catalogue.dsn import sqlalchemy_url
-from dlm_core.errors import CatalogueError, CatalogueUnavailableError, DlmError
+from dlm_core.errors import CatalogueError, CatalogueUnavailableError, DlmError, TooLongError
 
 T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
@@ -25,6 +25,8 @@ Rows = Sequence[Mapping[str, Any]]
 #: deadlock_detected and serialization_failure: nothing happened, try the transaction again
 _TRY_AGAIN = {"40P01", "40001"}
 _TRIES = 6
+#: program_limit_exceeded: of what we write, a name that does not fit into an index
+_LIMIT = "54000"
 #: type of a column of uuids that are given as bytes (types.new_key) to copy_rows and copy_into
 KEY = "key"
 #: rows that :func:`each` makes at once
@@ -87,7 +89,10 @@ def begin(engine: Engine, actor: str, now: datetime | None = None) -> Iterator[C
     Raises
     ------
     CatalogueUnavailableError
-        if the server cannot be reached or went away; nothing was changed.
+        if the server cannot be reached or went away; nothing was changed, unless that was while it
+        committed: then all was, or nothing.
+    TooLongError
+        if a name does not fit into an index.
     CatalogueError
         if the database refused; the message is the database's reason.
     """
@@ -188,9 +193,11 @@ def copy_into(connection: Connection, table: str, columns: Mapping[str, str], re
             copy.write_row(record)
 
 
-def _translated(error: exc.DBAPIError) -> CatalogueError:
+def _translated(error: exc.DBAPIError) -> DlmError:
     diagnosis = getattr(error.orig, "diag", None)
     message = getattr(diagnosis, "message_primary", None) or str(error.orig).split("\n")[0]
+    if getattr(error.orig, "sqlstate", None) == _LIMIT:
+        return TooLongError(message=message)
     if error.connection_invalidated or isinstance(error, exc.OperationalError):
         if getattr(error.orig, "sqlstate", None) not in _TRY_AGAIN:
             return CatalogueUnavailableError(reason=message, hint="is it running? ('dlm up')")

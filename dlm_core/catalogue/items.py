@@ -470,6 +470,29 @@ def settled_entries(
     )
 
 
+def put_off_entries(
+    connection: Connection,
+    watch_id: uuid.UUID,
+    entries: Sequence[Mapping[str, Any]],
+    until: datetime,
+) -> None:
+    """What :func:`settled_entries` gave settles again only after ``until``, unless it changes. Those
+    that became known meanwhile are forgotten by the next look."""
+    run(
+        connection,
+        """INSERT INTO watch_entry (watch_id, path, size, mtime, since)
+           SELECT :watch, path, size, mtime, :until
+             FROM unnest(CAST(:paths AS text[]), CAST(:sizes AS bigint[]),
+                         CAST(:times AS float8[])) AS u(path, size, mtime)
+           ON CONFLICT DO NOTHING""",
+        watch=watch_id,
+        until=until,
+        paths=[entry["path"] for entry in entries],
+        sizes=[entry["size"] for entry in entries],
+        times=[entry["mtime"] for entry in entries],
+    )
+
+
 def add_watch(
     connection: Connection,
     storage_id: uuid.UUID,

@@ -146,6 +146,13 @@ class ExportRunningError(DlmError):
     retryable = True
 
 
+class LocalFileError(DlmError):
+    """{path} cannot be used on this machine ({reason}): look at its folder, rights, free space"""
+
+    code = "DLM-208"
+    exit_code = 3
+
+
 # --- storages: exit code 4 --------------------------------------------------------------------
 
 

@@ -264,7 +264,9 @@ def test_failures_are_told_with_what_to_ask(site, instance):
     assert "DLM-303: storage a has no payload" in line and "`dlm item why " in line
 
 
-@pytest.mark.parametrize("config", [{"batch_size": 0}, {"linger_seconds": -1.0}])
+@pytest.mark.parametrize(
+    "config", [{"batch_size": 0}, {"linger_seconds": -1.0}, {"linger_seconds": 1e12}]
+)
 def test_a_value_out_of_range_is_one_line(site, instance, config):
     """The run fails with the name of the setting and what is right, and no traceback of ours."""
     (failure,) = [

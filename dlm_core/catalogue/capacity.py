@@ -15,7 +15,7 @@ _EFFECTIVE = """
          s.rebalance_after, coalesce(s.capacity_bytes, s.observed_total_bytes) AS capacity,
          CASE WHEN s.capacity_bytes IS NULL THEN greatest(s.observed_used_bytes, u.used_bytes)
               ELSE u.used_bytes END AS used,
-         u.trashed_bytes AS trashed, l.bytes AS leaving,
+         s.capacity_bytes IS NULL AS told, u.trashed_bytes AS trashed, l.bytes AS leaving,
          -- by its order the index replica_coldest: an EXISTS would read the whole table in vain once
          -- a storage that held much is empty
          s.mode = 'draining' AND ((

@@ -11,6 +11,7 @@ from datetime import datetime
 from struct import pack
 from typing import Any, TypeVar
 
+import psycopg
 from psycopg import adapters
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
@@ -103,7 +104,8 @@ def begin(engine: Engine, actor: str, now: datetime | None = None) -> Iterator[C
                 {"a": actor, "n": now.isoformat() if now else ""},
             )
             yield connection
-    except exc.DBAPIError as error:
+    except (exc.DBAPIError, psycopg.Error) as error:
+        # what COPY meets comes from the driver itself
         raise _translated(error) from error
 
 
@@ -139,7 +141,7 @@ def transact(
                 return work(connection)
         except CatalogueError as error:
             cause = error.__cause__
-            state = getattr(getattr(cause, "orig", None), "sqlstate", None)
+            state = getattr(getattr(cause, "orig", cause), "sqlstate", None)
             if state not in _TRY_AGAIN or attempt == _TRIES - 1:
                 raise
             time.sleep(random.uniform(0, 0.05 * 2**attempt))
@@ -193,12 +195,15 @@ def copy_into(connection: Connection, table: str, columns: Mapping[str, str], re
             copy.write_row(record)
 
 
-def _translated(error: exc.DBAPIError) -> DlmError:
-    diagnosis = getattr(error.orig, "diag", None)
-    message = getattr(diagnosis, "message_primary", None) or str(error.orig).split("\n")[0]
-    if getattr(error.orig, "sqlstate", None) == _LIMIT:
+def _translated(error: exc.DBAPIError | psycopg.Error) -> DlmError:
+    told = error.orig if isinstance(error, exc.DBAPIError) else error
+    lost = isinstance(error, exc.DBAPIError) and error.connection_invalidated
+    diagnosis = getattr(told, "diag", None)
+    message = getattr(diagnosis, "message_primary", None) or str(told).split("\n")[0]
+    state = getattr(told, "sqlstate", None)
+    if state == _LIMIT:
         return TooLongError(message=message)
-    if error.connection_invalidated or isinstance(error, exc.OperationalError):
-        if getattr(error.orig, "sqlstate", None) not in _TRY_AGAIN:
+    if lost or isinstance(error, exc.OperationalError | psycopg.OperationalError):
+        if state not in _TRY_AGAIN:
             return CatalogueUnavailableError(reason=message, hint="is it running? ('dlm up')")
     return CatalogueError(message=message)

@@ -121,6 +121,8 @@ def test_a_reader_that_goes_away_is_no_error(dlm: Dlm, storages: Any) -> None:
         (["item", "show", "file:x", "--version", "2147483648"], "DLM-100"),
         (["item", "show", "\udcff"], "DLM-100"),
         (["storage", "add", "a\nb", "--location", "here", "--root", "relative"], "DLM-101"),
+        (["storage", "path", "a", "file:x", "--version", "2147483648"], "DLM-100"),
+        (["db", "distrust", ""], "DLM-101"),
         (["verify", "--storage", ""], "DLM-102"),
         (["retry", "--item", ""], "DLM-102"),
         (["retry", "--kind", ""], "DLM-101"),

@@ -51,6 +51,17 @@ def storages_to_relieve(connection: Connection, now: datetime) -> list[dict[str,
     )
 
 
+def lock_draining(connection: Connection, storage_id: uuid.UUID) -> bool:
+    """Whether a storage is being drained; nobody calls that off before this transaction ends."""
+    return bool(
+        rows(
+            connection,
+            "SELECT 1 AS n FROM storage WHERE storage_id = :id AND mode = 'draining' FOR SHARE",
+            id=storage_id,
+        )
+    )
+
+
 def put_off_rebalance(connection: Connection, storage_id: uuid.UUID, until: datetime) -> None:
     """Nothing more can leave the storage now: do not try again before ``until``."""
     run(

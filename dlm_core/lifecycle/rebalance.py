@@ -99,6 +99,8 @@ def observe_usage(context: Context, these: Collection[uuid.UUID] | None = None) 
 
 def _relieve(connection: Connection, context: Context, storage: Mapping[str, Any]) -> list[Leaving]:
     now = context.clock()
+    if storage["undrained"] and not catalogue.lock_draining(connection, storage["storage_id"]):
+        return []  # the drain was called off since: what is marked now would leave all the same
     candidates = replicas.select_unmarked(connection, storage["storage_id"], _BATCH)
     if storage["undrained"]:
         candidates += replicas.select_staying(connection, storage["storage_id"], now, _BATCH)

@@ -1,9 +1,12 @@
-"""Storages that tell themselves how full they are."""
+"""What leaves a storage, and what does not leave it after all."""
 
 from pathlib import Path
 
 import pytest
 
+from dlm_core.catalogue.capacity import storages_to_relieve
+from dlm_core.catalogue.places import set_storage
+from dlm_core.lifecycle.rebalance import _relieve
 from dlm_core.lifecycle.work import _open_row
 from dlm_core.storages.port import Usage
 from tests.fakes import Wrapped
@@ -49,3 +52,14 @@ def test_what_was_purged_since_a_storage_was_asked_does_not_leave_twice(site):
         site.advance(minutes=7)
     kept = [oid for oid in oids if site.replicas(oid)["a"] == "READY"]
     assert len(kept) == 10
+
+
+def test_nothing_leaves_for_a_drain_that_was_called_off_meanwhile(site):
+    """Whoever found the storage to be drained looks again before it marks anything."""
+    oid = site.add_item("x", bytes(100), "a")
+    site.settle()
+    site.set_storage("a", mode="draining")
+    (found,) = site.context.transact(lambda c: storages_to_relieve(c, site.now))
+    site.context.transact(lambda c: set_storage(c, "a", {"mode": "read_write"}))
+    assert site.context.transact(lambda c: _relieve(c, site.context, found)) == []
+    assert site.replica(oid, "a")["expires_at"] is None

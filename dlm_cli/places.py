@@ -124,6 +124,7 @@ def storage_add(
     """Add a storage; it is looked at first."""
     from dlm_core.catalogue.places import add_storage, set_storage
     from dlm_core.storages.open import open_storage
+    from dlm_core.storages.posix import mount_point
 
     terms = _verify_options(verify_every, verify_per_second, verify_per_day)
     terms |= limit_options(max_bytes_per_second, max_concurrency)
@@ -134,6 +135,9 @@ def storage_add(
     # what can only be read from is others' by nature
     managed = not unmanaged and interface != "http"
     open_storage(name, interface, root, chosen).check()
+    if interface == "posix":
+        # the empty folder that is left when a disk goes is no empty storage
+        chosen.setdefault("mount", mount_point(root))
 
     def add(connection: Any) -> None:
         add_storage(
@@ -156,6 +160,8 @@ def storage_add(
     with catalogue() as context:
         context.transact(add)
     print(f"storage {name} added at {location}")
+    if chosen.get("mount", "/") != "/":
+        print(f"it counts as unreachable unless something is mounted at {chosen['mount']}")
 
 
 def _options(

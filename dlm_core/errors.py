@@ -146,10 +146,17 @@ class ExportRunningError(DlmError):
     retryable = True
 
 
+class ClockSkewError(CatalogueError):
+    """this machine's clock is {seconds:.0f} s {way} that of the catalogue's server, at most
+    {allowed:.0f} are borne (a quarter of DLM_LEASE_SECONDS); set both by NTP; nothing was done"""
+
+    code = "DLM-208"
+
+
 class LocalFileError(DlmError):
     """{path} cannot be used on this machine ({reason}): look at its folder, rights, free space"""
 
-    code = "DLM-208"
+    code = "DLM-209"
     exit_code = 3
 
 

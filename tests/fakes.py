@@ -29,7 +29,8 @@ class Wrapped:
 
 def refuse_batches(attribute: str) -> None:
     """A wrapper that changes single calls must not be gone round by those that do without."""
-    if attribute in ("write_many", "rename_many", "copy_from", "write_on", "write_in_parts"):
+    batches = ("write_many", "rename_many", "copy_from", "write_on", "write_in_parts")
+    if attribute in (*batches, "remove_file"):
         raise AttributeError(attribute)
 
 
@@ -221,6 +222,19 @@ class Counting(Wrapped):
 
 class StoppedError(BaseException):
     """Ends the process, as far as who uses the storage is concerned."""
+
+
+def die_after(call: str, path: str) -> Callable[[str, str], None]:
+    """A hook for :class:`Hooked`: the process ends after this call of the port."""
+    called: list[str] = []
+
+    def hook(now: str, where: str) -> None:
+        if called:
+            raise StoppedError
+        if (now, where) == (call, path):
+            called.append(path)
+
+    return hook
 
 
 class Stopping(Counting):

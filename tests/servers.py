@@ -198,9 +198,13 @@ def web_server(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def answering(
-    status: int, headers: Mapping[str, str] | None = None, body: bytes = b""
+    status: int,
+    headers: Mapping[str, str] | None = None,
+    body: bytes = b"",
+    other: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[str, list[Any]]]:
-    """A server that gives one answer to everything; yields its URL and what it was told."""
+    """A server that gives one answer to everything, but for ``other`` statuses of targets with
+    these in them (0: it hangs up); yields its URL and what it was told."""
     heard: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -209,7 +213,11 @@ def answering(
         def answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             heard.append((self.command, self.path, dict(self.headers)))
-            self.send_response(status)
+            told = next((s for name, s in (other or {}).items() if name in self.path), status)
+            if not told:
+                self.close_connection = True
+                return
+            self.send_response(told)
             for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from struct import pack
 from typing import Any, TypeVar
 
@@ -18,7 +18,14 @@ from psycopg.pq import Format
 from sqlalchemy import Connection, Engine, create_engine, exc, text
 
 from dlm_core.catalogue.dsn import sqlalchemy_url
-from dlm_core.errors import CatalogueError, CatalogueUnavailableError, DlmError, TooLongError
+from dlm_core.clock import utc_now
+from dlm_core.errors import (
+    CatalogueError,
+    CatalogueUnavailableError,
+    ClockSkewError,
+    DlmError,
+    TooLongError,
+)
 
 T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
@@ -62,7 +69,8 @@ adapters.register_dumper(Keys, _KeysDumper)
 # the planner takes the disk for one that seeks, would cost what the catalogue's size is.
 _BEGIN = text(
     "SELECT set_config('dlm.actor', :a, true), set_config('dlm.now', :n, true), "
-    "set_config('random_page_cost', '1.1', true), set_config('jit', 'off', true)"
+    "set_config('random_page_cost', '1.1', true), set_config('jit', 'off', true), "
+    "clock_timestamp() AS server"
 )
 
 
@@ -82,13 +90,18 @@ def make_engine(url: str, *, pool_size: int = 8) -> Engine:
 
 
 @contextmanager
-def begin(engine: Engine, actor: str, now: datetime | None = None) -> Iterator[Connection]:
+def begin(
+    engine: Engine, actor: str, now: datetime | None = None, tolerance: timedelta | None = None
+) -> Iterator[Connection]:
     """A transaction in the name of ``actor`` (``user:…``, ``sensor:…``, ``rule:…``).
 
-    ``now`` is what the catalogue takes for the present; None means its own clock.
+    ``now`` is what the catalogue takes for the present; None means its own clock. ``tolerance`` is
+    by how much this machine's clock may differ from the server's; None: they are not compared.
 
     Raises
     ------
+    ClockSkewError
+        nothing was done.
     CatalogueUnavailableError
         if the server cannot be reached or went away; nothing was changed, unless that was while it
         committed: then all was, or nothing.
@@ -99,14 +112,29 @@ def begin(engine: Engine, actor: str, now: datetime | None = None) -> Iterator[C
     """
     try:
         with engine.begin() as connection:
-            connection.execute(
+            asked = utc_now()
+            told = connection.execute(
                 _BEGIN,
                 {"a": actor, "n": now.isoformat() if now else ""},
-            )
+            ).one()
+            if tolerance is not None:
+                _compare_clocks(asked, told.server, tolerance)
             yield connection
     except (exc.DBAPIError, psycopg.Error) as error:
         # what COPY meets comes from the driver itself
         raise _translated(error) from error
+
+
+def _compare_clocks(asked: datetime, told: datetime, tolerance: timedelta) -> None:
+    """The server told its time after ``asked`` and before now, both of this machine's clock. One
+    that runs ahead would let expire what is not due, and take leases that others still hold."""
+    ahead, behind = asked - told, told - utc_now()
+    if max(ahead, behind) > tolerance:
+        raise ClockSkewError(
+            seconds=max(ahead, behind).total_seconds(),
+            way="ahead of" if ahead > behind else "behind",
+            allowed=tolerance.total_seconds(),
+        )
 
 
 @contextmanager
@@ -128,7 +156,11 @@ def alone(
 
 
 def transact(
-    engine: Engine, actor: str, work: Callable[[Connection], T], now: datetime | None = None
+    engine: Engine,
+    actor: str,
+    work: Callable[[Connection], T],
+    now: datetime | None = None,
+    tolerance: timedelta | None = None,
 ) -> T:
     """Run ``work`` in a transaction, again if the database chose it as a deadlock's victim.
 
@@ -137,7 +169,7 @@ def transact(
     """
     for attempt in range(_TRIES):
         try:
-            with begin(engine, actor, now) as connection:
+            with begin(engine, actor, now, tolerance) as connection:
                 return work(connection)
         except CatalogueError as error:
             cause = error.__cause__

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from dlm_core.catalogue import operations as queue
+from dlm_core.catalogue.engine import begin
 from dlm_core.catalogue.traffic import link_key, storage_key
+from dlm_core.lifecycle.fence import Fence
 from dlm_core.lifecycle.staging import hold_back_copies, is_cold, looked_at_again
 from dlm_core.lifecycle.work import LARGE, Claim, Context, Report
+from dlm_core.storages.port import Storage
 from dlm_core.transfers.mover import CopyResult, CopyTask, Lane, copy_batch, last_at_work
 from dlm_core.transfers.throttle import paced
 from dlm_core.types import ManifestEntry, PayloadKind, decode_path
@@ -179,15 +183,21 @@ class Copies:
                 self.record(waiting, report)
 
     def _lane(self, keys: Sequence[str], sizes: Mapping[uuid.UUID, int]) -> Lane:
-        traffic = self.context.traffic
+        context, traffic = self.context, self.context.traffic
 
         def places(back: bool, size: int) -> AbstractContextManager[None]:
             return traffic.places(keys[1:2] if back else keys, size)
 
         def watch(operation_id: uuid.UUID, step: str, size: int) -> None:
-            traffic.moved(self.context, operation_id, sizes[operation_id], step, size)
+            traffic.moved(context, operation_id, sizes[operation_id], step, size)
 
-        return Lane(places, watch)
+        @contextmanager
+        def taking_back(operation_id: uuid.UUID, storage: Storage) -> Iterator[Storage | None]:
+            with begin(context.engine, context.actor, context.clock()) as connection:
+                ours = queue.lock_claimed(connection, self.claim.token, [operation_id])
+                yield Fence(connection).around(storage) if ours else None
+
+        return Lane(places, watch, taking_back, lambda: traffic.limits(keys))
 
 
 def _small(rows: Sequence[Row]) -> list[Row]:

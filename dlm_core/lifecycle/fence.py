@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any, cast
 
@@ -92,7 +93,15 @@ class _Fenced:
     def __getattr__(self, attribute: str) -> Any:
         if attribute == "rename_many":
             raise AttributeError(attribute)  # one by one, each through the fence
-        return getattr(self._inner, attribute)
+        found = getattr(self._inner, attribute)
+        return self._guarded(found) if attribute == "remove_file" else found
+
+    def _guarded(self, remove_file: Callable[[str], None]) -> Callable[[str], None]:
+        def remove(path: str) -> None:
+            self._fence.pass_through()
+            remove_file(path)
+
+        return remove
 
     def rename(self, source: str, destination: str) -> None:
         self._fence.pass_through()

@@ -105,6 +105,10 @@ class Traffic:
         """Whether the files at once are limited anywhere that this drainer is at work."""
         return self._slots.limited
 
+    def limits(self, keys: Sequence[str]) -> bool:
+        """Whether the files at once are limited under one of ``keys``."""
+        return self._slots.limits(keys)
+
     def pace(self, key: str) -> Pace:
         """The pace of a storage or link, for whatever is read or written there."""
         with self._lock:

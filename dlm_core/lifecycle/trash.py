@@ -96,6 +96,8 @@ def _to_trash(storage: Storage, row: Row) -> None:
     path, trashed = decode_path(row["path"]), trash_path(str(row["uid"]))
     if row["from_state"] in _WITHOUT_BYTES and not is_payload(storage, path, row):
         return  # nothing of ours is there; what may be is somebody else's
+    if _is_of_another_kind(storage, path, row):
+        return  # where a file was, a folder may be made for other payloads
     try:
         storage.rename(path, trashed)
     except PayloadNotFoundError:
@@ -106,6 +108,12 @@ def _to_trash(storage: Storage, row: Row) -> None:
         if _is_half_way(storage, path, trashed, row):
             storage.remove(trashed)
             storage.rename(path, trashed)
+
+
+def _is_of_another_kind(storage: Storage, path: str, row: Row) -> bool:
+    other = "directory" if row["kind"] == PayloadKind.FILE else "file"
+    entry = storage.stat(path)
+    return entry is not None and entry.kind == other
 
 
 def _is_half_way(storage: Storage, path: str, trashed: str, row: Row) -> bool:

@@ -106,6 +106,8 @@ def request_verification(
     )
 
 
+#: looks that are written together, and the seconds after which fewer will do
+_MOST, _SOON = 512, 10.0
 _GROUP = 32
 _GROUP_BYTES = 1 << 23
 
@@ -274,7 +276,7 @@ def execute_verify(context: Context, claim: Claim) -> Report:
         ) as storage:
             files = wanted_files(context, storage, targets)
             looks = look_when_online(context, storage, storage_id, targets, files, anew)
-            for batch in _batches(looks, 512):
+            for batch in _batches(looks, _MOST):
                 _judge(context, claim, operations, details, batch, storage, writable, files, report)
     looked_at = {t["operation_id"] for targets in groups.values() for t in targets}
     waived = [
@@ -320,12 +322,16 @@ def _budget(context: Context, row: Mapping[str, Any]) -> list[Pace]:
 
 
 def _batches(looks: Iterator[Look], size: int) -> Iterator[list[Look]]:
+    """``size`` looks together, fewer where they take long: what is written is then not much older
+    than it says."""
     batch: list[Look] = []
+    begun = time.monotonic()
     for look in looks:
         batch.append(look)
-        if len(batch) >= size:
+        if len(batch) >= size or time.monotonic() - begun >= _SOON:
             yield batch
             batch = []
+            begun = time.monotonic()
     if batch:
         yield batch
 

@@ -144,8 +144,17 @@ class Context:
         self.traffic = Traffic(self.stop)
 
     def transact(self, work: Callable[[Connection], Any]) -> Any:
-        """Run ``work(connection)`` in one transaction at this context's time."""
-        return transact(self.engine, self.actor, work, self.clock())
+        """Run ``work(connection)`` in one transaction at this context's time.
+
+        Raises
+        ------
+        ClockSkewError
+            if that is this machine's, and not the catalogue server's by more than a quarter of a
+            lease: two clocks that are both off are half a lease apart then, which fences bear.
+        """
+        # a simulated clock is nobody's
+        tolerance = self.settings.lease / 4 if self.clock is utc_now else None
+        return transact(self.engine, self.actor, work, self.clock(), tolerance)
 
     def rehearse(self, work: Callable[[Connection], Any]) -> Any:
         """Run ``work(connection)`` as :meth:`transact` does, then undo it: a dry run."""

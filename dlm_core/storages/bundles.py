@@ -27,7 +27,16 @@ from dlm_core.storages.bundle_index import BundleIndex, Change
 from dlm_core.storages.bundle_tar import Member, tar_path
 from dlm_core.storages.cold import ColdStorage, beneath
 from dlm_core.storages.config import read_config
-from dlm_core.storages.port import PRIVATE, Entry, Readable, ReadStream, Storage, Usage, temp_path
+from dlm_core.storages.port import (
+    PRIVATE,
+    Entry,
+    Readable,
+    ReadStream,
+    Storage,
+    Usage,
+    remove_file,
+    temp_path,
+)
 from dlm_core.storages.ranges import open_range
 
 _TEMP = temp_path("")
@@ -358,12 +367,12 @@ class Bundled:
     def _forget_single(self, path: str) -> None:
         """The single file that a member was made of goes first: else it would come to light."""
         if self.index.look(lambda: self.index.being_cleaned(path), fresh=False):
-            self.inner.remove(path)
+            remove_file(self.inner, path)
 
     def _move_singles(self, source: str, destination: str) -> None:
         """Of a tree, what is not packed; who is interrupted here goes on where it was."""
         for path in self.index.look(lambda: self._uncleaned(source), fresh=False):
-            self.inner.remove(path)
+            remove_file(self.inner, path)
         if self.inner.stat(source) is None:
             return
         self._change(lambda: [["moving", source, destination]])
@@ -401,6 +410,10 @@ class Bundled:
             return
         if self._change(lambda: [["remove", path]] * self._is_settled(path)):
             return
+        if self._is_member(path):
+            self._forget_single(path)
+            self._change(lambda: [["remove", path]] * (self.index.get(path) is not None))
+            return
         before = self._announce(path)
         members = path not in before and self.index.look(
             lambda: next(self.index.below(path), None) is not None
@@ -410,6 +423,9 @@ class Bundled:
             self._change(lambda: [["remove", path]])
         else:
             self._take_leave(path, before)
+
+    def _is_member(self, path: str) -> bool:
+        return self.index.look(lambda: self.index.get(path), fresh=False) is not None
 
     def _announce(self, path: str) -> _Before:
         """Tell a packer at work that single files go, and keep what they are."""

@@ -36,6 +36,8 @@ class ColdStorage:
         found = getattr(self.inner, attribute)
         if attribute == "write_in_parts":
             return self._remembering_one(found)
+        if attribute == "open_read_at":
+            return self._if_online(found)
         return self._remembering(found) if attribute == "write_many" else found
 
     @property
@@ -110,6 +112,13 @@ class ColdStorage:
         if entry is not None and entry.kind == "file":
             # what is not there, or no file, the adapter tells
             raise NotOnlineError(self.inner.name, path, "nobody asked for it: 'dlm stage' does")
+
+    def _if_online(self, open_read_at: Callable[..., ReadStream]) -> Callable[..., ReadStream]:
+        def opened(path: str, offset: int) -> ReadStream:
+            self._must_be_online(path)
+            return open_read_at(path, offset)
+
+        return opened
 
     def _remembering(self, write_many: Callable[..., Any]) -> Callable[..., Any]:
         def write(things: Sequence[tuple[str, bytes]]) -> Any:

@@ -35,7 +35,7 @@ from dlm_core.storages.bundle_tar import (
 )
 from dlm_core.storages.bundles import Bundled, sweep
 from dlm_core.storages.cold import ColdStorage
-from dlm_core.storages.port import Entry, Readable, temp_path
+from dlm_core.storages.port import Entry, Readable, remove_file, temp_path
 from dlm_core.storages.prefetch import Prefetched
 from dlm_core.storages.ranges import open_range
 from dlm_core.types import new_id
@@ -406,7 +406,7 @@ def clean(storage: Bundled, bundle: str) -> None:
                 and member.bundle == bundle
                 and _is_same(member, entries[path])
             ]
-            list(pool.map(inner.remove, same))
+            list(pool.map(partial(remove_file, inner), same))
     inner.flush()
     index.change(lambda: [["clean", bundle]] if bundle in index.cleaning else [])
 

@@ -9,7 +9,7 @@ Errors are those of ``dlm_core.errors``: ``StorageUnavailableError`` (retry), ``
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -135,6 +135,8 @@ class Storage(Protocol):
         part in it nothing of which ``owned`` does not know.
     ``open_read_at(path, offset) -> ReadStream``
         as :meth:`open_read`, from that byte on; its size and stamp are the whole file's.
+    ``remove_file(path)``
+        see :func:`remove_file`, in one step: where a file may be beside a folder of its name.
     """
 
     name: str
@@ -202,3 +204,15 @@ class Storage(Protocol):
     def check(self) -> None:
         """Raise unless the root is there, reachable and readable."""
         ...
+
+
+def remove_file(storage: Storage, path: str) -> None:
+    """Remove a file; fine if nothing is there. A folder of that name stays: where a file was that
+    went already, what lies below may be others'."""
+    by_itself: Callable[[str], None] | None = getattr(storage, "remove_file", None)
+    if by_itself is not None:
+        by_itself(path)
+        return
+    entry = storage.stat(path)
+    if entry is not None and entry.kind != "directory":
+        storage.remove(path)

@@ -490,9 +490,17 @@ class PosixStream(io.FileIO):
             raise self._storage._translate(error, self._path) from error
 
     def stamp(self) -> Hashable:
-        """Size, time of change and whether the file has a name: one that another was renamed over
-        has none."""
+        """Size, time of change and how many names the file has: one that another was renamed over
+        has one less."""
         return _stamp(os.fstat(self.fileno()))
+
+
+def mount_point(root: str) -> str:
+    """Where the file system that holds an absolute folder is mounted."""
+    path = os.path.realpath(root)
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path
 
 
 def _folders(pair: tuple[str, str]) -> tuple[str, str]:
@@ -500,7 +508,7 @@ def _folders(pair: tuple[str, str]) -> tuple[str, str]:
 
 
 def _stamp(status: os.stat_result) -> Hashable:
-    return status.st_size, status.st_mtime_ns, status.st_nlink > 0
+    return status.st_size, status.st_mtime_ns, status.st_nlink
 
 
 def _entry(path: str, status: os.stat_result) -> Entry:

@@ -43,16 +43,22 @@ from dlm_core.storages.wire import Reply, ReplyStream, WireError
 Options = Callable[[], Mapping[str, str]]
 
 _SECRET = "secret_"
-_SECRET_NAMES = re.compile(r"pass|secret|token|credential|bearer|private|(^|_)(key|pem|sas)$")
+# of options that are secrets, or may hold one
+_SECRET_NAMES = re.compile(
+    r"pass|secret|token|credential|bearer|private|cookie|authorization|mnemonic|customer_key"
+    r"|connection_string|(^|_)(keys?|pem|sas(_url)?|headers|access_grant|session_id)$"
+)
+_CREDENTIALS = re.compile("://[^/]*@")
 _TEMP = temp_path("")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}")
 _LOCKS = 64
 _MOST_FOLDERS = 10_000
 _LOCKED_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
 _LONGEST_MESSAGE = 300
-# what backends say has no codes, only texts
+# what backends say has no codes, only texts, and names in them: quoted, or with a slash
+_NAMES = re.compile(r'"(?:[^"\\]|\\.)*"|\S*/\S*')
 _ABSENT = re.compile(
-    r"(object|directory|file) not found|no such file|not a directory|\b404\b", re.I
+    r"(object|directory|file) not found|no such file|not a directory|(?<![\d\]]:)\b404\b", re.I
 )
 _DENIED = re.compile(
     r"permission denied|access ?denied|unauthori[sz]ed|forbidden|unable to authenticate"
@@ -100,8 +106,8 @@ def open_rclone(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorag
 
 
 def _check_options(name: str, plain: Mapping[str, str], secrets: Mapping[str, str]) -> None:
-    for key in plain:
-        if _SECRET_NAMES.search(key):
+    for key, value in plain.items():
+        if _is_secret(key, value):
             raise InvalidValueError(
                 what=f"config of storage {name}: {key}", value="(not shown)",
                 expected=f"{_SECRET}{key}=env:NAME, file:/path or credential:NAME",
@@ -114,6 +120,10 @@ def _check_options(name: str, plain: Mapping[str, str], secrets: Mapping[str, st
                 what=f"config of storage {name}: {_SECRET}{key}", value="(not shown)",
                 expected="env:NAME, file:/path or credential:NAME",
             ) from None  # fmt: skip
+
+
+def _is_secret(key: str, value: str) -> bool:
+    return bool(_SECRET_NAMES.search(key) or _CREDENTIALS.search(value))
 
 
 def open_http(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorage:
@@ -192,21 +202,31 @@ class RcloneStorage(Listed):
         message = self._without_secrets(str(error))
         if not isinstance(error, RcloneError):
             return self._unavailable(message)
-        if _FULL.search(message):
+        told = self._without_names(message, path)
+        if _FULL.search(told):
             return StorageFullError(storage=self.name, message=message)
-        if _DENIED.search(message):
+        if _DENIED.search(told):
             return AccessDeniedError(storage=self.name, path=path, message=message)
-        if "is a directory" in message:
+        if "is a directory" in told:
             return self._refused(path, "it is a directory, not a file")
-        if _ABSENT.search(message):
+        if _ABSENT.search(told):
             return PayloadNotFoundError(storage=self.name, path=path)
         return self._unavailable(message)
+
+    def _without_names(self, message: str, path: str) -> str:
+        """A file may be called 404, and a folder 'no such file'; a name may have spaces."""
+        while path:
+            message = message.replace(f"/{path}", "/")
+            path = posixpath.dirname(path)
+        if top := self._root.strip("/"):
+            message = message.replace(f"/{top}", "/")
+        return _NAMES.sub(" ", message)
 
     def _without_secrets(self, message: str) -> str:
         """A backend may tell the address that it asked, with what was in it."""
         with suppress(InvalidValueError):
             for key, value in self._options().items():
-                if value and (_SECRET_NAMES.search(key) or key == "headers"):
+                if value and _is_secret(key, value):
                     message = message.replace(value, "(secret)")
         return message.split("\n")[0][:_LONGEST_MESSAGE]
 

@@ -238,11 +238,8 @@ class S3Storage:
             return self._directory(path)
 
     def _directory(self, path: str) -> Entry | None:
-        with self._translated(path):
-            for batch in obstore.list(self._store, prefix=f"{path}/", chunk_size=1):
-                if batch:
-                    return Entry(path, 0, 0.0, "directory")
-        return None
+        found = next(self._below(path), None)
+        return None if found is None else Entry(path, 0, 0.0, "directory")
 
     def stat_many(self, paths: Iterable[str]) -> dict[str, Entry | None]:
         wanted = sorted({self._key(path) for path in paths})
@@ -266,7 +263,9 @@ class S3Storage:
             )
             for batch in listing:
                 seen += len(batch)
-                found.update({m["path"]: _entry(m) for m in batch if m["path"] in names})
+                # an empty one may stand for a folder
+                told = (m for m in batch if m["path"] in names and m["size"])
+                found.update({m["path"]: _entry(m) for m in told})
                 past = bool(batch) and batch[-1]["path"] > wanted[-1]
                 if past or len(found) == len(names) or seen > 1000 + len(names) * _LISTED_FOR_ONE:
                     break
@@ -285,7 +284,17 @@ class S3Storage:
         prefix = f"{self._key(path)}/" if path else None
         with self._translated(path):
             for batch in obstore.list(self._store, prefix=prefix, chunk_size=1000):
-                yield from map(_entry, batch)
+                folders = self._folders([m["path"] for m in batch if not m["size"]])
+                yield from (_entry(m) for m in batch if m["size"] or m["path"] not in folders)
+
+    def _folders(self, empty: Sequence[str]) -> set[str]:
+        """Of the paths of empty objects those that stand for folders, as consoles make them: their
+        names end in a slash, which obstore does not tell."""
+        if not empty:
+            return set()
+        with ThreadPoolExecutor(self.concurrency, "dlm-head") as pool:
+            files = pool.map(lambda path: bool(path) and self._is_object(path), empty)
+            return {path for path, is_file in zip(empty, files, strict=True) if not is_file}
 
     def open_read(self, path: str) -> S3Stream:
         return self.open_read_at(path, 0)
@@ -448,6 +457,11 @@ class S3Storage:
             below = []  # to a file belongs nothing whose name goes on where its own ends
         with self._translated(path):
             obstore.delete(self._store, [key, *below])
+
+    def remove_file(self, path: str) -> None:
+        key = self._key(path)
+        with self._translated(path):
+            obstore.delete(self._store, [key])
 
     def _is_object(self, path: str) -> bool:
         try:

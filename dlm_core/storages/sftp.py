@@ -174,7 +174,7 @@ class SftpStorage:
         if isinstance(error, _REFUSED) and session.alive():
             return self._refused(path, ssh.one_line(error))
         if isinstance(error, asyncssh.SFTPFailure):
-            return await self._why(session, path, error)
+            return await self._why(session, path, error, making)
         return self._unavailable(f"{path}: {ssh.one_line(error)}" if path else ssh.one_line(error))
 
     async def _root_is_gone(self, session: Session) -> StorageUnavailableError | None:
@@ -188,7 +188,7 @@ class SftpStorage:
             return self._unavailable("its root is no folder")
         return None
 
-    async def _why(self, session: Session, path: str, error: Exception) -> StorageError:
+    async def _why(self, session: Session, path: str, error: Exception, new: bool) -> StorageError:
         """The protocol has one word for a full disk, a read-only one, and whatever else."""
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
@@ -197,10 +197,11 @@ class SftpStorage:
             found = None
         if found is not None and found.flags & _READ_ONLY:
             return AccessDeniedError(storage=self.name, path=path, message="read-only file system")
-        if found is not None and found.bavail * found.frsize < _NO_ROOM:
-            return StorageFullError(storage=self.name, message="no space left on the far side")
-        if found is not None and found.files and not found.favail:
-            return StorageFullError(storage=self.name, message="no inodes left on the far side")
+        if found is not None and new:  # to read takes no room
+            if found.bavail * found.frsize < _NO_ROOM:
+                return StorageFullError(storage=self.name, message="no space left on the far side")
+            if found.files and not found.favail:
+                return StorageFullError(storage=self.name, message="no inodes left on the far side")
         return self._unavailable(f"{path}: {ssh.one_line(error)} (a quota, or a faulty disk?)")
 
     # --- looking ---------------------------------------------------------------------------------

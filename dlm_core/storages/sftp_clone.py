@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import asyncssh
@@ -80,7 +81,12 @@ class _Clone:
                 session.busy -= LARGE_WEIGHT
                 return None
             making = storage.create(session, path, set())
-            new = await storage.told(session, path, making, making=True)
+            try:
+                new = await storage.told(session, path, making, making=True)
+            except BaseException:
+                with suppress(asyncssh.Error, OSError):
+                    await file.close()
+                raise
         except BaseException:
             session.busy -= LARGE_WEIGHT
             raise

@@ -158,7 +158,11 @@ class SftpStream:
         entry, file = await storage.open_file(session, path)
         end = entry.size if size is None else min(entry.size, offset + size)
         stream = cls(storage, path, entry, session, file, offset, end)
-        await stream.begin()
+        try:
+            await stream.begin()
+        except BaseException:
+            stream._drop()
+            raise
         return stream
 
     async def begin(self) -> None:
@@ -228,11 +232,15 @@ class SftpStream:
             ssh.run(self._end())
 
     async def _end(self) -> None:
+        if self._file is not None:
+            self._session.busy -= 1
+        self._drop()
+
+    def _drop(self) -> None:
         file, self._file = self._file, None
         for task, _ in self._coming:
             task.cancel()
         if file is not None:
-            self._session.busy -= 1
             # nobody waits for the answer
             closing = asyncio.ensure_future(file.close())
             closing.add_done_callback(_forget)

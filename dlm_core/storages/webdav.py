@@ -436,6 +436,9 @@ class WebdavStorage(Listed):
             self._forget_folders("")
             self._make_folder(posixpath.dirname(destination))
             status = self._move(source, destination)
+        # not a server's word for it (RFC 4918, 9.9.4), but what a gateway puts before its own page
+        if status == 200 and (self._look(source) or not self._look(destination)):
+            raise self._unavailable(f"{source} is not moved, though it says so")
         if status not in (200, 201, 204):
             raise self._error(status, destination)
         self._forget_folders(source)

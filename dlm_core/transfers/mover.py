@@ -31,7 +31,7 @@ from dlm_core.errors import (
     SourceDamagedError,
     StorageUnavailableError,
 )
-from dlm_core.storages.port import Storage, temp_path
+from dlm_core.storages.port import Storage, remove_file, temp_path
 from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.pooled import MAX_CHUNK, TINY, Turns, at_once, in_chunks, near
 from dlm_core.transfers.proving import Prover
@@ -119,7 +119,6 @@ class _Mover:
         self.part_size: Callable[[int], int] | None = getattr(destination, "part_size", None)
         self.write_many = getattr(destination, "write_many", None)
         self.rename_many = getattr(destination, "rename_many", None)
-        self.take_many = getattr(destination, "take_many", None)
         self.copy_from = getattr(destination, "copy_from", None)
         self.write_on = getattr(destination, "write_on", None)
         self.write_in_parts = getattr(destination, "write_in_parts", None)
@@ -133,15 +132,19 @@ class _Mover:
 
     def write(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[Copy]:
         """Bring the bytes of one sub-batch over; errors are kept beside the files."""
-        folder = temp_path(f"b/{uuid.uuid4().hex}") if self.take_many else None
+        # asked anew each time: limits change
+        limited = self.lane.limited()
+        take_many = None if limited else getattr(self.destination, "take_many", None)
+        folder = temp_path(f"b/{uuid.uuid4().hex}") if take_many else None
         copies = [
             self._prepare(task, n // MAX_CHUNK % _SLOTS, folder) for n, task in enumerate(tasks)
         ]
         files = [file for copy in copies for file in copy.files]
         if folder is not None:
-            self._take_together(folder, [f for f in files if f.written.startswith(folder)])
+            taken = [file for file in files if file.written.startswith(folder)]
+            self._take_together(take_many, folder, taken)
             files = [file for file in files if not file.made]
-        if self.write_many is not None:
+        if self.write_many is not None and not limited:
             small = [file for file in files if file.size <= SMALL]
             list(pool.map(self._write_together, groups(small)))
             files = [file for file in files if file.size > SMALL]
@@ -203,17 +206,17 @@ class _Mover:
 
     # --- write -----------------------------------------------------------------------------------
 
-    def _take_together(self, folder: str, files: Sequence[File]) -> None:
+    def _take_together(self, take_many: Any, folder: str, files: Sequence[File]) -> None:
         """Have the destination take what it can in one go; what reads back right is proven.
 
         The rest is cleared and tried file by file, which tells whose fault it is.
         """
         begun = time.monotonic()
         told: dict[str, str] = {}
-        if self.take_many is not None and files and not self.stop.is_set():
+        if files and not self.stop.is_set():
             paths = [file.source for file in files]
             try:
-                told = self.take_many(self.source, paths, folder, self.stop, self.progress)
+                told = take_many(self.source, paths, folder, self.stop, self.progress)
             except DlmError:
                 pass  # the same happens to each, and is told there
         each = (time.monotonic() - begun) / max(1, len(files))
@@ -520,11 +523,19 @@ class _Mover:
             if not self.atomic:
                 self.destination.remove(copy.written)
                 return
-            for file in copy.files:
-                damaged = isinstance(file.error, DestinationDamagedError)
-                # after an outage the next try adopts the files that came through
-                if file.made and (damaged or not error.retryable):
-                    self.destination.remove(file.written)
+            # after an outage the next try adopts the files that came through
+            made = [
+                file.written
+                for file in copy.files
+                if file.made
+                and (isinstance(file.error, DestinationDamagedError) or not error.retryable)
+            ]
+            if made:
+                with self.lane.taking_back(copy.task.operation_id, self.destination) as storage:
+                    if storage is None:
+                        return
+                    for path in made:
+                        remove_file(storage, path)
         except DlmError:
             pass  # the sweep finds it; the task's own error is the one to tell
 

@@ -117,18 +117,32 @@ def _unseen(_: uuid.UUID, __: str, ___: int) -> None:
     pass
 
 
+def _unlimited() -> bool:
+    return False
+
+
+def _ours(_: uuid.UUID, storage: Storage) -> AbstractContextManager[Storage | None]:
+    return nullcontext(storage)
+
+
 @dataclass(frozen=True, slots=True)
 class Lane:
     """The limits that a copy keeps besides its bytes' pace, and who watches it; by default none.
 
     ``places(back, size)`` is held while a file of ``size`` bytes is copied, or while it and others
     are read back (``back``).
+    ``limited()`` says whether files at once are limited now: then none go in one request.
     ``watch(operation_id, step, size)`` is told of bytes of files that are not small, by block;
     ``step`` is copy or check.
+    ``taking_back(operation_id, storage)`` is held while what a try made under its final name is
+    removed from what it gives; it gives None to who has lost the operation: others may have found
+    these files there, and made them theirs.
     """
 
     places: Callable[[bool, int], AbstractContextManager[None]] = _anywhere
     watch: Callable[[uuid.UUID, str, int], None] = _unseen
+    taking_back: Callable[[uuid.UUID, Storage], AbstractContextManager[Storage | None]] = _ours
+    limited: Callable[[], bool] = _unlimited
 
 
 def sub_batches(tasks: Sequence[CopyTask]) -> Iterator[list[CopyTask]]:

@@ -104,6 +104,10 @@ class Slots:
     def limited(self) -> bool:
         return bool(self._most)
 
+    def limits(self, keys: Iterable[str]) -> bool:
+        """Whether one of ``keys`` has a number."""
+        return not self._most.keys().isdisjoint(keys)
+
     def used(self) -> dict[str, int]:
         """How many are at work, by key."""
         with self._changed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -183,6 +184,18 @@ def test_a_storage_that_is_not_there_is_not_added(dlm: Dlm, tmp_path: Path) -> N
     assert dlm("storage", "list", "--json").json == []
 
 
+def test_a_storage_on_a_mounted_disk_knows_its_mount(dlm: Dlm, tmp_path: Path) -> None:
+    """So the empty folder below a disk that went is no empty storage; who knows better says so."""
+    dlm("location", "add", "here")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as root:
+        added = dlm("storage", "add", "x", "--location", "here", "--root", root)
+        assert "unless something is mounted at /dev/shm" in added.out
+        other = str(tmp_path)
+        dlm("storage", "add", "y", "--location", "here", "--root", other, "--config", "mount=/")
+        shown = {one["name"]: one["config"] for one in dlm("storage", "list", "--json").json}
+        assert shown == {"x": {"mount": "/dev/shm"}, "y": {"mount": "/"}}
+
+
 def test_a_secret_is_neither_kept_nor_repeated(dlm: Dlm, storages: Any) -> None:
     """A key given outright in a storage's config is refused, and not printed."""
     result = dlm(
@@ -208,7 +221,7 @@ def test_a_home_that_cannot_be_used_is_told(
     (tmp_path / "file").touch()
     monkeypatch.delenv("DLM_DATABASE_URL")
     monkeypatch.setenv("DLM_HOME", str(tmp_path / "file" / "home"))
-    told = refused(dlm("status"), "DLM-208", 3)
+    told = refused(dlm("status"), "DLM-209", 3)
     assert str(tmp_path / "file") in told
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from dlm_core.catalogue import checks
 from dlm_core.errors import AccessDeniedError, StorageUnavailableError
+from dlm_core.lifecycle import verify as verifying
 from dlm_core.lifecycle.check import plan_verification, propose_verification, within_budget
 from dlm_core.lifecycle.register import init_data_item, set_uri
 from dlm_core.lifecycle.replicate import plan_replication
@@ -92,6 +93,30 @@ def test_what_cannot_be_checked_is_put_off(site):
         assert due() == ["a"]
         assert verify(site).done == {"verify": 1}
         assert due() == [] and checked(site, good) == site.now
+
+
+def test_what_takes_long_is_written_before_all_is_read(site, monkeypatch):
+    """Else a look at the first of many large copies would be told of when the last was read, as if
+    it had been taken then."""
+    monkeypatch.setattr(verifying, "_SOON", 0)
+    site.set_storage("a", concurrency=1)
+    monkeypatch.setattr(verifying, "_GROUP", 1)
+    first = add(site, "1-first")
+    for n in range(2, 9):
+        add(site, f"{n}")
+    site.advance(days=91)
+    seen = []
+
+    def note(path):
+        if path == "8":
+            end = time.monotonic() + 10
+            while checked(site, first) != site.now and time.monotonic() < end:
+                time.sleep(0.01)
+            seen.append(checked(site, first))
+
+    reads(site, note)
+    assert verify(site).done == {"verify": 8}
+    assert seen == [site.now]
 
 
 def test_the_riskiest_come_first(site):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,13 +12,18 @@ from typing import Any
 import pytest
 
 from dlm_core.lifecycle import verify
+from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.expire import plan_batch
-from dlm_core.lifecycle.replicate import plan_replication
+from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import StoragePool, _open_row, drain
+from dlm_core.storages.open import open_storage
 from dlm_core.types import OperationKind
-from tests.fakes import Hooked
+from tests.backends import s3_config
+from tests.fakes import Hooked, Misreading
+from tests.payloads import get
 from tests.site import ALL, Site, make_site
 
 GOOD = b"good bytes"
@@ -266,3 +274,41 @@ def test_a_late_look_does_not_end_a_newer_doubt(site, monkeypatch, since):
     site.work(OperationKind.VERIFY)
     assert slept
     assert site.replicas(oid)["b"] == {"SUSPECT": "CORRUPTED"}.get(since[-1], since[-1])
+
+
+def test_a_late_copy_does_not_take_back_files_that_another_found_there(site, s3):
+    """On an object store files are visible one by one. Who slept, reads one of a directory's
+    wrongly, and would clear the others away: they are part of a good copy by now."""
+    root = f"{s3.bucket}/{uuid.uuid4().hex}"
+    config = json.dumps(s3_config(s3))
+    site.add_storage("c", "cloud", interface="s3", root=root, config=config)
+    for name, data in (("one", b"1"), ("two", b"22")):
+        (site.folder / "a" / "d.ms").mkdir(exist_ok=True)
+        (site.folder / "a" / "d.ms" / name).write_bytes(data)
+    site.set_storage("b", mode="read_only")
+    register_tree(site.context, Source("a", "test", as_directory=("*.ms",)))
+    drain(site.context, {OperationKind.ADMIT: execute_admit})
+    plan_replication(site.context)
+
+    bucket, left = open_storage("c", "s3", root, s3_config(s3)), ["sleep"]
+
+    def opened(row: Any) -> Any:
+        if row["name"] != "a":
+            return _open_row(row)
+        wrong = Misreading(_open_row(row))
+        wrong.left = []
+
+        def sleep(call: str, path: str) -> None:
+            if (call, path) == ("open_read", "d.ms/two") and left:
+                while bucket.stat("test/d.ms/one") is None:
+                    time.sleep(0.01)
+                left.pop()
+                the_others(site, OperationKind.COPY)
+                wrong.left = [None]
+
+        return Hooked(wrong, sleep)
+
+    drain(replace(site.context, storages=StoragePool(opened)), {OperationKind.COPY: execute_copy})
+    assert not left and site.query("SELECT state FROM replica WHERE state <> 'READY'") == []
+    found = {e.path: get(bucket, e.path) for e in bucket.walk("test")}
+    assert found == {"test/d.ms/one": b"1", "test/d.ms/two": b"22"}

@@ -156,3 +156,15 @@ def test_an_item_expires_with_a_copy_that_was_refused(site):
     assert set(site.replicas(oid).values()) == {"DELETED"} and site.item(oid)["state"] == "DELETED"
     assert site.visible("c") == {"x": STRANGER}
     assert site.query("SELECT FROM operation WHERE state IN ('QUEUED', 'RUNNING', 'FAILED')") == []
+
+
+def test_a_file_that_went_does_not_take_a_folder_of_its_name_to_the_trash(site):
+    """Somebody removed the copy unseen, and another item's was put below a folder of its name: the
+    one goes, the other stays."""
+    oid = two_copies(site)
+    (site.folder / "a" / "x").unlink()
+    other = site.add_item("x/y", b"another item's", "a")
+    let_go(site, oid, "a")
+    to_the_end(site)
+    assert site.replicas(oid) == {"a": "DELETED", "b": "READY"}
+    assert site.replicas(other)["a"] == "READY" and site.visible("a") == {"x/y": b"another item's"}

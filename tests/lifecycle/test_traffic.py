@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from dataclasses import replace
@@ -17,6 +18,8 @@ from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.verify import execute_verify, request_verification
 from dlm_core.lifecycle.work import Context, Report, drain
 from dlm_core.storages.open import open_storage
+from dlm_core.storages.rclone import RcloneStorage
+from dlm_core.storages.sftp import SftpStorage
 from dlm_core.types import OperationKind
 from tests.fakes import Hooked
 from tests.site import Site, make_site, reopen
@@ -179,6 +182,42 @@ def test_no_more_files_at_once_than_the_limit(site: Site, drainers: int) -> None
         one.join()
     assert sum(one.report.done["copy"] for one in going) == 24
     assert counted.most <= 2
+
+
+def test_files_that_go_in_one_request_are_at_work_at_once(
+    site: Site, tmp_path: Path, sshd: Any, monkeypatch: Any
+) -> None:
+    """rclone takes them so, SFTP writes them so: not where files at once are limited."""
+    together: list[int] = []
+
+    def counting(adapter: Any, call: str) -> None:
+        inner = getattr(adapter, call)
+
+        def counted(self: Any, first: Any, *rest: Any) -> Any:
+            together.append(len(first if call == "write_many" else rest[0]))
+            return inner(self, first, *rest)
+
+        monkeypatch.setattr(adapter, call, counted)
+
+    counting(RcloneStorage, "take_many")
+    counting(SftpStorage, "write_many")
+    folder = tmp_path / "far"
+    folder.mkdir()
+    for name, interface, root, config in (
+        ("c", "rclone", str(tmp_path / "b"), {"type": "local"}),
+        ("d", "sftp", sshd.root(folder), sshd.config()),
+    ):
+        for other in site.storages:
+            site.set_storage(other, mode="read_only")
+        site.add_storage(name, name.upper())
+        site.set_storage(
+            name, interface=interface, root=root, config=json.dumps(config), max_concurrency=1
+        )
+        for n in range(8):
+            site.add_item(f"{name}{n}", b"x", "a")
+        plan_replication(site.context)
+        assert drain(site.context, _COPY).done["copy"] == 8
+    assert max(together, default=1) == 1
 
 
 def test_a_lost_drainers_share_is_the_others(site: Site) -> None:

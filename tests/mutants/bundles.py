@@ -56,7 +56,7 @@ BUNDLES = (
         "dlm_core/storages/bundles.py",
         (
             "        if self.index.look(lambda: self.index.being_cleaned(path), fresh=False):\n"
-            "            self.inner.remove(path)\n"
+            "            remove_file(self.inner, path)\n"
         ),
         "        return\n",
         "a member that is trashed leaves the single file that it was made of",

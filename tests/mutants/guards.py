@@ -372,4 +372,12 @@ GUARDS = (
         "what cannot be checked starts run after run",
         ("lifecycle/test_check.py::test_what_cannot_be_checked_is_put_off",),
     ),
+    Mutant(
+        "clocks-not-compared",
+        "dlm_core/catalogue/engine.py",
+        "if max(ahead, behind) > tolerance:",
+        "if False:",
+        "a machine whose clock runs ahead lets expire what is not due",
+        ("catalogue/test_clocks.py::test_a_machine_whose_clock_is_off_does_nothing",),
+    ),
 )

@@ -19,7 +19,8 @@ from dlm_core.storages.conformance import get, put
 from dlm_core.storages.packing import pack
 from dlm_core.storages.posix import PosixStorage
 from tests.backends import bundled
-from tests.fakes import FAR, StoppedError, Stopping, any_digest
+from tests.fakes import FAR, Hooked, StoppedError, Stopping, any_digest, die_after
+from tests.payloads import contents
 
 PATHS = ("a", "b", "top/a", "top/b", "top/sub/c", "other/a", ".dlm/trash/1", ".dlm/trash/2")
 TREES = ("top", "other", ".dlm/trash/tree")
@@ -265,3 +266,25 @@ def test_a_file_goes_without_what_only_begins_with_its_name(tmp_path: Path, how:
             storage.rename("x", ".dlm/trash/uid")
     assert [entry.path for entry in storage.walk()] == ["x/y"]
     assert get(storage, "x/y") == b"good bytes"
+
+
+@pytest.mark.parametrize("how", ["rename", "remove"])
+def test_a_member_goes_without_the_folder_that_was_made_in_its_place(
+    tmp_path: Path, how: str
+) -> None:
+    """Others lie there, one of them too large to be packed; also while a packer that was lost has
+    left single files of some to be cleared."""
+    disk = bundled(PosixStorage("disk", str(tmp_path)))
+    put(disk, "x", b"packed")
+    pack(disk, any_digest, FAR)
+    put(disk, "x/large", bytes(2 << 20))
+    put(disk, "x/y", b"packed too")
+    with pytest.raises(StoppedError):
+        pack(bundled(Hooked(disk.inner, die_after("remove", "x/y"))), any_digest, FAR)
+    assert [entry.path for entry in disk.inner.walk()] == ["x/large"]
+    if how == "remove":
+        disk.remove("x")
+    else:
+        disk.rename("x", ".dlm/trash/uid")
+        assert get(disk, ".dlm/trash/uid") == b"packed"
+    assert contents(disk) == {"x/y": b"packed too", "x/large": bytes(2 << 20)}

@@ -12,7 +12,7 @@ from dlm_core.storages.conformance import get, put
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.packing import pack
 from tests.backends import bundled, s3_config
-from tests.fakes import FAR, StoppedError, Stopping, any_digest
+from tests.fakes import FAR, Hooked, StoppedError, Stopping, any_digest, die_after
 from tests.payloads import contents
 
 FILES = {f"block-{n % 2}/{n}": b"bytes of %d" % n for n in range(5)}
@@ -96,3 +96,23 @@ def test_a_large_object_goes_without_members_whose_names_go_on_where_its_own_end
         with suppress(PayloadExistsError):
             storage.rename("x", ".dlm/trash/uid")
     assert contents(storage) == {"x/y": b"good bytes"}
+
+
+@pytest.mark.parametrize("how", ["rename", "remove"])
+def test_a_member_whose_file_is_cleared_already_leaves_what_only_begins_with_its_name(bucket, how):
+    """A packer was lost after it had removed the single file, and before it could say so: who moves
+    or removes the member clears that file again, and an object below its name stays."""
+    folder = uuid.uuid4().hex
+    storage = bundled(bucket(folder), bundle_below=100)
+    put(storage, "x", b"packed")
+    put(storage.inner, "x/y", bytes(1000))
+    lost = bundled(Hooked(bucket(folder), die_after("remove", "x")), bundle_below=100)
+    with pytest.raises(StoppedError):
+        pack(lost, any_digest, FAR)
+    assert storage.inner.stat("x").kind == "directory"
+    if how == "remove":
+        storage.remove("x")
+    else:
+        storage.rename("x", ".dlm/trash/uid")
+        assert get(storage, ".dlm/trash/uid") == b"packed"
+    assert contents(storage) == {"x/y": bytes(1000)}

@@ -309,10 +309,13 @@ def test_a_full_disk(tmp_path):
 
 
 def test_a_stream_notices_change(disk):
-    """Grown, rewritten in place, replaced or removed: its stamp is another."""
-    for change in ("grow", "touch", "replace", "remove"):
+    """Grown, rewritten in place, replaced or removed, also if it has another name still: its stamp
+    is another."""
+    for change in ("grow", "touch", "replace", "remove", "replace one", "remove one"):
         put(disk, change)
         full = f"{disk.root}/{change}"
+        if change.endswith(" one"):
+            os.link(full, f"{disk.root}/also {change}")
         with disk.open_read(change) as stream:
             assert stream.stamp() == stream.opened and stream.size == 7
             if change == "grow":
@@ -320,7 +323,7 @@ def test_a_stream_notices_change(disk):
                     file.write(b"!")
             elif change == "touch":
                 os.utime(full, ns=(1, 1))
-            elif change == "replace":
+            elif change.startswith("replace"):
                 put(disk, "new")
                 os.replace(f"{disk.root}/new", full)
             else:

@@ -11,6 +11,7 @@ import uuid
 from base64 import b64encode
 from hashlib import sha256
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -224,6 +225,13 @@ def test_a_wrong_password_is_denied_and_not_shown(wsgidav, tmp_path):
         {"type": "webdav", "bearer_token": "hunter2"},
         {"type": "webdav", "secret_pass": "hunter2"},
         {"type": "webdav,pass=hunter2"},
+        {"type": "webdav", "url": "https://dlm:hunter2@dav.example.org"},
+        {"type": "http", "url": "http://x/", "headers": "Authorization,hunter2"},
+        {"type": "azureblob", "sas_url": "https://x.example.org/?sig=hunter2"},
+        {"type": "azurefiles", "connection_string": "AccountKey=hunter2"},
+        {"type": "storj", "access_grant": "hunter2"},
+        {"type": "s3", "sse_customer_key_base64": "hunter2"},
+        {"type": "iclouddrive", "cookies": "hunter2"},
     ],
 )
 def test_a_secret_given_where_a_reference_belongs_is_refused(config):
@@ -323,6 +331,26 @@ def test_a_web_server_that_is_down_is_an_outage():
     for call in (storage.check, lambda: storage.stat("x"), lambda: list(storage.walk())):
         with pytest.raises(StorageUnavailableError):
             call()
+
+
+@pytest.mark.parametrize("status", [0, 500, 503])
+@pytest.mark.parametrize("folder", ["404", "no such file", "file not found"])
+def test_what_a_file_is_called_is_no_word_of_the_server(folder, status):
+    """A server that is in trouble with one folder does not say that nothing is there, whatever the
+    name is that rclone tells with the error."""
+    place = quote(folder)
+    page = f'<html><a href="{place}/">{folder}/</a></html>'.encode()
+    with answering(200, {"Content-Type": "text/html"}, page, {f"/{place}": status}) as told:
+        web = open_storage("web", "http", told[0], {})
+        for call in (
+            lambda: web.stat(f"{folder}/x"),
+            lambda: web.stat_many([f"{folder}/{n}" for n in range(9)]),
+            lambda: list(web.walk()),
+            lambda: get(web, f"{folder}/x"),
+            lambda: web.read_back(f"{folder}/x"),
+        ):
+            with pytest.raises(StorageUnavailableError):
+                call()
 
 
 def test_a_web_server_is_asked_with_the_password(monkeypatch):

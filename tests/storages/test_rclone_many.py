@@ -1,5 +1,6 @@
 """What becomes visible by one call of rclone's: each file ends as if it had been the only one."""
 
+import threading
 import uuid
 from hashlib import sha256
 
@@ -10,7 +11,9 @@ from dlm_core.storages.open import open_storage
 from dlm_core.storages.rclone_daemon import Daemon, RcloneError, daemon
 from dlm_core.storages.rclone_many import move_groups
 from dlm_core.storages.wire import WireError
+from dlm_core.transfers import tasks
 from dlm_core.transfers.mover import CopyTask, copy_batch
+from dlm_core.transfers.throttle import Pace, paced
 from dlm_core.types import PayloadKind
 from tests.backends import open_dav_by_rclone, open_memory_by_rclone
 from tests.payloads import contents, get, put
@@ -216,3 +219,35 @@ def test_what_moves_together():
     assert [name for _, _, some in found for name in some] == names
     flat = list(move_groups((f"t/{n:03}", f"flat/{n:03}") for n in range(300)))
     assert [len(some) for _, _, some in flat] == [256, 44]
+
+
+def test_a_limit_that_is_set_meanwhile_reaches_the_next_request(tmp_path, monkeypatch):
+    """What goes together cannot be held back, so no more goes together from then on."""
+    monkeypatch.setattr(tasks, "_FIRST_FILES", 4)
+    monkeypatch.setattr(tasks, "_SUB_BATCH_FILES", 4)
+    source, remote = (tmp_path / name for name in ("in", "out"))
+    for folder in (source, remote):
+        folder.mkdir()
+    source = open_storage("in", "posix", str(source), {})
+    remote = open_storage("out", "rclone", str(remote), {"type": "local"})
+    pace, taken = Pace(None, threading.Event()), []
+
+    def take_many(*rest):
+        pace.set(1e9)
+        taken.append(rest)
+        return type(remote).take_many(remote, *rest)
+
+    monkeypatch.setattr(remote, "take_many", take_many)
+    wanted = []
+    for n in range(40):
+        put(source, f"f/{n}", b"x")
+        digest = f"sha256:{sha256(b'x').hexdigest()}"
+        wanted.append(
+            CopyTask(
+                uuid.uuid4(), f"f/{n}", f"to/{n}", PayloadKind.FILE, 1, digest, (),
+                uuid.uuid4().hex,
+            )
+        )  # fmt: skip
+    results = list(copy_batch(source, paced(remote, [pace]), wanted))
+    assert [result.error for result in results] == [None] * 40
+    assert len(taken) <= tasks.AT_ONCE

@@ -5,6 +5,7 @@ import io
 import time
 import uuid
 
+import boto3
 import obstore
 import pytest
 
@@ -16,6 +17,8 @@ from dlm_core.errors import (
 )
 from dlm_core.storages import s3 as adapter
 from dlm_core.storages.open import open_storage
+from dlm_core.transfers.checksums import observe
+from dlm_core.types import PayloadKind
 from tests.backends import s3_config
 from tests.payloads import put
 
@@ -123,8 +126,6 @@ def test_an_upload_that_breaks_off_leaves_nothing(bucket, s3):
     with pytest.raises(ConnectionResetError):
         bucket.write("x", Broken(), 4 * PART)
     assert bucket.stat("x") is None
-    import boto3
-
     client = boto3.client(
         "s3", endpoint_url=s3.endpoint, region_name="us-east-1",
         aws_access_key_id=s3.access_key, aws_secret_access_key=s3.secret_key,
@@ -227,3 +228,38 @@ def test_a_file_goes_without_what_only_begins_with_its_name(bucket):
     assert paths(bucket) == ["tree/y", "x/y", "z/y"]
     bucket.remove("tree")
     assert paths(bucket) == ["x/y", "z/y"]
+
+
+def test_one_of_two_that_clear_the_same_file_leaves_what_only_begins_with_its_name(bucket):
+    """Whoever comes second finds no object of that name any more, only those below it."""
+    put(bucket, "x")
+    put(bucket, "x/y")
+    for _ in range(2):
+        bucket.remove_file("x")
+    assert paths(bucket) == ["x/y"]
+
+
+def test_an_object_that_stands_for_a_folder_is_no_file(bucket, s3):
+    """Consoles make one, empty, whose name ends in a slash: of the storage's own folder, of a
+    payload, and within. It is not listed, and in nobody's way."""
+    for name in ("tree/sub/one", "tree/empty", "two"):
+        put(bucket, name, b"" if name == "tree/empty" else b"payload")
+    client = boto3.client(
+        "s3", endpoint_url=s3.endpoint, region_name="us-east-1",
+        aws_access_key_id=s3.access_key, aws_secret_access_key=s3.secret_key,
+    )  # fmt: skip
+    for folder in ("", "tree/", "tree/sub/", "nothing/"):
+        client.put_object(Bucket=s3.bucket, Key=f"{bucket.within.prefix}{folder}", Body=b"")
+    assert paths(bucket) == ["tree/empty", "tree/sub/one", "two"]
+    assert paths(bucket, "tree") == ["tree/empty", "tree/sub/one"]
+    assert bucket.stat("nothing") is None and bucket.stat("tree/sub").kind == "directory"
+    many = [*(f"tree/{n}" for n in range(20)), "tree/sub", "tree/empty"]
+    found = {path: entry.kind for path, entry in bucket.stat_many(many).items() if entry}
+    assert found == {"tree/sub": "directory", "tree/empty": "file"}
+    seen = observe(bucket, "tree", PayloadKind.DIRECTORY)
+    assert [one.path for one in seen.manifest] == ["empty", "sub/one"]
+    bucket.rename("tree", ".dlm/trash/uid")
+    assert bucket.stat("tree") is None
+    assert paths(bucket, ".dlm/trash/uid") == [f".dlm/trash/uid/{n}" for n in ("empty", "sub/one")]
+    bucket.remove(".dlm/trash/uid")
+    assert paths(bucket) == ["two"] and bucket.stat(".dlm/trash/uid") is None

@@ -543,3 +543,30 @@ def test_a_file_is_cloned_on_the_far_side(tmp_path, monkeypatch, shell, copy_dat
         assert not far.copy_from(
             open_storage("x", "sftp", root, server.config()), "a b", "e", 1, stop
         )
+
+
+def test_a_file_that_cannot_be_read_is_closed_again(sshd):
+    """A server has few handles, and a bad disk many such files. (The memory of the server's own
+    process is a file that opens, and whose first byte is not there.)"""
+    far = at(sshd, Path("/proc/self"), connections=1)
+    before = len(list(far.walk("fd")))
+    for _ in range(10):
+        with pytest.raises(StorageUnavailableError):
+            far.open_read("mem")
+    assert len(list(far.walk("fd"))) == before
+
+
+def test_a_copy_to_a_name_that_is_taken_leaves_nothing_open(own, root):
+    """The source is opened first."""
+    far = at(own, root, connections=1)
+    for name in ("x", "taken"):
+        put(far, name)
+
+    def open_there():
+        return sum(process.num_fds() for process in own.sessions())
+
+    before = open_there()
+    for _ in range(10):
+        with pytest.raises(PayloadExistsError):
+            far.copy_from(far, "x", "taken", 7, lambda _: None)
+    assert open_there() == before

@@ -40,8 +40,13 @@ def test_any_name_is_staged_in_one_call(tape, by_command):
         storage.write(name, io.BytesIO(b"bytes"), 5)
     tape.migrate()
     assert storage.look(ODD) == set()
-    with pytest.raises(NotOnlineError):
-        storage.open_read(ODD[0])
+    for opening in (
+        lambda: storage.open_read(ODD[0]),
+        lambda: storage.open_read_at(ODD[0], 2),
+        lambda: storage.open_range(ODD[0], 2, 1),
+    ):
+        with pytest.raises(NotOnlineError):
+            opening()
     storage.stage(ODD)
     assert tape.calls() == [ODD]
     assert storage.look([*ODD, "gone"]) == set(ODD)

@@ -212,6 +212,39 @@ def task(source, path, data):
     )  # fmt: skip
 
 
+class LoginPage:
+    """Between us and the server: answers to one method with a page of its own, and 200."""
+
+    def __init__(self, storage, method, url):
+        self.wire, self.method = storage._wire, method
+        self.page = open_storage("page", "webdav", url, {})._wire
+        storage._wire = self
+
+    def ask(self, method, *rest):
+        return (self.page if method == self.method else self.wire).ask(method, *rest)
+
+    def __getattr__(self, name):
+        return getattr(self.wire, name)
+
+
+def test_a_copy_that_was_not_moved_into_place_is_no_copy(dav, tmp_path):
+    """A gateway answers with a page to log in, and 200: that is no word of the server."""
+    (tmp_path / "in").mkdir()
+    source = open_storage("in", "posix", str(tmp_path / "in"), {})
+    with answering(200, {"Content-Type": "text/html"}, b"<html>Who are you?</html>") as told:
+        gateway = LoginPage(dav, "MOVE", told[0])
+        (result,) = copy_batch(source, dav, [task(source, "f/x", b"good bytes")])
+        assert result.error.code == "DLM-301" and list(dav.walk()) == []
+        put_aside = [lambda: dav.rename("z", ".dlm/trash/z"), lambda: put(dav, "y")]
+        gateway.method = ""
+        put(dav, "z")
+        gateway.method = "MOVE"
+        for call in put_aside:
+            with pytest.raises(StorageUnavailableError):
+                call()
+    assert [entry.path for entry in dav.walk()] == ["z"]
+
+
 def test_a_server_killed_in_a_copy_and_back(tmp_path):
     """Nothing shows meanwhile; afterwards the same payloads come through, and are whole."""
     (tmp_path / "in").mkdir()

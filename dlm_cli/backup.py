@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dlm_cli.session import catalogue, human_size, plain_errors, show_json
+from dlm_core.errors import InvalidValueError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -121,6 +122,8 @@ def distrust(
     """Say that this catalogue was brought back by other means than 'dlm db restore'."""
     from dlm_core.catalogue.recovery import distrust
 
+    if not source.strip():
+        raise InvalidValueError(what="source", value=source, expected="what it was brought from")
     with catalogue() as context:
         context.transact(lambda c: distrust(c, source, context.actor, context.clock()))
     print("nothing is deleted on this catalogue's word: see 'dlm verify --all', 'dlm db confirm'")

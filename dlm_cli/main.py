@@ -22,7 +22,7 @@ from dlm_cli import (
     verifying,
 )
 from dlm_cli.session import catalogue, fail, human, parse_pairs, plain_errors, show_json, show_table
-from dlm_core.errors import DlmError, InputError, ServiceUnavailableError
+from dlm_core.errors import DlmError, InputError, LocalFileError, ServiceUnavailableError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -228,6 +228,10 @@ def main() -> None:
         # the reader went away (dlm … | head): not an error of ours
         sys.stderr.close()
         raise SystemExit(0) from None
+    except OSError as error:
+        # of DLM_HOME, most often: what it lacks is no fault of the program
+        reason = error.strerror or str(error)
+        fail(LocalFileError(path=error.filename or "a file", reason=reason))
     except Exception as error:
         if os.environ.get("DLM_TRACEBACK"):
             raise

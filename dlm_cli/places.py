@@ -472,7 +472,9 @@ def _set_paths(name: str, file: str, *, dry_run: bool) -> None:
 def storage_path(
     name: Name,
     uri: Annotated[str, typer.Argument(help="e.g. ska:eb-1/scan-3.ms")],
-    version: Annotated[int | None, typer.Option(help="Unset: the newest.", min=1)] = None,
+    version: Annotated[
+        int | None, typer.Option(help="Unset: the newest.", min=1, max=2**31 - 1)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show where the copy of an item lies on a storage, or would lie."""

@@ -79,6 +79,12 @@ class PathMeetingError(InputError):
     code = "DLM-107"
 
 
+class TooLongError(InputError):
+    """a name is longer than the catalogue can keep: {message}"""
+
+    code = "DLM-108"
+
+
 # --- the catalogue and the services: exit code 3 ----------------------------------------------
 
 
@@ -145,6 +151,13 @@ class ClockSkewError(CatalogueError):
     {allowed:.0f} are borne (a quarter of DLM_LEASE_SECONDS); set both by NTP; nothing was done"""
 
     code = "DLM-208"
+
+
+class LocalFileError(DlmError):
+    """{path} cannot be used on this machine ({reason}): look at its folder, rights, free space"""
+
+    code = "DLM-209"
+    exit_code = 3
 
 
 # --- storages: exit code 4 --------------------------------------------------------------------

@@ -11,6 +11,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dlm_core.errors import InvalidValueError
 
+#: a hundred years, in seconds
+_LONGEST = 100 * 31_557_600.0
+
 
 class Settings(BaseSettings):
     """What a site sets once. Nothing below level 3 reads the environment by itself."""
@@ -96,16 +99,28 @@ class Settings(BaseSettings):
         7 * 86400, gt=0, description="How long a plan can be approved, and an approval is good."
     )
     dagster_retention_days: float = Field(
-        30, gt=0, description="Ended Dagster runs and their events are pruned after this, days."
+        30,
+        gt=0,
+        le=36_500,
+        description="Ended Dagster runs and their events are pruned after this, days.",
     )
     export_hours: float = Field(
         0,
         ge=0,
+        le=876_000,
         description="The daily maintenance exports storages described longer ago, hours; 0: none.",
     )
     watch_settle_seconds: float = Field(
         10, ge=0, description="A watched file is registered when unchanged for this long."
     )
+
+    @field_validator("*")
+    @classmethod
+    def _bounded(cls, value: object) -> object:
+        # every number with a fraction is a time or a share; a longer time than this is none
+        if isinstance(value, float) and not value <= _LONGEST:
+            raise ValueError(f"Input should be at most {_LONGEST:.0f}")
+        return value
 
     @field_validator("home")
     @classmethod

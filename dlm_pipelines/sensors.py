@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import dagster as dg
 from sqlalchemy import Connection
 
+from dlm_core.catalogue import schema
 from dlm_core.catalogue.capacity import storages_to_observe, storages_to_relieve
 from dlm_core.catalogue.checks import count_failed_looks, storages_with_checks_due
 from dlm_core.catalogue.expiring import count_expiry_due
@@ -46,6 +48,13 @@ _ACTIVE = [
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
 ]
+_ENDED = [
+    dg.DagsterRunStatus.SUCCESS,
+    dg.DagsterRunStatus.FAILURE,
+    dg.DagsterRunStatus.CANCELED,
+]
+#: after so many failed runs within this time the next one waits so long
+_FAILING_RUNS, _FAILING_WITHIN, _FAILING_PAUSE = 3, timedelta(minutes=10), timedelta(minutes=1)
 
 
 class Blocked(Exception):
@@ -119,6 +128,27 @@ def rebalance_due(connection: Connection, _: Settings, now: datetime) -> Due:
     return Due(len(relieve) + len(ask), f"storages to relieve: {names}; to be asked: {len(ask)}")
 
 
+def _ask(question: Question, settings: Settings, now: datetime, connection: Connection) -> Due:
+    # of an older schema runs could make nothing
+    schema.check(connection)
+    return question(connection, settings, now)
+
+
+def _all_fail(instance: dg.DagsterInstance, job: str) -> bool:
+    """Whether the last runs of a job failed one after the other, the last a moment ago: what ends
+    all of them, whatever it is, must not become some thousand failed runs a day."""
+    now = datetime.now(UTC)
+    last = instance.get_run_records(
+        dg.RunsFilter(job_name=job, statuses=_ENDED, updated_after=now - _FAILING_WITHIN),
+        limit=_FAILING_RUNS,
+    )
+    return (
+        len(last) == _FAILING_RUNS
+        and all(record.dagster_run.status == dg.DagsterRunStatus.FAILURE for record in last)
+        and (now.timestamp() - (last[0].end_time or 0.0)) < _FAILING_PAUSE.total_seconds()
+    )
+
+
 def _sensor(name: str, question: Question, most: int | None = None) -> dg.SensorDefinition:
     settings = load_settings()
 
@@ -126,7 +156,7 @@ def _sensor(name: str, question: Question, most: int | None = None) -> dg.Sensor
         try:
             current = catalogue.settings()
             core = catalogue.context(f"sensor:{name}", current)
-            due = core.transact(lambda c: question(c, current, core.clock()))
+            due = core.transact(partial(_ask, question, current, core.clock()))
         except (DlmError, Blocked) as error:
             return dg.SensorResult(skip_reason=str(error))
         if not due.amount:
@@ -139,6 +169,8 @@ def _sensor(name: str, question: Question, most: int | None = None) -> dg.Sensor
         wanted = drainers - active
         if wanted <= 0:
             return dg.SensorResult(skip_reason=f"{due.words}; {active} runs are at it")
+        if _all_fail(context.instance, f"{name}_job"):
+            return dg.SensorResult(skip_reason=f"{due.words}; the last runs failed, see why there")
         request = dg.RunRequest(run_config=due.config, tags={"dlm/due": due.words})
         return dg.SensorResult(run_requests=[request] * wanted)
 

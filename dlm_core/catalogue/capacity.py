@@ -15,7 +15,7 @@ _EFFECTIVE = """
          s.rebalance_after, coalesce(s.capacity_bytes, s.observed_total_bytes) AS capacity,
          CASE WHEN s.capacity_bytes IS NULL THEN greatest(s.observed_used_bytes, u.used_bytes)
               ELSE u.used_bytes END AS used,
-         u.trashed_bytes AS trashed, l.bytes AS leaving,
+         s.capacity_bytes IS NULL AS told, u.trashed_bytes AS trashed, l.bytes AS leaving,
          -- by its order the index replica_coldest: an EXISTS would read the whole table in vain once
          -- a storage that held much is empty
          s.mode = 'draining' AND ((
@@ -48,6 +48,17 @@ def storages_to_relieve(connection: Connection, now: datetime) -> list[dict[str,
                     AND (rebalance_after IS NULL OR rebalance_after <= :now))
              ORDER BY name""",
         now=now,
+    )
+
+
+def lock_draining(connection: Connection, storage_id: uuid.UUID) -> bool:
+    """Whether a storage is being drained; nobody calls that off before this transaction ends."""
+    return bool(
+        rows(
+            connection,
+            "SELECT 1 AS n FROM storage WHERE storage_id = :id AND mode = 'draining' FOR SHARE",
+            id=storage_id,
+        )
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -62,9 +64,12 @@ def sqlalchemy_url(dsn: str, driver: str) -> URL:
     hosts = parts.pop("host", "").split(",")
     ports = parts.pop("port", "5432").split(",")
     ports = ports * len(hosts) if len(ports) == 1 else ports
-    # a host in the query may be a socket's folder; several need their ports with them
-    pairs = tuple(f"{host}:{port or 5432}" for host, port in zip(hosts, ports, strict=True))
-    where: dict[str, str | tuple[str, ...]] = {"host": pairs}
+    if len(ports) != len(hosts) or not all(re.fullmatch("[0-9]{0,5}", port) for port in ports):
+        raise InvalidValueError(
+            what="database address", value="…", expected="a port, or one for each host"
+        )
+    # a host in the query may be a socket's folder, or an IPv6 address with colons of its own
+    where = {"host": ",".join(hosts), "port": ",".join(port or "5432" for port in ports)}
     if len(hosts) == 1:
         where = {"host": hosts[0], "port": ports[0]} if hosts[0] else {"port": ports[0]}
     return URL.create(

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from struct import pack
 from typing import Any, TypeVar
 
+import psycopg
 from psycopg import adapters
 from psycopg.adapt import Dumper
 from psycopg.pq import Format
@@ -23,6 +24,7 @@ from dlm_core.errors import (
     CatalogueUnavailableError,
     ClockSkewError,
     DlmError,
+    TooLongError,
 )
 
 T = TypeVar("T")
@@ -31,6 +33,8 @@ Rows = Sequence[Mapping[str, Any]]
 #: deadlock_detected and serialization_failure: nothing happened, try the transaction again
 _TRY_AGAIN = {"40P01", "40001"}
 _TRIES = 6
+#: program_limit_exceeded: of what we write, a name that does not fit into an index
+_LIMIT = "54000"
 #: type of a column of uuids that are given as bytes (types.new_key) to copy_rows and copy_into
 KEY = "key"
 #: rows that :func:`each` makes at once
@@ -99,7 +103,10 @@ def begin(
     ClockSkewError
         nothing was done.
     CatalogueUnavailableError
-        if the server cannot be reached or went away; nothing was changed.
+        if the server cannot be reached or went away; nothing was changed, unless that was while it
+        committed: then all was, or nothing.
+    TooLongError
+        if a name does not fit into an index.
     CatalogueError
         if the database refused; the message is the database's reason.
     """
@@ -113,7 +120,8 @@ def begin(
             if tolerance is not None:
                 _compare_clocks(asked, told.server, tolerance)
             yield connection
-    except exc.DBAPIError as error:
+    except (exc.DBAPIError, psycopg.Error) as error:
+        # what COPY meets comes from the driver itself
         raise _translated(error) from error
 
 
@@ -165,7 +173,7 @@ def transact(
                 return work(connection)
         except CatalogueError as error:
             cause = error.__cause__
-            state = getattr(getattr(cause, "orig", None), "sqlstate", None)
+            state = getattr(getattr(cause, "orig", cause), "sqlstate", None)
             if state not in _TRY_AGAIN or attempt == _TRIES - 1:
                 raise
             time.sleep(random.uniform(0, 0.05 * 2**attempt))
@@ -219,10 +227,15 @@ def copy_into(connection: Connection, table: str, columns: Mapping[str, str], re
             copy.write_row(record)
 
 
-def _translated(error: exc.DBAPIError) -> CatalogueError:
-    diagnosis = getattr(error.orig, "diag", None)
-    message = getattr(diagnosis, "message_primary", None) or str(error.orig).split("\n")[0]
-    if error.connection_invalidated or isinstance(error, exc.OperationalError):
-        if getattr(error.orig, "sqlstate", None) not in _TRY_AGAIN:
+def _translated(error: exc.DBAPIError | psycopg.Error) -> DlmError:
+    told = error.orig if isinstance(error, exc.DBAPIError) else error
+    lost = isinstance(error, exc.DBAPIError) and error.connection_invalidated
+    diagnosis = getattr(told, "diag", None)
+    message = getattr(diagnosis, "message_primary", None) or str(told).split("\n")[0]
+    state = getattr(told, "sqlstate", None)
+    if state == _LIMIT:
+        return TooLongError(message=message)
+    if lost or isinstance(error, exc.OperationalError | psycopg.OperationalError):
+        if state not in _TRY_AGAIN:
             return CatalogueUnavailableError(reason=message, hint="is it running? ('dlm up')")
     return CatalogueError(message=message)

@@ -405,20 +405,24 @@ def item_by_uri(connection: Connection, uri: str, *, lock: bool = False) -> dict
 # --- watches --------------------------------------------------------------------------------------
 
 
+# on a storage that is out of use nothing can be registered
+_DUE_WATCHES = """
+  SELECT w.watch_id FROM watch w JOIN storage s USING (storage_id)
+   WHERE w.scan_at <= :now AND s.mode NOT IN ('retired', 'lost')"""
+
+
 def count_watches_due(connection: Connection, now: datetime) -> int:
     """Watched folders whose next look is due."""
-    return int(
-        rows(connection, "SELECT count(*) AS n FROM watch WHERE scan_at <= :now", now=now)[0]["n"]
-    )
+    found = rows(connection, f"SELECT count(*) AS n FROM ({_DUE_WATCHES}) due", now=now)
+    return int(found[0]["n"])
 
 
 def claim_watches(connection: Connection, now: datetime) -> list[dict[str, Any]]:
     """Due watches, each put off by its interval: two drainers do not scan one folder at once."""
     return rows(
         connection,
-        """UPDATE watch w SET scan_at = CAST(:now AS timestamptz) + w.interval
-            WHERE watch_id IN (SELECT watch_id FROM watch WHERE scan_at <= :now
-                               FOR UPDATE SKIP LOCKED)
+        f"""UPDATE watch w SET scan_at = CAST(:now AS timestamptz) + w.interval
+            WHERE watch_id IN ({_DUE_WATCHES} FOR UPDATE OF w SKIP LOCKED)
            RETURNING w.*, (SELECT s.name FROM storage s WHERE s.storage_id = w.storage_id) AS storage""",
         now=now,
     )
@@ -467,6 +471,29 @@ def settled_entries(
         watch=watch_id,
         now=now,
         settle=settle,
+    )
+
+
+def put_off_entries(
+    connection: Connection,
+    watch_id: uuid.UUID,
+    entries: Sequence[Mapping[str, Any]],
+    until: datetime,
+) -> None:
+    """What :func:`settled_entries` gave settles again only after ``until``, unless it changes. Those
+    that became known meanwhile are forgotten by the next look."""
+    run(
+        connection,
+        """INSERT INTO watch_entry (watch_id, path, size, mtime, since)
+           SELECT :watch, path, size, mtime, :until
+             FROM unnest(CAST(:paths AS text[]), CAST(:sizes AS bigint[]),
+                         CAST(:times AS float8[])) AS u(path, size, mtime)
+           ON CONFLICT DO NOTHING""",
+        watch=watch_id,
+        until=until,
+        paths=[entry["path"] for entry in entries],
+        sizes=[entry["size"] for entry in entries],
+        times=[entry["mtime"] for entry in entries],
     )
 
 

@@ -17,6 +17,8 @@ from dlm_core.errors import InvalidValueError, NotFoundError
 STEP = 10
 #: of what would miss its deadline: before everything else
 _FIRST = -100
+#: advisory lock of who changes urgencies
+_LOCK = 0x75726765
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ def set_urgency(
     ------
     InvalidValueError
     """
+    # what is queued moves by the difference, which of two at once both would take from the same
+    run(connection, "SELECT pg_advisory_xact_lock(:key)", key=_LOCK)
     before = urgencies_of(connection, oids)
     after = {
         oid: Urgency(

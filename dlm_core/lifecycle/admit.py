@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from dlm_core.catalogue import items as catalogue
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.paths import folders_above, owners_at
-from dlm_core.errors import AlreadyExistsError, DlmError, IntegrityError
+from dlm_core.errors import AlreadyExistsError, DlmError, IntegrityError, TooLongError
 from dlm_core.lifecycle.staging import files_of, is_cold
 from dlm_core.lifecycle.traffic import reading_from
 from dlm_core.lifecycle.verify import Look, look_when_online
@@ -174,7 +174,16 @@ def _write(
         queue.finish_operations(connection, claim.token, [o for _, o in outcomes], now)
         return outcomes
 
-    return context.transact(write)
+    try:
+        return context.transact(write)
+    except TooLongError as error:
+        # a file in one of the directories: which is not told
+        if len(prepared) == 1:
+            return _write(context, claim, [(prepared[0][0], None, error)])
+        half = len(prepared) // 2
+        return [
+            *_write(context, claim, prepared[:half]), *_write(context, claim, prepared[half:]),
+        ]  # fmt: skip
 
 
 def _unless_shared(

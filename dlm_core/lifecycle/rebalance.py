@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -45,10 +45,22 @@ class Leaving:
 def plan_rebalance(context: Context) -> int:
     """Mark what has to leave; returns how many replicas were marked."""
     observe_usage(context)
+    due = _to_relieve(context)
+    if any(storage["told"] for storage in due):
+        # what they told earlier counts what was purged since: it would leave once more
+        observe_usage(context, {storage["storage_id"] for storage in due})
+        due = _to_relieve(context)
     return sum(
         len(context.transact(partial(_relieve, context=context, storage=storage)))
-        for storage in context.transact(lambda c: catalogue.storages_to_relieve(c, context.clock()))
+        for storage in due
     )
+
+
+def _to_relieve(context: Context) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = context.transact(
+        lambda c: catalogue.storages_to_relieve(c, context.clock())
+    )
+    return found
 
 
 def propose_rebalance(context: Context) -> list[Leaving]:
@@ -61,10 +73,14 @@ def propose_rebalance(context: Context) -> list[Leaving]:
     return context.rehearse(look)
 
 
-def observe_usage(context: Context) -> None:
-    """Ask storages without a given capacity how full they are, at most every ten minutes each."""
+def observe_usage(context: Context, these: Collection[uuid.UUID] | None = None) -> None:
+    """Ask storages without a given capacity how full they are, at most every ten minutes each; or
+    ``these`` at once."""
     now = context.clock()
-    for row in context.transact(lambda c: catalogue.storages_to_observe(c, now - ASK_AGAIN)):
+    before = now - ASK_AGAIN if these is None else now
+    for row in context.transact(lambda c: catalogue.storages_to_observe(c, before)):
+        if these is not None and row["storage_id"] not in these:
+            continue
         try:
             usage = context.storages.open(row).usage()
         except StorageError:
@@ -83,6 +99,8 @@ def observe_usage(context: Context) -> None:
 
 def _relieve(connection: Connection, context: Context, storage: Mapping[str, Any]) -> list[Leaving]:
     now = context.clock()
+    if storage["undrained"] and not catalogue.lock_draining(connection, storage["storage_id"]):
+        return []  # the drain was called off since: what is marked now would leave all the same
     candidates = replicas.select_unmarked(connection, storage["storage_id"], _BATCH)
     if storage["undrained"]:
         candidates += replicas.select_staying(connection, storage["storage_id"], now, _BATCH)

@@ -30,6 +30,7 @@ from dlm_core.errors import (
     InvalidValueError,
     NotFoundError,
     PayloadNotFoundError,
+    TooLongError,
 )
 from dlm_core.lifecycle.work import Context
 from dlm_core.storages.port import PRIVATE, Entry, Storage
@@ -261,16 +262,26 @@ def _announce_chunk(
     chunk: Sequence[Announcement],
     report: RegisterReport,
 ) -> None:
-    merged = context.transact(
-        partial(
-            catalogue.announce,
-            storage_id=row["storage_id"],
-            announcements=chunk,
-            terms=source.terms,
-            actor=context.actor,
-            now=context.clock(),
+    try:
+        merged = context.transact(
+            partial(
+                catalogue.announce,
+                storage_id=row["storage_id"],
+                announcements=chunk,
+                terms=source.terms,
+                actor=context.actor,
+                now=context.clock(),
+            )
         )
-    )
+    except TooLongError as error:
+        # which one is not told
+        if len(chunk) == 1:
+            report.refuse(chunk[0].uri, str(error))
+            return
+        half = len(chunk) // 2
+        for part in (chunk[:half], chunk[half:]):
+            _announce_chunk(context, source, row, storage, part, report)
+        return
     report.created += merged.created
     report.replicated += max(merged.replicated, 0)
     _renew(context, source, row, merged.gone, report)

@@ -20,6 +20,8 @@ from dlm_core.types import OperationKind, decode_path, encode_path
 
 #: names of what is still being written
 _UNFINISHED = (".part", ".tmp", ".partial")
+#: what was refused is looked at again after this, or when it changes
+_REFUSED_WAIT = timedelta(hours=1)
 
 
 def add_watch(
@@ -87,7 +89,12 @@ def _scan(context: Context, watch: dict[str, Any]) -> RegisterReport:
         )
     )
     source = Source(watch["storage"], watch["scheme"], watch["options"].get("uri_prefix", ""))
-    return register_list(context, source, [decode_path(entry["path"]) for entry in settled])
+    report = register_list(context, source, [decode_path(entry["path"]) for entry in settled])
+    if report.refused:
+        # it may be large, was read to know that it changed, and is no other after the next interval
+        later = context.clock() + _REFUSED_WAIT
+        context.transact(lambda c: catalogue.put_off_entries(c, watch["watch_id"], settled, later))
+    return report
 
 
 def _finished(storage: Storage, folder: str) -> Iterator[tuple[str, int, float]]:

@@ -8,11 +8,12 @@ from pathlib import Path
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 
 from dlm_core.catalogue import embedded
 from dlm_core.catalogue.dsn import sqlalchemy_url
 from dlm_core.catalogue.engine import make_engine, rows, transact
+from dlm_core.errors import InvalidValueError
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,25 @@ def test_the_host_that_takes_writes_is_found(database_url: str, standby: Path) -
     finally:
         engine.dispose()
     assert found == [{"name": "here"}]
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@pytest.mark.parametrize(
+    "dsn", ["postgresql://[::1]:5433,[::2]/dlm", "host=::1,::2 port=5433,5432 dbname=dlm"]
+)
+def test_hosts_may_have_colons(dsn: str, driver: str) -> None:
+    """Several IPv6 addresses reach the driver as they were given."""
+    # as a string and back: Dagster's storage takes it so
+    url = make_url(sqlalchemy_url(dsn, driver).render_as_string(hide_password=False))
+    _, found = create_engine(url).dialect.create_connect_args(url)
+    assert (found["host"], found["port"]) == ("::1,::2", "5433,5432")
+
+
+@pytest.mark.parametrize("dsn", ["host=a,b,c port=1,2", "host=a port=1,2", "host=a,b port=x"])
+def test_ports_that_fit_no_hosts_are_refused(dsn: str) -> None:
+    """In one line, as everything that libpq would not understand."""
+    with pytest.raises(InvalidValueError, match="a port, or one for each host"):
+        sqlalchemy_url(dsn, "psycopg")
 
 
 def test_dagster_finds_it_too(database_url: str, standby: Path) -> None:

@@ -122,6 +122,8 @@ def test_a_reader_that_goes_away_is_no_error(dlm: Dlm, storages: Any) -> None:
         (["item", "show", "file:x", "--version", "2147483648"], "DLM-100"),
         (["item", "show", "\udcff"], "DLM-100"),
         (["storage", "add", "a\nb", "--location", "here", "--root", "relative"], "DLM-101"),
+        (["storage", "path", "a", "file:x", "--version", "2147483648"], "DLM-100"),
+        (["db", "distrust", ""], "DLM-101"),
         (["verify", "--storage", ""], "DLM-102"),
         (["retry", "--item", ""], "DLM-102"),
         (["retry", "--kind", ""], "DLM-101"),
@@ -201,6 +203,26 @@ def test_a_secret_is_neither_kept_nor_repeated(dlm: Dlm, storages: Any) -> None:
         "--config", "secret_access_key=hunter2",
     )  # fmt: skip
     assert "hunter2" not in refused(result, "DLM-101", 2)
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "1e12", "-1"])
+def test_a_time_that_is_none_is_refused(
+    dlm: Dlm, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    """One that no clock can reach would end each run in the middle."""
+    monkeypatch.setenv("DLM_LEASE_SECONDS", value)
+    assert "DLM_LEASE_SECONDS" in refused(dlm("status"), "DLM-101", 2)
+
+
+def test_a_home_that_cannot_be_used_is_told(
+    dlm: Dlm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Below a file, on a disk that is full, without the right to write: one line with the path."""
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("DLM_DATABASE_URL")
+    monkeypatch.setenv("DLM_HOME", str(tmp_path / "file" / "home"))
+    told = refused(dlm("status"), "DLM-209", 3)
+    assert str(tmp_path / "file") in told
 
 
 def test_settings_that_make_no_sense_name_the_variable(

@@ -373,6 +373,7 @@ def test_a_watch_on_a_storage_out_of_use_holds_nothing_up(site):
     scan_watches(site.context)
     site.set_storage("gone", mode="lost")
     site.advance(seconds=31)
+    assert site.context.transact(lambda c: count_registration_due(c, site.now)) == 1
     executors = {OperationKind.ADMIT: execute_admit}
     assert drain(site.context, executors, plan_registration).done == {"admit": 1}
     assert set(items(site)) == {"test:in"}

@@ -1,5 +1,10 @@
 """What is registered a second time: changed, gone, in two ways, or by two at once."""
 
+import os
+import random
+from pathlib import Path
+from string import ascii_letters
+
 import pytest
 
 from dlm_core.catalogue.browse import set_item_expiry
@@ -7,6 +12,7 @@ from dlm_core.catalogue.items import Announcement, Terms
 from dlm_core.catalogue.versions import add_version
 from dlm_core.lifecycle import register
 from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.lifecycle.watch import add_watch, scan_watches
 from dlm_core.transfers.checksums import parse_checksums
 from tests.lifecycle.test_register import admit, items, write
 from tests.site import make_site
@@ -132,3 +138,61 @@ def test_names_in_checksum_files_end_at_newlines(odd):
     digest = "a" * 64
     found = parse_checksums(f"{digest}  x{odd}y\r\n{digest}  z\n")
     assert list(found) == [f"x{odd}y", "z"]
+
+
+def _deep(folder):
+    """A file below ``folder`` whose path fits into no index, however it is packed; its path."""
+    letters, here = random.Random(1), os.getcwd()
+    parts = ["".join(letters.choices(ascii_letters, k=240)) for _ in range(14)]
+    os.chdir(folder)
+    try:
+        for part in parts[:-1]:
+            os.mkdir(part)
+            os.chdir(part)
+        Path(parts[-1]).touch()
+    finally:
+        os.chdir(here)
+    return "/".join(parts)
+
+
+def test_a_name_that_the_catalogue_cannot_keep_stops_no_other(site):
+    """A path of 3,400 octets is refused with its reason, and the rest is registered; a directory
+    that has it is not let in, and says why."""
+    write(site, {**{f"{n}": b"1" for n in range(5)}, "z": b"1"})
+    deep = _deep(site.folder / "in")
+    report = again(site)
+    assert (report.created, report.refused) == (6, 1)
+    ((uri, why),) = report.reasons
+    assert uri == f"test:{deep}" and "longer than the catalogue can keep" in why
+    assert admit(site).done == {"admit": 6}
+    (site.folder / "in" / "d.ms").mkdir()
+    _deep(site.folder / "in" / "d.ms")
+    write(site, {"y": b"1"})
+    assert again(site, as_directory=["*.ms"]).created == 2
+    done = admit(site)
+    assert (done.done, done.failed) == ({"admit": 1}, {"DLM-108": 1})
+
+
+def test_a_changed_file_in_a_watched_folder_is_not_read_at_each_look(site):
+    """It is refused once an hour, and at once when it changes again."""
+    add_watch(site.context, "in", scheme="test")
+    write(site, {"x": b"1"})
+    again(site)
+    admit(site)
+
+    def refused(looks):
+        found = 0
+        for _ in range(looks):
+            site.advance(seconds=31)
+            found += scan_watches(site.context).refused
+        return found
+
+    write(site, {"x": b"22"})
+    assert refused(20) == 1
+    site.advance(hours=1)
+    assert refused(20) == 1
+    write(site, {"x": b"333"})
+    assert refused(20) == 1
+    write(site, {"x": b"1"})
+    assert refused(20) == 0
+    assert site.query("SELECT * FROM watch_entry") == []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection
 
 from dlm_core.catalogue.status import status
 from dlm_core.catalogue.urgency import Urgency, deadlines, forget_met, items_in, set_urgency
@@ -145,3 +147,19 @@ def test_a_priority_out_of_range_is_refused() -> None:
     """-9 to 9 it is."""
     with pytest.raises(InvalidValueError, match="-9 \\(first\\) to 9"):
         Urgency(10)
+
+
+def test_two_who_say_the_same_at_once_move_what_is_queued_once(site: Site) -> None:
+    """The second waits for the first, and finds nothing to change."""
+    oid = site.add_item("x", b"x", "a")
+    plan_replication(site.context)
+    second = threading.Thread(target=change, args=(site, [oid]), kwargs={"priority": 2})
+
+    def first(connection: Connection) -> None:
+        set_urgency(connection, [oid], {"priority": 2})
+        second.start()
+        second.join(0.5)
+
+    site.context.transact(first)
+    second.join()
+    assert queued(site) == [("x", 15), ("x", 20)]

@@ -20,7 +20,7 @@ from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind
-from dlm_pipelines import sensors
+from dlm_pipelines import jobs, sensors
 from dlm_pipelines.definitions import defs
 from dlm_pipelines.jobs import JOBS
 from dlm_pipelines.resources import Catalogue
@@ -167,6 +167,28 @@ def test_a_catalogue_that_is_down_is_told_not_failed(site, instance, monkeypatch
     assert not result.run_requests and "cannot be reached" in result.skip_message
 
 
+def test_an_older_schema_starts_no_runs(site, instance):
+    """They would fail, each within seconds; what to do is told."""
+    register(site, {"x": b"one"})
+    site.execute("UPDATE alembic_version SET version_num = '0011'")
+    assert "dlm db upgrade" in sensor(instance, "registration").skip_message
+
+
+def test_runs_that_all_fail_are_asked_for_more_rarely(site, instance, monkeypatch):
+    """After three the next one waits a minute; one that is well ends that."""
+    register(site, {"x": b"one"})
+    with monkeypatch.context() as broken:
+        broken.setattr(jobs, "drain", None)
+        for _ in range(3):
+            assert sensor(instance, "registration").run_requests
+            assert not execute(instance, "registration").success
+    result = sensor(instance, "registration")
+    assert not result.run_requests and "the last runs failed" in result.skip_message
+    assert execute(instance, "registration").success
+    register(site, {"y": b"two"})
+    assert sensor(instance, "registration").run_requests
+
+
 def test_too_much_to_delete_waits_for_an_operator(site, instance, monkeypatch):
     """The run that finds it fails in one line; then the sensor says what waits and how to go on,
     and a run cannot raise the limit by itself; approved, it is done."""
@@ -242,7 +264,9 @@ def test_failures_are_told_with_what_to_ask(site, instance):
     assert "DLM-303: storage a has no payload" in line and "`dlm item why " in line
 
 
-@pytest.mark.parametrize("config", [{"batch_size": 0}, {"linger_seconds": -1.0}])
+@pytest.mark.parametrize(
+    "config", [{"batch_size": 0}, {"linger_seconds": -1.0}, {"linger_seconds": 1e12}]
+)
 def test_a_value_out_of_range_is_one_line(site, instance, config):
     """The run fails with the name of the setting and what is right, and no traceback of ours."""
     (failure,) = [

@@ -1,0 +1,65 @@
+"""What leaves a storage, and what does not leave it after all."""
+
+from pathlib import Path
+
+import pytest
+
+from dlm_core.catalogue.capacity import storages_to_relieve
+from dlm_core.catalogue.places import set_storage
+from dlm_core.lifecycle.rebalance import _relieve
+from dlm_core.lifecycle.work import _open_row
+from dlm_core.storages.port import Usage
+from tests.fakes import Wrapped
+from tests.site import make_site, reopen
+
+
+class Measured(Wrapped):
+    """A disk of 2100 bytes with nothing on it but payloads of 100, trash included."""
+
+    folder: Path
+
+    def usage(self):
+        files = [one for one in self.folder.rglob("*") if one.is_file()]
+        return Usage(2100, sum(100 for one in files if one.stat().st_size == 100))
+
+
+@pytest.fixture
+def site(engine, tmp_path):
+    site = make_site(engine, tmp_path)
+    for name, location in (("a", "A"), ("b", "B"), ("c", "C")):
+        site.add_storage(name, location)
+        site.set_storage(name, capacity_bytes=100_000)
+
+    def opened(row):
+        storage = _open_row(row)
+        if row["name"] != "a":
+            return storage
+        measured = Measured(storage)
+        measured.folder = tmp_path / "a"
+        return measured
+
+    reopen(site, opened)
+    return site
+
+
+def test_what_was_purged_since_a_storage_was_asked_does_not_leave_twice(site):
+    """It is asked again before anything leaves: what it told earlier counts what is gone by now."""
+    oids = [site.add_item(f"{n}", bytes(100), "a") for n in range(20)]
+    site.settle()
+    site.set_storage("a", capacity_bytes=None, high_watermark=0.9, low_watermark=0.5)
+    for _ in range(40):
+        site.settle()
+        site.advance(minutes=7)
+    kept = [oid for oid in oids if site.replicas(oid)["a"] == "READY"]
+    assert len(kept) == 10
+
+
+def test_nothing_leaves_for_a_drain_that_was_called_off_meanwhile(site):
+    """Whoever found the storage to be drained looks again before it marks anything."""
+    oid = site.add_item("x", bytes(100), "a")
+    site.settle()
+    site.set_storage("a", mode="draining")
+    (found,) = site.context.transact(lambda c: storages_to_relieve(c, site.now))
+    site.context.transact(lambda c: set_storage(c, "a", {"mode": "read_write"}))
+    assert site.context.transact(lambda c: _relieve(c, site.context, found)) == []
+    assert site.replica(oid, "a")["expires_at"] is None

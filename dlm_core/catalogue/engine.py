@@ -85,6 +85,8 @@ def make_engine(url: str, *, pool_size: int = 8) -> Engine:
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_pre_ping=True,
+        # whose plans and caches are warm is taken again
+        pool_use_lifo=True,
         connect_args={"application_name": "dlm", "connect_timeout": 10},
     )
 

@@ -34,7 +34,7 @@ from dlm_core.types import (
 
 Row = Mapping[str, Any]
 #: payloads let in by one transaction, and the seconds after which fewer will do
-_FEWEST, _MOST, _SOON = 256, 512, 1.0
+_FEWEST, _MOST, _SOON = 512, 1024, 1.0
 #: payloads that are read while others are claimed
 _LAST = 256
 #: transactions at a time: small payloads are read faster than the catalogue writes them

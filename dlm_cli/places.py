@@ -137,7 +137,8 @@ def storage_add(
     open_storage(name, interface, root, chosen).check()
     if interface == "posix":
         # the empty folder that is left when a disk goes is no empty storage
-        chosen.setdefault("mount", mount_point(root))
+        mounted = mount_point(root)
+        chosen |= {"mount": mounted} if mounted != "/" and "mount" not in chosen else {}
 
     def add(connection: Any) -> None:
         add_storage(

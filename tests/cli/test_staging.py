@@ -55,10 +55,10 @@ def test_terms_are_changed_and_tried(dlm: Dlm, tape: Tape) -> None:
     """Only keys about staging; what does not fit changes nothing."""
     assert dlm("storage", "set", "tape", "--config", "stage_batch=7").code == 0
     assert dlm("storage", "show", "tape", "--json").json["config"]["stage_batch"] == "7"
+    before = dlm("storage", "show", "tape", "--json").json["config"]
     for pair in ("stage_batch=none", "mount=/", "stage=robot", "stage_command="):
         refused(dlm("storage", "set", "tape", "--config", pair), "DLM-101", 2)
-    shown = dlm("storage", "show", "tape", "--json").json["config"]
-    assert shown["stage_batch"] == "7" and "mount" not in shown and shown["stage"] == "command"
+    assert dlm("storage", "show", "tape", "--json").json["config"] == before
     pairs = ("stage=", "stage_command=", "stage_batch=")
     options = [word for pair in pairs for word in ("--config", pair)]
     assert dlm("storage", "set", "tape", *options).code == 0

@@ -426,7 +426,7 @@ def storage_set(
         typer.Option("--path-rules", help="TOML or YAML file of rules for paths; or none."),
     ] = None,
     config: Annotated[
-        list[str], typer.Option(help="key=value about staging; key= takes it away.")
+        list[str], typer.Option(help="key=value: mount, or about staging; key= takes it away.")
     ] = [],  # noqa: B006
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --path-rules alone: try them, change nothing.")

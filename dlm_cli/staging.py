@@ -46,23 +46,23 @@ def told(waiting: Mapping[str, Any]) -> str:
 
 
 def set_terms(name: str, pairs: list[str]) -> None:
-    """Change the staging part of a storage's config; ``key=`` takes a key away.
+    """Change the mount point or the staging part of a config; ``key=`` takes a key away.
 
     Raises
     ------
     NotFoundError
     InvalidValueError
-        if a key is not about staging, or the storage cannot be opened with what comes out.
+        if a key is about something else, or the storage cannot be opened with what comes out.
     """
     from dlm_core.catalogue.places import get_storage, set_config
     from dlm_core.storages.open import open_storage
     from dlm_core.storages.staging import split_config
 
     changes = parse_pairs(pairs, "--config")
-    others = sorted(split_config(changes)[0])
+    others = sorted(split_config(changes)[0].keys() - {"mount"})
     if others:
         raise InvalidValueError(
-            what="--config", value=", ".join(others), expected="keys about staging, such as stage"
+            what="--config", value=", ".join(others), expected="mount, or keys about staging"
         )
 
     def change(connection: Any) -> None:

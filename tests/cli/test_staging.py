@@ -52,17 +52,18 @@ def test_items_are_staged_by_hand_and_it_is_told(
 
 
 def test_terms_are_changed_and_tried(dlm: Dlm, tape: Tape) -> None:
-    """Only keys about staging; what does not fit changes nothing."""
+    """Only keys about staging, and the mount; what does not fit changes nothing."""
     assert dlm("storage", "set", "tape", "--config", "stage_batch=7").code == 0
     assert dlm("storage", "show", "tape", "--json").json["config"]["stage_batch"] == "7"
     before = dlm("storage", "show", "tape", "--json").json["config"]
-    for pair in ("stage_batch=none", "mount=/", "stage=robot", "stage_command="):
+    for pair in ("stage_batch=none", "host=x", "mount=x", "stage=robot", "stage_command="):
         refused(dlm("storage", "set", "tape", "--config", pair), "DLM-101", 2)
     assert dlm("storage", "show", "tape", "--json").json["config"] == before
     pairs = ("stage=", "stage_command=", "stage_batch=")
     options = [word for pair in pairs for word in ("--config", pair)]
     assert dlm("storage", "set", "tape", *options).code == 0
-    assert dlm("storage", "show", "tape", "--json").json["config"] == {}
+    assert dlm("storage", "set", "tape", "--config", "mount=/").code == 0
+    assert dlm("storage", "show", "tape", "--json").json["config"] == {"mount": "/"}
 
 
 def test_what_cannot_be_staged_is_refused(dlm: Dlm, tape: Tape) -> None:

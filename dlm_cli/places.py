@@ -135,10 +135,9 @@ def storage_add(
     # what can only be read from is others' by nature
     managed = not unmanaged and interface != "http"
     open_storage(name, interface, root, chosen).check()
-    if interface == "posix":
+    if interface == "posix" and (mounted := mount_point(root)) != "/":
         # the empty folder that is left when a disk goes is no empty storage
-        mounted = mount_point(root)
-        chosen |= {"mount": mounted} if mounted != "/" and "mount" not in chosen else {}
+        chosen.setdefault("mount", mounted)
 
     def add(connection: Any) -> None:
         add_storage(

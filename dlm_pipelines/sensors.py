@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from dlm_core.catalogue.operations import count_due
 from dlm_core.catalogue.plans import approved_plans, waiting_plans
 from dlm_core.catalogue.replicas import count_evaluations_due
 from dlm_core.catalogue.urgency import deadlines
+from dlm_core.clock import utc_now
 from dlm_core.errors import DlmError
 from dlm_core.lifecycle.rebalance import ASK_AGAIN
 from dlm_core.lifecycle.watch import count_registration_due
@@ -137,7 +138,7 @@ def _ask(question: Question, settings: Settings, now: datetime, connection: Conn
 def _all_fail(instance: dg.DagsterInstance, job: str) -> bool:
     """Whether the last runs of a job failed one after the other, the last a moment ago: what ends
     all of them, whatever it is, must not become some thousand failed runs a day."""
-    now = datetime.now(UTC)
+    now = utc_now()  # Dagster's records have the machine's time, too
     last = instance.get_run_records(
         dg.RunsFilter(job_name=job, statuses=_ENDED, updated_after=now - _FAILING_WITHIN),
         limit=_FAILING_RUNS,

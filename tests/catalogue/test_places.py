@@ -100,6 +100,8 @@ def test_places_that_only_look_alike_are_two(site: Site) -> None:
     add(site, "s", root="bucket", **S3)
     add(site, "t", root="bucket", interface="s3", config={"endpoint": "http://there"})
     add(site, "u", root="bucket-2", **S3)
+    found = site.context.transact(places.list_storages)
+    assert {row["name"] for row in found} >= {"a", "inside", "beside", "s", "t", "u"}
 
 
 @pytest.mark.parametrize(

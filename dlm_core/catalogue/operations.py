@@ -103,19 +103,26 @@ def count_due(
 
 
 def release_expired_leases(
-    connection: Connection, kinds: Sequence[OperationKind], now: datetime
-) -> int:
-    """Make operations due again whose worker was lost; the number of them."""
-    return run(
+    connection: Connection, kinds: Sequence[OperationKind], now: datetime, max_attempts: int
+) -> list[dict[str, Any]]:
+    """Make operations due again whose worker was lost: all of these, with their ``state``. Those
+    that lost it at the last of ``max_attempts`` tries are FAILED: it may be they that end it."""
+    return rows(
         connection,
-        """UPDATE operation SET state = 'QUEUED', lease_token = NULL, lease_until = NULL,
-                  due_at = :now, error_code = 'DLM-600', error = 'the lease of ' || coalesce(worker, '?')
-                  || ' ran out at ' || lease_until
+        """UPDATE operation o
+              SET state = CASE WHEN o.attempts < :most THEN 'QUEUED' ELSE 'FAILED' END,
+                  finished_at = CASE WHEN o.attempts < :most THEN NULL
+                                     ELSE CAST(:now AS timestamptz) END,
+                  lease_token = NULL, lease_until = NULL, due_at = :now, error_code = 'DLM-600',
+                  error = 'the lease of ' || coalesce(o.worker, '?') || ' ran out at '
+                          || o.lease_until
             WHERE operation_id IN (
               SELECT operation_id FROM operation WHERE state = 'RUNNING' AND lease_until < :now
-                 AND kind = ANY(:kinds) FOR UPDATE SKIP LOCKED)""",
+                 AND kind = ANY(:kinds) FOR UPDATE SKIP LOCKED)
+           RETURNING o.operation_id, o.kind, o.oid, o.uid, o.state, o.error_code, o.error""",
         kinds=[kind.value for kind in kinds],
         now=now,
+        most=max_attempts,
     )
 
 
@@ -134,6 +141,9 @@ class Share:
     bytes: int
     files: int
 
+
+#: tries of an operation after which a lost worker may be its doing
+_DOUBTED = 2
 
 # OFFSET 0: by index for each row, a join might read all replicas for a few operations
 _WEIGHED = """
@@ -163,17 +173,22 @@ def claim_operations(
     What is first by priority, then by its due time, comes first. ``token`` is new for every claim:
     only who holds it can extend or finish. Left out are replicas on the storages ``avoid`` and
     those of more than ``most_bytes``, and what is more than a ``share``; without one all is taken.
+    What has lost its worker again is claimed by itself: should it be that which ends workers, then
+    others end with it no more.
     """
     share = share or Share(limit, 0, 2**62)
     picky = "" if not avoid and most_bytes is None else _PICKY
     return rows(
         connection,
         f"""WITH due AS MATERIALIZED (
-             SELECT operation_id, uid, priority, due_at FROM operation o
+             SELECT operation_id, uid, priority, due_at,
+                    attempts >= :doubted AND error_code IS NOT DISTINCT FROM 'DLM-600' AS doubted
+               FROM operation o
               WHERE state = 'QUEUED' AND kind = :kind AND due_at <= :now {picky}
               ORDER BY priority, due_at LIMIT :limit FOR UPDATE SKIP LOCKED),
            chosen AS MATERIALIZED (
              SELECT operation_id, row_number() OVER queue AS number,
+                    doubted OR first_value(doubted) OVER queue AS alone,
                     sum(bytes) OVER queue AS bytes, sum(files) OVER queue - files AS files_before
                FROM ({_WEIGHED}) weighed
              WINDOW queue AS (ORDER BY priority, due_at, operation_id ROWS UNBOUNDED PRECEDING)),
@@ -182,7 +197,7 @@ def claim_operations(
                     lease_token = :token, lease_until = :until
                FROM chosen WHERE o.operation_id = chosen.operation_id
                 AND (chosen.number <= :few OR chosen.bytes < :bytes)
-                AND (chosen.files_before < :files)
+                AND chosen.files_before < :files AND (chosen.number = 1 OR NOT chosen.alone)
              RETURNING o.operation_id, o.kind, o.oid, o.uid, o.reason, o.attempts, o.plan_id,
                        o.created_at, o.source_uid, o.error_code, o.priority, o.due_at)
            SELECT * FROM claimed ORDER BY priority, due_at, operation_id""",
@@ -195,6 +210,7 @@ def claim_operations(
         few=share.few,
         bytes=share.bytes,
         files=share.files,
+        doubted=_DOUBTED,
         **({"avoid": list(avoid), "most": most_bytes} if picky else {}),
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import Keys, rows, run
+from dlm_core.types import ReplicaState
 
 #: whether what lies on a storage has to be staged, by the alias of its row
 COLD = "jsonb_exists({}.config, 'stage')"
@@ -19,6 +20,8 @@ COLD = "jsonb_exists({}.config, 'stage')"
 CHECKED = """CASE WHEN r.state = 'PENDING' AND r.check_from
   BETWEEN CAST(:now AS timestamptz) - interval '1 hour' AND CAST(:now AS timestamptz)
   THEN r.check_from ELSE CAST(:now AS timestamptz) END"""
+#: a storage that failed to take a copy of an item is not asked again for this long
+_EXCLUSION = timedelta(hours=1)
 
 
 def count_evaluations_due(connection: Connection, now: datetime, limit: int = 100_000) -> int:
@@ -303,6 +306,17 @@ def mark_state(
         until=excluded_until,
     )
     return {row["uid"] for row in found}
+
+
+def give_up_copies(connection: Connection, uids: Sequence[uuid.UUID], now: datetime) -> None:
+    """Replicas whose copy failed for good are MISSING, and their storage is left alone a while."""
+    mark_state(
+        connection,
+        uids,
+        ReplicaState.MISSING,
+        only_from=[ReplicaState.PENDING],
+        excluded_until=now + _EXCLUSION,
+    )
 
 
 def note_brought_back(connection: Connection, places: Mapping[uuid.UUID, str]) -> None:

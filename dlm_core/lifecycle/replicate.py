@@ -53,8 +53,6 @@ from dlm_core.types import (
 _PLAN_BATCH = 2000
 _IMPOSSIBLE_BASE = timedelta(seconds=30)
 _IMPOSSIBLE_CEILING = timedelta(hours=6)
-#: a storage that failed to take a copy of an item is not asked again for this long
-_EXCLUSION = timedelta(hours=1)
 #: the first copy of what has but one goes before others of the same urgency
 _RISK = -5
 
@@ -558,20 +556,13 @@ def _give_up(
     written: Sequence[tuple[CopyResult, queue.Outcome]],
     now: datetime,
 ) -> None:
-    """Replicas whose copy failed for good are MISSING, and their storage is left alone a while."""
     failed = [
         by_id[outcome.operation_id]["uid"]
         for _, outcome in written
         if outcome.state is OperationState.FAILED
     ]
     if failed:
-        catalogue.mark_state(
-            connection,
-            failed,
-            ReplicaState.MISSING,
-            only_from=[ReplicaState.PENDING],
-            excluded_until=now + _EXCLUSION,
-        )
+        catalogue.give_up_copies(connection, failed, now)
     retried = [
         (outcome.operation_id, by_id[outcome.operation_id]["source_uid"])
         for _, outcome in written

@@ -24,6 +24,7 @@ from sqlalchemy import Connection, Engine
 
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.engine import rows, transact
+from dlm_core.catalogue.replicas import give_up_copies
 from dlm_core.clock import Clock, utc_now
 from dlm_core.errors import CatalogueError, DlmError, NotOnlineError, StorageUnavailableError
 from dlm_core.lifecycle.traffic import Traffic
@@ -337,7 +338,11 @@ class _Crew:
     def work(self) -> Report:
         """A claim of each kind; what is returned is of claims that have ended."""
         report, kinds, context = self._ended(), list(self._executors), self._context
-        context.transact(lambda c: queue.release_expired_leases(c, kinds, context.clock()))
+        for lost in context.transact(lambda c: _release_lost(c, context, kinds)):
+            outcome = queue.Outcome(
+                lost["operation_id"], OperationState.FAILED, lost["error_code"], lost["error"]
+            )
+            report.note(lost, outcome, 0, 0.0)
         for kind, execute in self._executors.items():
             if kind in _BESIDE and self._at_once > 1:
                 self._take_on(kind, execute)
@@ -412,6 +417,19 @@ class _Crew:
         self._pool.shutdown()
         if ask:
             stop.clear()
+
+
+def _release_lost(
+    connection: Connection, context: Context, kinds: Sequence[OperationKind]
+) -> list[dict[str, Any]]:
+    """Make lost workers' operations due again; those that FAILED by it."""
+    now = context.clock()
+    lost = queue.release_expired_leases(connection, kinds, now, context.settings.max_attempts)
+    failed = [one for one in lost if one["state"] == OperationState.FAILED]
+    copies = [one["uid"] for one in failed if one["kind"] == OperationKind.COPY]
+    if copies:
+        give_up_copies(connection, copies, now)
+    return failed
 
 
 @contextmanager

@@ -49,8 +49,10 @@ def claim(
     )
 
 
-def release_lost(site: Site) -> int:
-    return site.context.transact(lambda c: queue.release_expired_leases(c, _VERIFY, site.now))
+def release_lost(site: Site, most: int = 8) -> int:
+    return len(
+        site.context.transact(lambda c: queue.release_expired_leases(c, _VERIFY, site.now, most))
+    )
 
 
 def test_what_one_claims_another_does_not_wait_for_nor_get(site):
@@ -114,6 +116,37 @@ def test_a_lease_that_ran_out_is_given_to_another(site):
     assert release_lost(site) == 2
     assert {one["attempts"] for one in site.context.transact(lambda c: claim(c, site))} == {2}
     assert {row["error_code"] for row in site.query("SELECT * FROM operation")} == {"DLM-600"}
+
+
+def test_what_lost_its_worker_at_the_last_try_has_failed(site):
+    """It may be the operation that ends its workers: it is not tried for ever, and says why."""
+    for _ in range(3):
+        site.context.transact(lambda c: claim(c, site, limit=1))
+        site.now += _LEASE + timedelta(seconds=1)
+        release_lost(site, most=2)
+    states = site.query("SELECT state, attempts, error_code, finished_at FROM operation ORDER BY 1")
+    assert [(row["state"], row["attempts"]) for row in states] == [("FAILED", 2), ("QUEUED", 1)]
+    assert {row["error_code"] for row in states} == {"DLM-600"}
+    assert [row["finished_at"] is not None for row in states] == [True, False]
+
+
+@pytest.mark.parametrize(("fresh_first", "claims"), [(True, [2, 1, 1, 0]), (False, [1, 1, 2, 0])])
+def test_what_lost_its_worker_twice_is_claimed_by_itself(site, fresh_first, claims):
+    """Others end no more with what may be ending its workers."""
+    for _ in range(2):
+        assert len(site.context.transact(lambda c: claim(c, site))) == 2
+        site.now += _LEASE + timedelta(seconds=1)
+        release_lost(site)
+    for name in "vw":
+        site.add_item(name, b"good bytes", "a")
+    site.context.transact(lambda c: request_verification(c, actor="user:test", now=site.now))
+    site.advance(days=2)
+    site.execute(
+        "UPDATE operation SET due_at = due_at + interval '1 day' WHERE (attempts = 0) = :later",
+        later=not fresh_first,
+    )
+    found = [site.context.transact(lambda c: claim(c, site)) for _ in claims]
+    assert [len(claimed) for claimed in found] == claims
 
 
 def test_who_lost_its_lease_writes_nothing(site):

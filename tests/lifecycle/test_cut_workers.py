@@ -273,3 +273,34 @@ def test_the_second_half_of_a_lease_is_not_quiet(site):
         )
     )
     assert site.context.transact(quiet_for) == [False, True, False]
+
+
+def test_a_copy_that_ends_its_workers_is_given_up(site):
+    """After the last try its replica is no longer on its way, the storage is left alone for an
+    hour, and the run tells of it; the copies of others are made."""
+    site.add_item("x", b"deadly", "a")
+    site.add_item("y", b"harmless", "a")
+    site.execute("UPDATE data_item SET target_phase = 'SOLID'")
+    plan_replication(site.context)
+    tries = site.context.settings.max_attempts
+    site.execute(
+        """UPDATE operation SET state = 'RUNNING', attempts = :n, worker = 'w', lease_token = :t,
+                  lease_until = :now
+            WHERE oid = (SELECT oid FROM data_item WHERE uri LIKE '%x')""",
+        n=tries, t=new_id(), now=site.now,
+    )  # fmt: skip
+    site.advance(seconds=1)
+    report = drain(site.context, {OperationKind.COPY: ALL[OperationKind.COPY]})
+    assert dict(report.failed) == {"DLM-600": 1}
+    assert dict(report.done) == {"copy": 1}
+    copies = site.query(
+        """SELECT i.uri, r.state, r.excluded_until FROM replica r JOIN data_item i USING (oid)
+            WHERE storage_id = :s ORDER BY uri""",
+        s=site.storages["b"],
+    )
+    assert [row["state"] for row in copies] == ["MISSING", "READY"]
+    assert copies[0]["excluded_until"] > site.now
+    site.advance(hours=2)
+    plan_replication(site.context)
+    drain(site.context, {OperationKind.COPY: ALL[OperationKind.COPY]})
+    assert site.query("SELECT count(*) AS n FROM replica WHERE state = 'READY'")[0]["n"] == 4

@@ -214,7 +214,7 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
     ),
     "what is at work is listed": (lambda c: traffic.list_running(c, LATER), set()),
     "leases that ran out are released": (
-        lambda c: operations.release_expired_leases(c, KINDS, LATER),
+        lambda c: operations.release_expired_leases(c, KINDS, LATER, 8),
         {"operation_lease"},
     ),
     "whose an unfinished upload is": (

@@ -1,4 +1,5 @@
-"""``dlm register``, ``item``, ``expire``, ``restore``, ``verify``, ``retry``, ``watch``."""
+"""``dlm register``, ``item``, ``expire``, ``restore``, ``withdraw``, ``verify``, ``retry``,
+``watch``."""
 
 from __future__ import annotations
 
@@ -403,6 +404,27 @@ def restore(
     with catalogue() as context:
         count = context.transact(ask)
     print(f"{count} copies of {uri} are on their way back; see: dlm item why '{uri}'")
+
+
+@plain_errors
+def withdraw(
+    uri: Annotated[str | None, typer.Argument(help="An item that was announced.")] = None,
+    reason: Annotated[str, typer.Option(help="Why; stands in the certificate.")] = "",
+    storage: Annotated[str | None, typer.Option(help="Only what was announced there.")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="All whose admission FAILED.")] = False,
+    version: Version = None,
+) -> None:
+    """Take back what was announced and not let in yet; no bytes are touched."""
+    from dlm_core.lifecycle.withdraw import withdraw_failed, withdraw_item
+
+    if (uri is None) == (not failed):
+        raise EmptySelectorError(expected="name one item, or --failed")
+    with catalogue() as context:
+        if uri is None:
+            found = withdraw_failed(context, reason=reason, storage=storage)
+        else:
+            found = withdraw_item(context, uri, reason=reason, storage=storage, version=version)
+    print(f"{found.announcements} announcements withdrawn, and {found.items} items with them")
 
 
 @plain_errors

@@ -426,6 +426,9 @@ def retire_storage(
         told = ", ".join(f"{n} {state}" for state, n in left.items())
         way = f"dlm storage retire {name} --give-up" if lost else f"dlm storage drain {name}"
         first = "it never comes back then" if lost else "drain it first"
+        if set(left) == {"PENDING"} and not lost:
+            first = "what was announced and never let in does not leave by itself"
+            way = f"dlm withdraw --failed --storage {name}"
         raise DeletionRefusedError(
             key=f"storage {name}", reason=f"it still has replicas ({told}); {first}: {way}"
         )

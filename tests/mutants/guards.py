@@ -380,4 +380,31 @@ GUARDS = (
         "a machine whose clock runs ahead lets expire what is not due",
         ("catalogue/test_clocks.py::test_a_machine_whose_clock_is_off_does_nothing",),
     ),
+    Mutant(
+        "worker-killer-for-ever",
+        "dlm_core/catalogue/operations.py",
+        "CASE WHEN o.attempts < :most THEN 'QUEUED' ELSE 'FAILED' END",
+        "CASE WHEN o.attempts < :most THEN 'QUEUED' ELSE 'QUEUED' END",
+        "an operation that ends its workers is tried for ever",
+        (
+            "catalogue/test_operations.py::test_what_lost_its_worker_at_the_last_try_has_failed",
+            "lifecycle/test_cut_workers.py::test_a_copy_that_ends_its_workers_is_given_up",
+        ),
+    ),
+    Mutant(
+        "worker-killer-in-company",
+        "dlm_core/catalogue/operations.py",
+        "doubted OR first_value(doubted) OVER queue AS alone",
+        "false AS alone",
+        "what ends workers ends the work on all that was claimed with it",
+        ("catalogue/test_operations.py::test_what_lost_its_worker_twice_is_claimed_by_itself",),
+    ),
+    Mutant(
+        "copy-withdrawn",
+        "dlm_core/catalogue/announcements.py",
+        "o.kind <> 'admit'",
+        "o.kind = 'purge'",
+        "a copy that is being made is withdrawn like an announcement",
+        ("lifecycle/test_withdraw.py::test_what_was_let_in_is_not_withdrawn",),
+    ),
 )

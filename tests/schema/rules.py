@@ -115,7 +115,11 @@ def set_item(connection: Connection, oid: uuid.UUID, state: str) -> None:
 def set_replica(connection: Connection, uid: uuid.UUID, state: str) -> None:
     """Bring a replica to a state, with all that the state asks for but the way there."""
     steps = {"TRASHED": "trash", "DELETED": "purge"}
-    certificate = certify(connection, uid, steps[state]) if state in steps else None
+    certificate = None
+    if state == "DELETED" and _state_of(connection, uid) == "PENDING":
+        certificate = certify(connection, uid, "release", basis="withdrawn")
+    elif state in steps:
+        certificate = certify(connection, uid, steps[state])
     run(
         connection,
         """UPDATE replica SET state = :state, digest = :digest, size = :size, checked_at = :now,
@@ -129,6 +133,10 @@ def set_replica(connection: Connection, uid: uuid.UUID, state: str) -> None:
         certificate=certificate,
         uid=uid,
     )
+
+
+def _state_of(connection: Connection, uid: uuid.UUID) -> str:
+    return str(rows(connection, "SELECT state FROM replica WHERE uid = :uid", uid=uid)[0]["state"])
 
 
 def ways(connection: Connection, noun: str, start: str) -> dict[str, list[str]]:

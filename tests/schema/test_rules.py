@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -90,6 +91,45 @@ def test_replicas_go_where_the_table_says_and_nowhere_else(db: Connection, old: 
             assert found == "", (old, new)
         else:
             assert f"cannot go from {old} to {new}" in found, (old, new)
+
+
+def end(connection: Connection, uid: uuid.UUID, deletion_id: uuid.UUID) -> None:
+    run(
+        connection,
+        "UPDATE replica SET state = 'DELETED', deletion_id = :id, released_at = :now "
+        "WHERE uid = :uid",
+        id=deletion_id,
+        now=NOW,
+        uid=uid,
+    )
+
+
+def test_what_is_on_its_way_ends_by_a_withdrawal_only(db: Connection) -> None:
+    """A certificate of an expiry does not end a replica that nobody has looked at, nor does that of
+    a withdrawal as long as there is work under way for it."""
+    oid = add_item(db)
+    uid = add_replica(db, oid, add_storage(db))
+    expired = certify(db, uid, "release")
+    assert "only a withdrawal" in refusal(db, end, uid, expired)
+    withdrawn = certify(db, uid, "release", basis="withdrawn")
+    assert refusal(db, end, uid, withdrawn) == ""
+    insert(
+        db, "operation", operation_id=new_id(), kind="copy", oid=oid, uid=uid, reason="r",
+        actor="a", due_at=NOW, created_at=NOW,
+    )  # fmt: skip
+    assert "work under way" in refusal(db, end, uid, withdrawn)
+
+
+def test_an_item_that_was_never_let_in_is_deleted_once_it_has_no_replicas(db: Connection) -> None:
+    """It has no digest then; one that has been READY keeps its own."""
+    oid = add_item(db, digest=None, size=None)
+    uid = add_replica(db, oid, add_storage(db))
+    assert "still has replicas" in refusal(db, set_item, oid, "DELETED")
+    set_replica(db, uid, "DELETED")
+    set_item(db, oid, "DELETED")
+    other, _ = ready_item(db, 0)
+    gone = "UPDATE data_item SET digest = NULL WHERE oid = :oid"
+    assert refusal(db, run, gone, oid=other)
 
 
 def test_the_table_reaches_every_state_and_deleted_never_goes_back(db: Connection) -> None:
@@ -392,6 +432,8 @@ _NONSENSE: list[tuple[str, dict[str, Any]]] = [
     ("deletion", {"basis": "boredom"}),
     ("deletion", {"survivors": "{}"}),
     ("deletion", {"basis": "replica_expired", "survivors": "[]"}),
+    ("deletion", {"basis": "withdrawn"}),
+    ("deletion", {"basis": "withdrawn", "step": "release", "from_state": "READY"}),
     ("deletion", {"valid_until": NOW}),
     ("deletion", {"actor": ""}),
     ("collection", {"name": ""}),

@@ -160,7 +160,7 @@ def remake_replicas(connection: Connection, uids: Sequence[uuid.UUID]) -> set[uu
     found = rows(
         connection,
         """UPDATE replica SET state = 'PENDING', expires_at = NULL, expiry_reason = NULL,
-                  own_expires_at = NULL, own_expiry_reason = NULL
+                  own_expires_at = NULL, own_expiry_reason = NULL, mtime = NULL
             WHERE uid = ANY(:uids) AND state IN ('CORRUPTED', 'MISSING') RETURNING uid""",
         uids=list(uids),
     )

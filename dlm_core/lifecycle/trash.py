@@ -31,6 +31,7 @@ from dlm_core.errors import (
 from dlm_core.lifecycle.fence import fence
 from dlm_core.lifecycle.quarantine import is_payload
 from dlm_core.lifecycle.staging import Wanted, files_below, hold_back, is_cold
+from dlm_core.lifecycle.strangers import is_strangers
 from dlm_core.lifecycle.survivors import look_again, look_at_survivors
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage, trash_path
@@ -96,8 +97,8 @@ def _to_trash(storage: Storage, row: Row) -> None:
     path, trashed = decode_path(row["path"]), trash_path(str(row["uid"]))
     if row["from_state"] in _WITHOUT_BYTES and not is_payload(storage, path, row):
         return  # nothing of ours is there; what may be is somebody else's
-    if _is_of_another_kind(storage, path, row):
-        return  # where a file was, a folder may be made for other payloads
+    if is_strangers(storage, path, row):
+        return
     try:
         storage.rename(path, trashed)
     except PayloadNotFoundError:
@@ -108,12 +109,6 @@ def _to_trash(storage: Storage, row: Row) -> None:
         if _is_half_way(storage, path, trashed, row):
             storage.remove(trashed)
             storage.rename(path, trashed)
-
-
-def _is_of_another_kind(storage: Storage, path: str, row: Row) -> bool:
-    other = "directory" if row["kind"] == PayloadKind.FILE else "file"
-    entry = storage.stat(path)
-    return entry is not None and entry.kind == other
 
 
 def _is_half_way(storage: Storage, path: str, trashed: str, row: Row) -> bool:
@@ -419,6 +414,8 @@ def _run(
     uids = [op["uid"] for op in claim.operations]
     details = context.transact(lambda c: replicas.replica_details(c, uids))
     before = context.transact(lambda c: catalogue.trashed_from(c, uids))
+    trees = [row["oid"] for row in details.values() if row["kind"] == PayloadKind.DIRECTORY]
+    manifests = context.transact(lambda c: replicas.manifests_of(c, trees)) if trees else {}
     floor = context.transact(recovery.proof_floor)
     work: dict[uuid.UUID, list[tuple[Row, Row]]] = {}
     idle: list[tuple[Row, queue.Outcome]] = []
@@ -428,6 +425,7 @@ def _run(
         touched = reading is not None or storage["mode"] not in _GONE
         row = {**details[operation["uid"]], "managed": storage["managed"] and touched,
                "trash_grace": storage["trash_grace"],
+               "manifest": [one["path"] for one in manifests.get(operation["oid"], ())],
                "unproven": recovery.is_unproven(details[operation["uid"]], floor),
                "from_state": before.get(operation["uid"])}  # fmt: skip
         outcome = _idle_outcome(context, operation, row, storage)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 
 from dlm_core.catalogue import replicas
+from dlm_core.catalogue.operations import retry_failed
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.expire import plan_batch
 from dlm_core.lifecycle.register import Source, register_tree
@@ -168,3 +170,67 @@ def test_a_file_that_went_does_not_take_a_folder_of_its_name_to_the_trash(site):
     to_the_end(site)
     assert site.replicas(oid) == {"a": "DELETED", "b": "READY"}
     assert site.replicas(other)["a"] == "READY" and site.visible("a") == {"x/y": b"another item's"}
+
+
+def registered(site: Site, path: str, *directories: str) -> Any:
+    """The oid of what is let in where it lies on ``a``, and has a copy on ``b``."""
+    register_tree(site.context, Source("a", "test", as_directory=directories), path)
+    drain(site.context, {OperationKind.ADMIT: execute_admit})
+    plan_replication(site.context)
+    site.work(OperationKind.COPY)
+    (oid,) = [row["oid"] for row in site.query("SELECT oid FROM data_item")]
+    assert site.replicas(oid) == {"a": "READY", "b": "READY"}
+    return oid
+
+
+@pytest.mark.parametrize(
+    ("written", "stays"), [(b"other bytes, more of them", True), (b"BAD bytes.", True),
+                           (b"good bytes", False)],
+)  # fmt: skip
+def test_what_its_owner_made_of_a_registered_file_is_the_owners(site, written, stays):
+    """Overwritten where it lies and not registered again: the item goes, the file does not, unless
+    it was only touched."""
+    file = site.folder / "a" / "x"
+    file.write_bytes(b"good bytes")
+    oid = registered(site, "x")
+    file.write_bytes(written)
+    os.utime(file, (1e9, 1e9))
+    let_go(site, oid)
+    to_the_end(site)
+    assert set(site.replicas(oid).values()) == {"DELETED"} and site.item(oid)["state"] == "DELETED"
+    assert site.visible("a") == ({"x": written} if stays else {})
+    assert site.private("a", "trash") == [] and site.visible("b") == {}
+
+
+def test_a_copy_made_again_in_its_place_is_known_by_its_size(site):
+    """Its time of change is not that of the file that was registered there, and yet it goes."""
+    file = site.folder / "a" / "x"
+    file.write_bytes(b"good bytes")
+    os.utime(file, (1e9, 1e9))
+    oid = registered(site, "x")
+    file.unlink()
+    site.context.transact(lambda c: request_verification(c, actor="u", now=site.now, oid=oid))
+    for _ in range(2):
+        site.settle()
+    assert site.replicas(oid)["a"] == "READY" and site.replica(oid, "a")["mtime"] is None
+    let_go(site, oid)
+    to_the_end(site)
+    assert site.visible("a") == {} and site.item(oid)["state"] == "DELETED"
+
+
+def test_files_of_others_in_a_directory_payload_do_not_go_with_it(site):
+    """Its trashing says what is in its way, and nothing is moved; once that is gone it goes."""
+    folder = site.folder / "a" / "x.ms"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "data").write_bytes(b"good bytes")
+    oid = registered(site, "", "*.ms")
+    (folder / "sub" / "notes").write_bytes(STRANGER)
+    let_go(site, oid)
+    to_the_end(site)
+    assert site.visible("a") == {"x.ms/sub/data": b"good bytes", "x.ms/sub/notes": STRANGER}
+    (failed,) = site.query("SELECT * FROM operation WHERE state = 'FAILED'")
+    assert "'x.ms/sub/notes' in it is not of the payload" in failed["error"]
+    (folder / "sub" / "notes").unlink()
+    site.context.transact(lambda c: retry_failed(c, site.now))
+    to_the_end(site)
+    assert site.visible("a") == {} and site.item(oid)["state"] == "DELETED"

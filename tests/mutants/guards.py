@@ -407,4 +407,29 @@ GUARDS = (
         "a copy that is being made is withdrawn like an announcement",
         ("lifecycle/test_withdraw.py::test_what_was_let_in_is_not_withdrawn",),
     ),
+    Mutant(
+        "owners-file-trashed",
+        "dlm_core/lifecycle/strangers.py",
+        """    if entry.size != row["size"]:
+        return True
+""",
+        """    return False
+""",
+        "what an owner made of a registered file goes with the item that it was",
+        (
+            "lifecycle/test_strangers.py::"
+            "test_what_its_owner_made_of_a_registered_file_is_the_owners",
+        ),
+    ),
+    Mutant(
+        "others-in-a-directory-trashed",
+        "dlm_core/lifecycle/strangers.py",
+        "            _refuse_others(storage, path, row)\n",
+        "            pass\n",
+        "files that others put into a directory payload go with it",
+        (
+            "lifecycle/test_strangers.py::"
+            "test_files_of_others_in_a_directory_payload_do_not_go_with_it",
+        ),
+    ),
 )

@@ -1,0 +1,62 @@
+"""What lies in a replica's place and is not its bytes: somebody else's, and not ours to remove."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dlm_core.errors import PathRefusedError
+from dlm_core.lifecycle.quarantine import is_payload
+from dlm_core.lifecycle.staging import is_cold
+from dlm_core.storages.port import Entry, Storage
+from dlm_core.types import PayloadKind, decode_path
+
+Row = Mapping[str, Any]
+
+
+def is_strangers(storage: Storage, path: str, row: Row) -> bool:
+    """Whether the replica ``row`` has lost its place: where a file was, a folder may be made for
+    other payloads, and who overwrites a file that was registered where it lies makes another of
+    it. What was touched and has its size is read; that costs something for few only.
+
+    Raises
+    ------
+    PathRefusedError
+        if other files lie in a directory payload: they would go with it.
+    StorageError
+        if the storage cannot tell.
+    """
+    entry = storage.stat(path)
+    if entry is None:
+        return False
+    if row["kind"] == PayloadKind.DIRECTORY:
+        if entry.kind == "directory":
+            _refuse_others(storage, path, row)
+        return entry.kind == "file"
+    if entry.kind != "file":
+        return entry.kind == "directory"
+    if entry.size != row["size"]:
+        return True
+    # to read what is on tape it would have to be staged first, for what is rare there
+    return _is_touched(entry, row) and (is_cold(storage) or not is_payload(storage, path, row))
+
+
+def _refuse_others(storage: Storage, path: str, row: Row) -> None:
+    known = {f"{path}/{decode_path(name)}" for name in row["manifest"]}
+    others = sorted(entry.path for entry in storage.walk(path) if entry.path not in known)
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise PathRefusedError(
+            storage=storage.name, path=path,
+            message=f"{others[0]!r}{more} in it is not of the payload: move away, then 'dlm retry'",
+        )  # fmt: skip
+
+
+def _is_touched(entry: Entry, row: Row) -> bool:
+    """By the time of change that its registration saw; copies of ours have none."""
+    known = row["mtime"]
+    if known is None:
+        return False
+    # a member of a bundle may have lost its fraction
+    whole = entry.mtime.is_integer() or known.is_integer()
+    return int(entry.mtime) != int(known) if whole else entry.mtime != known

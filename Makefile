@@ -13,12 +13,13 @@ help: ## show this
 
 install: $(STAMP) ## set up .venv from requirements.lock
 
-# uv keeps itself and pip when it syncs an environment that it did not make
+# uv keeps itself and pip when it syncs an environment that it did not make. Compiled here, once:
+# where Python is told to write no bytecode each of Dagster's processes would do it, at every start
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.8,<1'
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --compile-bytecode --require-hashes requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from functools import lru_cache
 from struct import pack
 from typing import Any, TypeVar
 
@@ -182,9 +183,13 @@ def transact(
     raise AssertionError("unreachable")
 
 
+# to look for the parameters of a statement costs as much as some rows of it
+_parsed = lru_cache(maxsize=1024)(text)
+
+
 def rows(connection: Connection, sql: str, **parameters: object) -> list[dict[str, Any]]:
     """The rows of a query as dictionaries."""
-    result = connection.execute(text(sql), parameters)
+    result = connection.execute(_parsed(sql), parameters)
     # RowMapping looks every key up again; this is five times faster
     keys = tuple(result.keys())
     return [dict(zip(keys, row, strict=True)) for row in result.all()]
@@ -192,7 +197,7 @@ def rows(connection: Connection, sql: str, **parameters: object) -> list[dict[st
 
 def each(connection: Connection, sql: str, **parameters: object) -> Iterator[dict[str, Any]]:
     """The rows of a query as dictionaries, one after the other: for many that are not kept."""
-    result = connection.execute(text(sql), parameters)
+    result = connection.execute(_parsed(sql), parameters)
     keys = tuple(result.keys())
     for some in result.partitions(_FETCHED):
         for row in some:
@@ -201,7 +206,7 @@ def each(connection: Connection, sql: str, **parameters: object) -> Iterator[dic
 
 def run(connection: Connection, sql: str, **parameters: object) -> int:
     """Execute a statement; the number of rows it touched."""
-    return connection.execute(text(sql), parameters).rowcount
+    return connection.execute(_parsed(sql), parameters).rowcount
 
 
 def copy_rows(connection: Connection, table: str, columns: Mapping[str, str], records: Any) -> None:

@@ -107,11 +107,9 @@ def moved_members_vanish(patch: Patch) -> None:
     patch.setattr(BundleIndex, "_do_move", lambda self, source, _: self._do_remove(source))
 
 
-QUICK = [
-    (pending_counts, {"survivors-exist", "work-goes-on"}, 1),
-    (grace_is_too_short, {"trash-restorable"}, 1),
-]
+QUICK = [(grace_is_too_short, {"trash-restorable"}, 1)]
 SLOW = [
+    (pending_counts, {"survivors-exist", "work-goes-on"}, 1),
     (survivors_are_not_looked_at, {"survivors-exist", "nothing-lost"}, 1),
     (holds_are_ignored, {"holds-keep", "work-goes-on"}, 1),
     (removal_is_believed, {"deleted-means-gone"}, 1),

@@ -56,7 +56,7 @@ def test_a_copy_has_the_bytes_of_its_source(source, storage, size):
 def test_many_files_in_one_batch(source, storage):
     """More than one sub-batch; each task has its own result."""
     # who packs after every change has enough of a few
-    count = 20 if isinstance(storage, Packing) else 700
+    count = 20 if isinstance(storage, Packing) else 300
     tasks = [task(source, f"{n}", b"%d" % n) for n in range(count)]
     results = list(copy_batch(source, storage, tasks))
     assert [r.error for r in results] == [None] * count

@@ -122,7 +122,9 @@ def _prove(
                   AND (copy.delete_after IS NULL OR copy.delete_after > :due)""",
             due=due,
         )
-    run(connection, "ANALYZE item (oid), copy (uid, oid)")
+    # of all that the proof filters by: where READY ones are taken for few they are compared with
+    # what goes pair by pair
+    run(connection, "ANALYZE item (oid), copy (uid, oid, state, storage_id, expires_at)")
     run(connection, f"CREATE TEMPORARY TABLE proof ON COMMIT DROP AS {_PROVE}")
     return [_proof(row) for row in each(connection, _PROVEN)]
 

@@ -20,6 +20,7 @@ from dlm_core.catalogue import (
     browse,
     capacity,
     checks,
+    deletions,
     embedded,
     expiring,
     operations,
@@ -29,7 +30,7 @@ from dlm_core.catalogue import (
 )
 from dlm_core.catalogue import items as catalogue_items
 from dlm_core.catalogue import plans as approval
-from dlm_core.catalogue.engine import make_engine, rows, run
+from dlm_core.catalogue.engine import begin, make_engine, rows, run
 from dlm_core.catalogue.status import status
 from dlm_core.lifecycle.expire import plan_batch
 from dlm_core.lifecycle.work import Context
@@ -394,6 +395,22 @@ def test_a_deletion_reads_no_table_through(site: Engine) -> None:
     for table in ("data_item", "replica"):
         assert after[table]["scans"] == before[table]["scans"]
         assert after[table]["fetched"] - before[table]["fetched"] < 10 * 1000
+
+
+def test_a_proof_knows_how_many_good_copies_it_weighs(site: Engine) -> None:
+    """Where they are taken for a few, older servers compare each with each of those that go: that
+    takes seventy times as long."""
+    with begin(site, "user:test", LATER) as connection:
+        found = rows(
+            connection, "SELECT uid FROM replica WHERE state = 'READY' ORDER BY uid LIMIT 2000"
+        )
+        assert len(deletions.prove(connection, [row["uid"] for row in found])) == 2000
+        plan = rows(connection, "EXPLAIN (FORMAT json) SELECT FROM copy WHERE state = 'READY'")
+        counted = rows(connection, "SELECT count(*) AS n FROM copy WHERE state = 'READY'")[0]["n"]
+        connection.rollback()
+    expected = plan[0]["QUERY PLAN"][0]["Plan"]["Plan Rows"]
+    assert counted >= 2000
+    assert 0.5 * counted < expected < 2 * counted
 
 
 def test_the_share_of_a_collection_that_goes_is_counted_from_what_goes(site: Engine) -> None:

@@ -74,10 +74,13 @@ def withdraw(
     oids: Sequence[uuid.UUID] = (),
 ) -> Withdrawn:
     """Take announced replicas back, with a certificate each, and the items that were never let in
-    and have no others, as those of ``oids`` that have none at all. No bytes are touched.
+    (or have expired) and have no others, as those of ``oids`` that have none at all. No bytes are
+    touched.
 
     An admission that is under way loses its lease, and so writes nothing. What was let in meanwhile
-    stays. The database refuses what is under a hold.
+    stays. The items are locked against announcements, too: who makes one of them waits, or is
+    waited for. The database refuses what is under a hold, and all before a recovered catalogue is
+    confirmed.
     """
     run(
         connection,
@@ -99,7 +102,7 @@ def withdraw(
     ended = run(
         connection,
         """UPDATE data_item i SET state = 'DELETED'
-            WHERE i.oid = ANY(:oids) AND i.state = 'INITIALISED'
+            WHERE i.oid = ANY(:oids) AND i.state IN ('INITIALISED', 'EXPIRED')
               AND NOT EXISTS (SELECT FROM replica r WHERE r.oid = i.oid AND r.state <> 'DELETED')""",
         oids=items,
     )
@@ -114,7 +117,7 @@ def _lock_items(
         """SELECT oid FROM data_item
             WHERE oid = ANY(ARRAY(SELECT oid FROM replica WHERE uid = ANY(:uids))
                             || CAST(:oids AS uuid[]))
-            ORDER BY oid FOR NO KEY UPDATE""",
+            ORDER BY oid FOR UPDATE""",
         uids=list(uids),
         oids=list(oids),
     )

@@ -313,7 +313,7 @@ def undo_trash(connection: Connection, seen: Sequence[Seen], now: datetime) -> s
     found = rows(
         connection,
         """UPDATE replica r SET state = 'READY', size = u.size, digest = u.digest,
-                  checked_at = :now, check_from = :now, trashed_at = NULL,
+                  checked_at = :now, check_from = :now, trashed_at = NULL, mtime = NULL,
                   expires_at = NULL, expiry_reason = NULL,
                   own_expires_at = NULL, own_expiry_reason = NULL
              FROM unnest(CAST(:uids AS uuid[]), CAST(:sizes AS bigint[]),

@@ -226,6 +226,12 @@ def _settle_known(connection: Connection) -> None:
               WHERE uri IN (SELECT uri FROM announced) ORDER BY uri, version DESC) i
             WHERE a.uri = i.uri AND a.oid <> i.oid""",
     )
+    # against a withdrawal at this moment, which ends an item that has no other announcement
+    run(
+        connection,
+        """SELECT FROM data_item WHERE state = 'INITIALISED'
+              AND oid = ANY(ARRAY(SELECT oid FROM announced)) ORDER BY oid FOR KEY SHARE""",
+    )
 
 
 def _take_gone(connection: Connection, storage_id: uuid.UUID) -> list[dict[str, Any]]:
@@ -362,7 +368,8 @@ def admit(connection: Connection, admitted: Sequence[Admitted], now: datetime) -
                     checked_at = :now, check_from = {CHECKED}
                FROM admitted a, data_item i
               WHERE r.uid = a.uid AND i.oid = a.oid AND r.state = 'PENDING'
-                AND i.state <> 'INITIALISED' AND i.digest = a.digest AND i.size = a.size
+                AND i.state IN ('READY', 'CORRUPTED', 'EXPIRED')
+                AND i.digest = a.digest AND i.size = a.size
              RETURNING r.uid)
            SELECT uid FROM admitted a WHERE NOT EXISTS (SELECT FROM let_in WHERE let_in.uid = a.uid)""",
         now=now,

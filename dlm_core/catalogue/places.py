@@ -12,6 +12,7 @@ from typing import Any
 from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 
+from dlm_core.catalogue.announcements import failed_announcements
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.catalogue.operations import NewOperation, insert_operations
 from dlm_core.catalogue.replicas import keep_drained
@@ -429,6 +430,8 @@ def retire_storage(
         if set(left) == {"PENDING"} and not lost:
             first = "what was announced and never let in does not leave by itself"
             way = f"dlm withdraw --failed --storage {name}"
+            if not failed_announcements(connection, storage["storage_id"], 1):
+                way = f"dlm item list --state INITIALISED --storage {name}, then dlm withdraw URI"
         raise DeletionRefusedError(
             key=f"storage {name}", reason=f"it still has replicas ({told}); {first}: {way}"
         )

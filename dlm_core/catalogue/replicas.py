@@ -321,6 +321,8 @@ def give_up_copies(connection: Connection, uids: Sequence[uuid.UUID], now: datet
 
 def note_brought_back(connection: Connection, places: Mapping[uuid.UUID, str]) -> None:
     """Write into the log that bytes came back from quarantine, and from which place there."""
+    # to an object store they are new ones
+    run(connection, "UPDATE replica SET mtime = NULL WHERE uid = ANY(:uids)", uids=list(places))
     run(
         connection,
         """INSERT INTO event (noun, action, oid, uid, storage_id, actor, detail)

@@ -35,10 +35,13 @@ def is_strangers(storage: Storage, path: str, row: Row) -> bool:
         return entry.kind == "file"
     if entry.kind != "file":
         return entry.kind == "directory"
+    if row["mtime"] is None:
+        return False  # a copy of ours, whatever a bad disk made of it
     if entry.size != row["size"]:
         return True
-    # to read what is on tape it would have to be staged first, for what is rare there
-    return _is_touched(entry, row) and (is_cold(storage) or not is_payload(storage, path, row))
+    # what is on tape was staged only if a rename reads it, else it cannot be read now
+    readable = not is_cold(storage) or getattr(storage, "renames_read", False)
+    return _is_touched(entry, row["mtime"]) and readable and not is_payload(storage, path, row)
 
 
 def _refuse_others(storage: Storage, path: str, row: Row) -> None:
@@ -52,11 +55,8 @@ def _refuse_others(storage: Storage, path: str, row: Row) -> None:
         )  # fmt: skip
 
 
-def _is_touched(entry: Entry, row: Row) -> bool:
-    """By the time of change that its registration saw; copies of ours have none."""
-    known = row["mtime"]
-    if known is None:
-        return False
+def _is_touched(entry: Entry, known: float) -> bool:
+    """By the time of change that its registration saw."""
     # a member of a bundle may have lost its fraction
     whole = entry.mtime.is_integer() or known.is_integer()
     return int(entry.mtime) != int(known) if whole else entry.mtime != known

@@ -368,7 +368,10 @@ def _not_purged(
     if not returning:
         why = proof.refusal or "a survivor could not be looked at"
         due = now + timedelta(seconds=context.settings.retry_base_seconds * 12)
-        return queue.Outcome(operation["operation_id"], OperationState.QUEUED, "DLM-501", why, due)
+        # to wait is no try
+        return queue.Outcome(
+            operation["operation_id"], OperationState.QUEUED, "DLM-501", why, due, counted=False
+        )
     return queue.Outcome(
         operation["operation_id"], OperationState.CANCELLED, "DLM-501",
         f"{proof.refusal}; the copy is brought back from the trash",
@@ -505,7 +508,7 @@ def _idle_outcome(context: Context, operation: Row, row: Row, storage: Row) -> q
         due = context.clock() + timedelta(seconds=context.settings.retry_base_seconds * 12)
         return queue.Outcome(
             operation["operation_id"], OperationState.QUEUED, "DLM-504",
-            f"storage {storage['name']} is {storage['mode']}", due,
+            f"storage {storage['name']} is {storage['mode']}", due, counted=False,
         )  # fmt: skip
     return None
 

@@ -10,6 +10,7 @@ from dlm_core.catalogue import announcements as catalogue
 from dlm_core.catalogue.browse import get_item
 from dlm_core.catalogue.holds import holds_of
 from dlm_core.catalogue.places import get_storage
+from dlm_core.catalogue.recovery import unconfirmed_floor
 from dlm_core.errors import DeletionRefusedError, IllegalTransitionError, InvalidValueError
 from dlm_core.lifecycle.work import Context
 
@@ -37,11 +38,12 @@ def withdraw_item(
     IllegalTransitionError
         if nothing of it waits to be let in.
     DeletionRefusedError
-        if it is under a hold.
+        if it is under a hold, or the catalogue was recovered and nobody has confirmed it.
     """
     _must_say(reason)
 
     def withdraw(connection: Connection) -> catalogue.Withdrawn:
+        _must_be_confirmed(connection, uri)
         item = get_item(connection, uri, version)
         where = _storage_id(connection, storage)
         if held := holds_of(connection, uri, item["version"]):
@@ -72,10 +74,13 @@ def withdraw_failed(
     NotFoundError
     InvalidValueError
         without a reason.
+    DeletionRefusedError
+        if the catalogue was recovered and nobody has confirmed it.
     """
     _must_say(reason)
 
     def withdraw(connection: Connection) -> catalogue.Withdrawn:
+        _must_be_confirmed(connection, "what was announced")
         uids = catalogue.failed_announcements(connection, _storage_id(connection, storage), _BATCH)
         return catalogue.withdraw(
             connection, uids, reason=reason, actor=context.actor, now=context.clock()
@@ -94,6 +99,13 @@ def withdraw_failed(
 def _must_say(reason: str) -> None:
     if not reason.strip():
         raise InvalidValueError(what="reason", value=reason, expected="why it is taken back")
+
+
+def _must_be_confirmed(connection: Connection, what: str) -> None:
+    # it may have been let in after the backup was made, and have copies that are not known yet
+    if unconfirmed_floor(connection) is not None:
+        reason = "the catalogue was recovered, and nothing ends before 'dlm db confirm'"
+        raise DeletionRefusedError(key=what, reason=reason)
 
 
 def _storage_id(connection: Connection, name: str | None) -> uuid.UUID | None:

@@ -18,6 +18,38 @@ ALTER TABLE deletion ADD CONSTRAINT deletion_check1
 ALTER TABLE deletion ADD CONSTRAINT deletion_check2
   CHECK (basis <> 'withdrawn' OR (step = 'release' AND from_state = 'PENDING'));
 
+CREATE OR REPLACE FUNCTION deletion_after_recovery() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+  v_floor timestamptz := proof_floor();
+  v_uid uuid;
+BEGIN
+  IF v_floor IS NULL THEN
+    RETURN NULL;
+  END IF;
+  SELECT n.uid INTO v_uid FROM new_rows n WHERE n.basis IN ('item_expired', 'withdrawn') AND recovery_unconfirmed() LIMIT 1;
+  IF FOUND THEN
+    PERFORM dlm_refuse(format('replica %s: the catalogue was recovered at %s, no item ends before a person has confirmed it', v_uid, v_floor));
+  END IF;
+  SELECT n.uid INTO v_uid FROM new_rows n WHERE n.step = 'trash' AND EXISTS (
+    SELECT FROM replica r WHERE r.uid = n.uid AND r.state IN ('READY', 'SUSPECT')
+       AND (r.checked_at IS NULL OR r.checked_at < v_floor) OFFSET 0) LIMIT 1;
+  IF FOUND THEN
+    PERFORM dlm_refuse(format('replica %s was not looked at since the catalogue was recovered at %s', v_uid, v_floor));
+  END IF;
+  SELECT n.uid INTO v_uid FROM new_rows n WHERE n.basis = 'replica_expired' AND EXISTS (
+    SELECT FROM jsonb_array_elements(n.survivors) s
+     WHERE NOT EXISTS (SELECT FROM replica r WHERE r.uid = (s->>'uid')::uuid AND r.state = 'READY'
+                          AND r.checked_at >= v_floor OFFSET 0)) LIMIT 1;
+  IF FOUND THEN
+    PERFORM dlm_refuse(format('replica %s: a survivor was not looked at since the catalogue was recovered at %s', v_uid, v_floor));
+  END IF;
+  RETURN NULL;
+END $$;
+
+-- The time of change that a registration saw tells an owner's file from a copy of ours: one that was
+-- made anew in its place has another.
+UPDATE replica SET mtime = NULL WHERE mtime IS NOT NULL AND uid IN (SELECT uid FROM operation WHERE kind = 'copy');
+
 CREATE OR REPLACE FUNCTION replica_updated() RETURNS trigger LANGUAGE plpgsql
 SET enable_nestloop = off AS $$
 DECLARE
@@ -47,7 +79,8 @@ BEGIN
   IF v_any.ready THEN
     SELECT n.uid INTO bad FROM new_rows n
      WHERE n.state = 'READY' AND NOT EXISTS (
-           SELECT FROM data_item i WHERE i.oid = n.oid AND i.digest = n.digest AND i.size = n.size OFFSET 0)
+           SELECT FROM data_item i WHERE i.oid = n.oid AND i.digest = n.digest AND i.size = n.size
+              AND i.state <> 'DELETED' OFFSET 0)
      LIMIT 1;
     IF FOUND THEN
       PERFORM dlm_refuse(format('replica %s cannot be READY: its observed digest or size is not the item''s', bad.uid));
@@ -63,12 +96,11 @@ BEGIN
         WHEN NOT EXISTS (
              SELECT FROM deletion d WHERE d.deletion_id = n.deletion_id AND d.uid = n.uid
                 AND CASE n.state WHEN 'TRASHED' THEN d.step = 'trash' AND d.xid = pg_current_xact_id()
-                                 ELSE d.step IN ('purge', 'release') AND d.valid_until >= dlm_now() END OFFSET 0)
+                                 ELSE d.step IN ('purge', 'release') AND d.valid_until >= dlm_now()
+                                  AND (d.basis = 'withdrawn') = (o.state = 'PENDING') END OFFSET 0)
         THEN 'cannot be deleted without a certificate that holds now'
-        WHEN o.state = 'PENDING' AND n.state = 'DELETED' AND NOT EXISTS (
-             SELECT FROM deletion d WHERE d.deletion_id = n.deletion_id AND d.basis = 'withdrawn'
-                AND d.xid = pg_current_xact_id() OFFSET 0)
-        THEN 'is on its way: only a withdrawal ends it'
+        WHEN o.state = 'PENDING' AND n.state = 'DELETED' AND (o.digest IS NOT NULL OR o.checked_at IS NOT NULL)
+        THEN 'cannot be withdrawn: it was let in before'
         WHEN o.state = 'PENDING' AND n.state = 'DELETED' AND EXISTS (
              SELECT FROM operation p WHERE p.uid = n.uid AND p.state IN ('QUEUED', 'RUNNING') OFFSET 0)
         THEN 'cannot be withdrawn: there is work under way for it'

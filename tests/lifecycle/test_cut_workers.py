@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from dlm_core.catalogue import operations as queue
+from dlm_core.catalogue.holds import Target, insert_hold
 from dlm_core.errors import CatalogueUnavailableError
 from dlm_core.lifecycle import fence
 from dlm_core.lifecycle.expire import plan_batch
@@ -304,3 +305,30 @@ def test_a_copy_that_ends_its_workers_is_given_up(site):
     plan_replication(site.context)
     drain(site.context, {OperationKind.COPY: ALL[OperationKind.COPY]})
     assert site.query("SELECT count(*) AS n FROM replica WHERE state = 'READY'")[0]["n"] == 4
+
+
+def test_waiting_is_no_try_that_a_lost_worker_could_end(site):
+    """A purge waits for a hold, look after look; then one worker is lost: it comes due again."""
+    two_items(site)
+    let_b_go(site)
+    site.settle()
+    site.context.transact(
+        lambda c: insert_hold(
+            c, Target(everything=True), reason="evidence", actor="user:test", now=site.now
+        )
+    )
+    for _ in range(site.context.settings.max_attempts + 1):
+        site.advance(hours=2)
+        site.work(OperationKind.PURGE)
+    purges = "SELECT state, attempts FROM operation WHERE kind = 'purge'"
+    assert {(row["state"], row["attempts"]) for row in site.query(purges)} == {("QUEUED", 0)}
+    site.advance(hours=2)
+    site.context.transact(
+        lambda c: queue.claim_operations(
+            c, OperationKind.PURGE, token=new_id(), worker="w", limit=9,
+            lease=timedelta(minutes=5), now=site.now,
+        )
+    )  # fmt: skip
+    site.advance(hours=2)
+    site.work(OperationKind.PURGE)
+    assert {row["state"] for row in site.query(purges)} == {"QUEUED"}

@@ -234,3 +234,30 @@ def test_files_of_others_in_a_directory_payload_do_not_go_with_it(site):
     site.context.transact(lambda c: retry_failed(c, site.now))
     to_the_end(site)
     assert site.visible("a") == {} and site.item(oid)["state"] == "DELETED"
+
+
+def test_a_damaged_copy_of_ours_is_no_strangers(site):
+    """A bad disk made it shorter, and nobody has looked: it goes with its item."""
+    oid = two_copies(site)
+    (file,) = site.visible("b")
+    (site.folder / "b" / file).write_bytes(b"go")
+    let_go(site, oid)
+    to_the_end(site)
+    assert site.visible("b") == {} and site.item(oid)["state"] == "DELETED"
+
+
+def test_a_file_that_came_back_from_the_trash_is_ours(site):
+    """Its storage may tell another time of change after that: it is not read for it, and goes."""
+    file = site.folder / "a" / "x"
+    file.write_bytes(b"good bytes")
+    oid = registered(site, "x")
+    let_go(site, oid)
+    site.settle()
+    site.context.transact(
+        lambda c: request_restore(c, oid=oid, storage_id=None, actor="u", now=site.now)
+    )
+    site.work(OperationKind.RESTORE)
+    assert site.replica(oid, "a")["mtime"] is None
+    let_go(site, oid)
+    to_the_end(site)
+    assert site.visible("a") == {} and site.item(oid)["state"] == "DELETED"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection
 
+from dlm_core.catalogue import items, recovery
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.announcements import Withdrawn
 from dlm_core.catalogue.holds import Target, insert_hold
@@ -23,7 +28,7 @@ from dlm_core.lifecycle.register import Source, init_data_item, register_tree, s
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.withdraw import withdraw_failed, withdraw_item
 from dlm_core.lifecycle.work import Claim, drain
-from dlm_core.types import OperationKind, new_id
+from dlm_core.types import OperationKind, PayloadKind, new_id
 from tests.site import Site, make_site
 
 _WHY = "announced by mistake"
@@ -97,6 +102,11 @@ def test_retiring_names_the_way_out_for_announcements(site):
     with pytest.raises(DeletionRefusedError, match="dlm withdraw --failed --storage in"):
         retire()
     assert withdraw_failed(site.context, reason=_WHY, storage="in") == Withdrawn(2, 2)
+    site.execute("UPDATE storage SET mode = 'read_write'")
+    set_uri(site.context, init_data_item(site.context, "step:1"), "in", "later")
+    with pytest.raises(DeletionRefusedError, match="dlm withdraw URI"):
+        retire()
+    withdraw_item(site.context, "step:1", reason=_WHY)
     retire()
 
 
@@ -191,6 +201,69 @@ def test_what_was_withdrawn_comes_again_as_a_new_version_only(site):
     admit(site)
     found = site.query("SELECT version, state FROM data_item WHERE uri = 'test:typo' ORDER BY 1")
     assert [(row["version"], row["state"]) for row in found] == [(1, "DELETED"), (2, "READY")]
+
+
+@pytest.mark.parametrize("claimed", [True, False])
+def test_an_announcement_at_the_same_moment_is_waited_for(site, claimed):
+    """Somebody announces the item elsewhere and has not committed: it is not ended under his hands,
+    and what he announced is let in."""
+    other = site.add_storage("other", "B")
+    (other / "typo").write_bytes(b"typo")
+    digest = "sha256:" + hashlib.sha256(b"typo").hexdigest() if claimed else None
+    new = items.Announcement("test:typo", "typo", 4, 1e9, PayloadKind.FILE, digest)
+    withdrawn: list[Withdrawn] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def announce(connection: Connection) -> None:
+            items.announce(
+                connection, site.storages["other"], [new], items.Terms(), "user:test", site.now
+            )
+            going = pool.submit(withdraw_item, site.context, "test:typo", reason=_WHY)
+            going.add_done_callback(lambda future: withdrawn.append(future.result()))
+            _wait_until_blocked(site)
+
+        site.context.transact(announce)
+    assert withdrawn == [Withdrawn(2, 1)] or withdrawn == [Withdrawn(1, 0)]
+    admit(site)
+    state, *replicas = states(site)["test:typo"]
+    assert (state == "DELETED") == (set(replicas) == {"DELETED"})
+
+
+def _wait_until_blocked(site: Site) -> None:
+    """Until another session of this database waits for a lock."""
+    waiting = """SELECT count(*) AS n FROM pg_stat_activity
+                  WHERE datname = current_database() AND wait_event_type = 'Lock'"""
+    end = time.monotonic() + 30
+    while not site.query(waiting)[0]["n"]:
+        assert time.monotonic() < end, "nobody waits"
+        time.sleep(0.02)
+
+
+def test_after_a_recovery_nothing_is_withdrawn_before_it_is_confirmed(site):
+    """What the old catalogue knows as announced may have been let in since, and be copied."""
+    (site.folder / "in" / "typo").unlink()
+    admit(site)
+    site.context.transact(lambda c: recovery.distrust(c, "a backup", "user:test", site.now))
+    with pytest.raises(DeletionRefusedError, match="dlm db confirm"):
+        withdraw_item(site.context, "test:typo", reason=_WHY)
+    with pytest.raises(DeletionRefusedError, match="dlm db confirm"):
+        withdraw_failed(site.context, reason=_WHY)
+    site.context.transact(lambda c: recovery.confirm(c, "user:test", site.now))
+    assert withdraw_failed(site.context, reason=_WHY) == Withdrawn(1, 1)
+
+
+def test_an_expired_item_ends_with_the_last_that_was_announced_of_it(site):
+    """Its copies are gone, and what could not be let in elsewhere was all that kept its record."""
+    admit(site)
+    other = site.add_storage("other", "B")
+    (other / "kept").write_bytes(b"diff")
+    register_tree(site.context, Source("other", "test"))
+    admit(site)
+    site.execute("UPDATE data_item SET expires_at = :n WHERE uri LIKE '%kept'", n=site.now)
+    for _ in range(3):
+        site.settle()
+        site.advance(hours=2)
+    assert states(site)["test:kept"][0] == "DELETED"
 
 
 def test_nothing_is_withdrawn_without_a_reason_or_twice(site):

@@ -106,11 +106,11 @@ def end(connection: Connection, uid: uuid.UUID, deletion_id: uuid.UUID) -> None:
 
 def test_what_is_on_its_way_ends_by_a_withdrawal_only(db: Connection) -> None:
     """A certificate of an expiry does not end a replica that nobody has looked at, nor does that of
-    a withdrawal as long as there is work under way for it."""
+    a withdrawal as long as there is work under way for it, or any other replica."""
     oid = add_item(db)
     uid = add_replica(db, oid, add_storage(db))
     expired = certify(db, uid, "release")
-    assert "only a withdrawal" in refusal(db, end, uid, expired)
+    assert "without a certificate" in refusal(db, end, uid, expired)
     withdrawn = certify(db, uid, "release", basis="withdrawn")
     assert refusal(db, end, uid, withdrawn) == ""
     insert(
@@ -118,6 +118,17 @@ def test_what_is_on_its_way_ends_by_a_withdrawal_only(db: Connection) -> None:
         actor="a", due_at=NOW, created_at=NOW,
     )  # fmt: skip
     assert "work under way" in refusal(db, end, uid, withdrawn)
+    oid, _ = ready_item(db, 1)
+    known = add_replica(db, oid, add_storage(db))
+    for state in ("READY", "MISSING", "PENDING"):
+        set_replica(db, known, state)
+    withdrawn = certify(db, known, "release", basis="withdrawn")
+    assert "it was let in before" in refusal(db, end, known, withdrawn)
+    trashed = add_replica(db, oid, add_storage(db))
+    for state in ("READY", "TRASHED"):
+        set_replica(db, trashed, state)
+    withdrawn = certify(db, trashed, "release", basis="withdrawn", from_state="PENDING")
+    assert "without a certificate" in refusal(db, end, trashed, withdrawn)
 
 
 def test_an_item_that_was_never_let_in_is_deleted_once_it_has_no_replicas(db: Connection) -> None:

@@ -28,7 +28,7 @@ BEGIN
   END IF;
   SELECT n.uid INTO v_uid FROM new_rows n WHERE n.basis IN ('item_expired', 'withdrawn') AND recovery_unconfirmed() LIMIT 1;
   IF FOUND THEN
-    PERFORM dlm_refuse(format('replica %s: the catalogue was recovered at %s, no item ends before a person has confirmed it', v_uid, v_floor));
+    PERFORM dlm_refuse(format('replica %s: the catalogue was recovered at %s, no item expires before a person has confirmed it', v_uid, v_floor));
   END IF;
   SELECT n.uid INTO v_uid FROM new_rows n WHERE n.step = 'trash' AND EXISTS (
     SELECT FROM replica r WHERE r.uid = n.uid AND r.state IN ('READY', 'SUSPECT')

@@ -22,6 +22,8 @@ from obstore.store import S3Store
 
 from dlm_core.errors import ServiceUnavailableError
 
+#: starts, each on other ports
+_TRIES = 3
 _READY_SECONDS = 60
 #: where SeaweedFS puts its unix sockets, without a choice
 _SOCKETS = Path("/tmp")
@@ -53,11 +55,31 @@ def s3_server(folder: Path, bucket: str = "dlm-bucket") -> Iterator[S3Server]:
     folder.mkdir(parents=True, exist_ok=True)
     access, secret = secrets.token_hex(8), secrets.token_hex(16)
     _write_identities(folder / "identities.json", access, secret)
+    for number in range(_TRIES):
+        # what an earlier try left there names other ports
+        data = folder / f"data-{number}"
+        data.mkdir(exist_ok=True)
+        with _running(weed, folder, data) as (process, port):
+            server = S3Server(f"http://127.0.0.1:{port}", access, secret, bucket, process.pid)
+            try:
+                _make_bucket(server, process)
+            except ServiceUnavailableError:
+                # a port that was free is another's by now
+                if process.poll() is None or number == _TRIES - 1:
+                    raise
+                continue
+            yield server
+            return
+
+
+@contextmanager
+def _running(weed: str, folder: Path, data: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The server as a process, on ports that are free now, and the one of S3."""
     s3, master, volume, filer = free_ports(4)
-    with (folder / "weed.log").open("wb") as log:
+    with (folder / "weed.log").open("ab") as log:
         process = subprocess.Popen(
             [
-                weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+                weed, "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
                 f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
                 "-s3", f"-s3.port={s3}", f"-s3.config={folder / 'identities.json'}",
                 "-volume.max=200", "-master.volumeSizeLimitMB=256", "-master.telemetry=false",
@@ -68,9 +90,7 @@ def s3_server(folder: Path, bucket: str = "dlm-bucket") -> Iterator[S3Server]:
             start_new_session=True,
         )  # fmt: skip
     try:
-        server = S3Server(f"http://127.0.0.1:{s3}", access, secret, bucket, process.pid)
-        _make_bucket(server, process)
-        yield server
+        yield process, s3
     finally:
         # its graceful end waits 20 s for a cluster that is not there; its data go with it
         process.kill()

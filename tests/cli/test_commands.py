@@ -37,7 +37,7 @@ def _processor_seconds(code: str) -> float:
 
 
 def test_help_comes_fast_and_without_heavy_imports() -> None:
-    """--help takes little more than that of an empty program of typer's, and neither Dagster nor
+    """--help takes not much more than that of an empty program of typer's, and neither Dagster nor
     SQLAlchemy."""
     begun = "import sys, time; sys.argv = ['dlm', '--help']\n"
     ended = "except SystemExit as end: assert not end.code\n"
@@ -52,7 +52,7 @@ def test_help_comes_fast_and_without_heavy_imports() -> None:
     )
     # in turns: a machine that is slow for a while is so for both
     pairs = [(_processor_seconds(ours), _processor_seconds(bare)) for _ in range(3)]
-    assert min(one for one, _ in pairs) < 2 * min(other for _, other in pairs)
+    assert min(one for one, _ in pairs) < 3 * min(other for _, other in pairs)
 
 
 @pytest.mark.parametrize("command", ["status", "item list", "storage list", "audit --since 1d"])

@@ -22,6 +22,7 @@ from dlm_core.errors import (
     DlmError,
     PackingError,
     PayloadNotFoundError,
+    StorageUnavailableError,
 )
 from dlm_core.storages.bundle_index import Bundle, Change, write_new
 from dlm_core.storages.bundle_tar import (
@@ -391,6 +392,11 @@ def clean(storage: Bundled, bundle: str) -> None:
     """Remove the single files that a bundle was made of; nobody writes there until it is done.
 
     A file that somebody changed meanwhile is not ours and stays, hidden by the member.
+
+    Raises
+    ------
+    StorageError
+        if one is still there after its removal: the next packing goes on.
     """
     inner, index = storage.inner, storage.index
     inner.flush()  # the record by which the bundle counts comes first
@@ -407,8 +413,19 @@ def clean(storage: Bundled, bundle: str) -> None:
                 and _is_same(member, entries[path])
             ]
             list(pool.map(partial(remove_file, inner), same))
+            _confirm_gone(storage, same)
     inner.flush()
     index.change(lambda: [["clean", bundle]] if bundle in index.cleaning else [])
+
+
+def _confirm_gone(storage: Bundled, paths: Sequence[str]) -> None:
+    # a reply may be wrong, and nobody would look there again
+    there = storage.inner.stat_many(paths) if paths else {}
+    left = [path for path in paths if there[path] is not None]
+    if left:
+        raise StorageUnavailableError(
+            storage=storage.name, message=f"{left[0]} is still there after its removal"
+        )
 
 
 def _is_same(member: Member, entry: Entry | None) -> bool:

@@ -14,9 +14,9 @@ from dlm_core.catalogue.engine import rows, run
 from dlm_core.types import new_id
 
 _VALID = timedelta(minutes=1)
-# what is announced and not being copied: a copy on its way has its operation
+# what is announced, was never read, and is not being copied: a copy on its way has its operation
 _ANNOUNCED = """
-  r.state = 'PENDING' AND NOT EXISTS (
+  r.state = 'PENDING' AND r.checked_at IS NULL AND NOT EXISTS (
     SELECT FROM operation o WHERE o.uid = r.uid AND o.kind <> 'admit'
        AND o.state IN ('QUEUED', 'RUNNING'))"""
 _ON_STORAGE = "(CAST(:storage AS uuid) IS NULL OR r.storage_id = :storage)"

@@ -124,6 +124,16 @@ def test_what_was_let_in_is_not_withdrawn(site):
     assert states(site)["test:kept"] == ("READY", "READY", "READY")
 
 
+def test_a_copy_that_is_made_again_was_let_in_before(site):
+    """It is PENDING like an announcement, even between two tries of its copy: it stays."""
+    admit(site)
+    for state in ("MISSING", "PENDING"):
+        site.execute("UPDATE replica SET state = :s", s=state)
+    with pytest.raises(IllegalTransitionError, match="READY"):
+        withdraw_item(site.context, "test:kept", reason=_WHY)
+    assert withdraw_failed(site.context, reason=_WHY) == Withdrawn(0, 0)
+
+
 def test_a_copy_that_was_announced_beside_others_goes_alone(site):
     """Other bytes under the name of an item that is READY are refused: they are withdrawn, and the
     item stays with its good copy."""

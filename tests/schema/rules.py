@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.types import new_id, uri_bucket
@@ -133,6 +134,18 @@ def set_replica(connection: Connection, uid: uuid.UUID, state: str) -> None:
         certificate=certificate,
         uid=uid,
     )
+
+
+def refusal(connection: Connection, action: Any, *arguments: Any, **values: Any) -> str:
+    """Why the database refuses what ``action`` does; '' if it does not. Nothing is kept."""
+    savepoint = connection.begin_nested()
+    try:
+        action(connection, *arguments, **values)
+    except DBAPIError as error:
+        return str(error.orig)
+    finally:
+        savepoint.rollback()
+    return ""
 
 
 def _state_of(connection: Connection, uid: uuid.UUID) -> str:

@@ -11,8 +11,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from dlm_core.catalogue.engine import rows, run
-from tests.schema.rules import add_item, add_replica, add_storage, ready_item, set_replica
-from tests.schema.test_rules import db, refusal  # noqa: F401
+from tests.schema.rules import add_item, add_replica, add_storage, ready_item, refusal, set_replica
 
 _RETIRE = "UPDATE storage SET mode = 'retired', retired_at = now() WHERE storage_id = :id"
 
@@ -21,7 +20,7 @@ def retire(connection: Connection, storage: uuid.UUID) -> None:
     run(connection, _RETIRE, id=storage)
 
 
-def test_a_retired_storage_takes_no_replica(db: Connection) -> None:  # noqa: F811
+def test_a_retired_storage_takes_no_replica(db: Connection) -> None:
     """Nor does a batch go in of which one would lie there."""
     oid, storage, other = add_item(db), add_storage(db), add_storage(db)
     retire(db, storage)
@@ -65,7 +64,7 @@ def test_of_a_copy_and_a_retirement_at_once_the_second_is_refused(
     assert ("still has replicas" if first == "copy" else "is retired") in refused
 
 
-def test_a_condemned_copy_may_be_doubted_again(db: Connection) -> None:  # noqa: F811
+def test_a_condemned_copy_may_be_doubted_again(db: Connection) -> None:
     """CORRUPTED goes back to SUSPECT when its bytes were found, never straight to READY."""
     _, (uid, _) = ready_item(db)
     for state in ("SUSPECT", "CORRUPTED"):

@@ -18,11 +18,11 @@ from tests.schema.rules import (
     certify,
     insert,
     ready_item,
+    refusal,
     set_clock,
     set_item,
     set_replica,
 )
-from tests.schema.test_rules import refusal
 
 #: before any machine's clock: a lock looks at the server's own, too
 PAST = datetime(2020, 1, 1, tzinfo=UTC)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -27,33 +25,12 @@ from tests.schema.rules import (
     certify,
     insert,
     ready_item,
+    refusal,
     set_clock,
     set_item,
     set_replica,
     ways,
 )
-
-
-@pytest.fixture
-def db(engine: Engine) -> Iterator[Connection]:
-    """A connection in a transaction that is undone."""
-    with engine.connect() as connection:
-        set_clock(connection)
-        yield connection
-        connection.rollback()
-
-
-def refusal(connection: Connection, action: Any, *arguments: Any, **values: Any) -> str:
-    """Why the database refuses what ``action`` does; '' if it does not. Nothing is kept."""
-    savepoint = connection.begin_nested()
-    try:
-        action(connection, *arguments, **values)
-    except DBAPIError as error:
-        return str(error.orig)
-    finally:
-        savepoint.rollback()
-    return ""
-
 
 # --- transitions ----------------------------------------------------------------------------------
 
@@ -91,56 +68,6 @@ def test_replicas_go_where_the_table_says_and_nowhere_else(db: Connection, old: 
             assert found == "", (old, new)
         else:
             assert f"cannot go from {old} to {new}" in found, (old, new)
-
-
-def end(connection: Connection, uid: uuid.UUID, deletion_id: uuid.UUID) -> None:
-    run(
-        connection,
-        "UPDATE replica SET state = 'DELETED', deletion_id = :id, released_at = :now "
-        "WHERE uid = :uid",
-        id=deletion_id,
-        now=NOW,
-        uid=uid,
-    )
-
-
-def test_what_is_on_its_way_ends_by_a_withdrawal_only(db: Connection) -> None:
-    """A certificate of an expiry does not end a replica that nobody has looked at, nor does that of
-    a withdrawal as long as there is work under way for it, or any other replica."""
-    oid = add_item(db)
-    uid = add_replica(db, oid, add_storage(db))
-    expired = certify(db, uid, "release")
-    assert "without a certificate" in refusal(db, end, uid, expired)
-    withdrawn = certify(db, uid, "release", basis="withdrawn")
-    assert refusal(db, end, uid, withdrawn) == ""
-    insert(
-        db, "operation", operation_id=new_id(), kind="copy", oid=oid, uid=uid, reason="r",
-        actor="a", due_at=NOW, created_at=NOW,
-    )  # fmt: skip
-    assert "work under way" in refusal(db, end, uid, withdrawn)
-    oid, _ = ready_item(db, 1)
-    known = add_replica(db, oid, add_storage(db))
-    for state in ("READY", "MISSING", "PENDING"):
-        set_replica(db, known, state)
-    withdrawn = certify(db, known, "release", basis="withdrawn")
-    assert "it was let in before" in refusal(db, end, known, withdrawn)
-    trashed = add_replica(db, oid, add_storage(db))
-    for state in ("READY", "TRASHED"):
-        set_replica(db, trashed, state)
-    withdrawn = certify(db, trashed, "release", basis="withdrawn", from_state="PENDING")
-    assert "without a certificate" in refusal(db, end, trashed, withdrawn)
-
-
-def test_an_item_that_was_never_let_in_is_deleted_once_it_has_no_replicas(db: Connection) -> None:
-    """It has no digest then; one that has been READY keeps its own."""
-    oid = add_item(db, digest=None, size=None)
-    uid = add_replica(db, oid, add_storage(db))
-    assert "still has replicas" in refusal(db, set_item, oid, "DELETED")
-    set_replica(db, uid, "DELETED")
-    set_item(db, oid, "DELETED")
-    other, _ = ready_item(db, 0)
-    gone = "UPDATE data_item SET digest = NULL WHERE oid = :oid"
-    assert refusal(db, run, gone, oid=other)
 
 
 def test_the_table_reaches_every_state_and_deleted_never_goes_back(db: Connection) -> None:

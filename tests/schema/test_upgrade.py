@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 
 from dlm_core.catalogue import schema
 from dlm_core.catalogue.engine import begin, make_engine, rows, run
+from dlm_core.types import new_id
 from tests.schema.rules import (
     NOW,
     add_item,
@@ -17,12 +18,12 @@ from tests.schema.rules import (
     add_storage,
     insert,
     ready_item,
+    refusal,
     set_clock,
     set_item,
     set_replica,
     ways,
 )
-from tests.schema.test_rules import new_id, refusal
 
 
 def test_what_was_there_before_is_there_and_keeps_its_rules(empty_database_url: str) -> None:

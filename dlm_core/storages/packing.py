@@ -419,9 +419,10 @@ def clean(storage: Bundled, bundle: str) -> None:
 
 
 def _confirm_gone(storage: Bundled, paths: Sequence[str]) -> None:
-    # a reply may be wrong, and nobody would look there again
+    # a reply may be wrong, and nobody would look there again; a "directory" is what lies below the
+    # name of an object that went
     there = storage.inner.stat_many(paths) if paths else {}
-    left = [path for path in paths if there[path] is not None]
+    left = [path for path, entry in there.items() if entry is not None and entry.kind == "file"]
     if left:
         raise StorageUnavailableError(
             storage=storage.name, message=f"{left[0]} is still there after its removal"

@@ -194,8 +194,12 @@ def show_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) ->
 
 def human(value: Any, key: str = "") -> str:
     """A value for people: bytes with units, fractions as percent, times to the second."""
-    if value is None:
+    if value is None or value in ({}, []):
         return "-"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {human(one, name)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(human(one, key) for one in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if key.endswith(("fraction", "watermark")):

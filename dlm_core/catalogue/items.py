@@ -12,7 +12,7 @@ from psycopg.types.json import Jsonb
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
-from dlm_core.catalogue.engine import KEY, Keys, copy_rows, rows, run
+from dlm_core.catalogue.engine import KEY, copy_rows, rows, run
 from dlm_core.catalogue.replicas import CHECKED
 from dlm_core.catalogue.urgency import STEP, Urgency
 from dlm_core.errors import AlreadyExistsError, IllegalTransitionError, NotFoundError
@@ -335,7 +335,7 @@ def select_announced(
         """SELECT r.uid, r.oid, r.storage_id, r.path, r.size, r.state, i.kind,
                   i.digest AS item_digest
              FROM replica r JOIN data_item i USING (oid) WHERE r.uid = ANY(:uids)""",
-        uids=Keys(uids),
+        uids=list(uids),
     )
     return {row["uid"]: row for row in found}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, exc, text
 
-from dlm_core.catalogue.engine import KEY, Keys, copy_into, rows, run
+from dlm_core.catalogue.engine import KEY, copy_into, rows, run
 from dlm_core.errors import InvalidValueError
 from dlm_core.types import OperationKind, OperationState, encode_path, new_key
 
@@ -307,7 +307,7 @@ def lock_claimed(
     wanted = set(operation_ids)
     held = """SELECT operation_id FROM operation WHERE operation_id = ANY(:ids)
                   AND lease_token = :token AND state = 'RUNNING' ORDER BY operation_id FOR UPDATE"""
-    values = {"ids": Keys(wanted), "token": token}
+    values = {"ids": list(wanted), "token": token}
     count = rows(connection, f"SELECT count(*) AS n FROM ({held}) held", **values)[0]["n"]
     # most often it is all of them, and to name each costs more than to count
     if count == len(wanted):
@@ -353,7 +353,7 @@ def finish_operations(
                 WHERE operation_id = ANY(:ids) AND lease_token = :token AND state = 'RUNNING'""",
             token=token,
             now=now,
-            ids=Keys(done),
+            ids=done,
         )
     return finished + (_finish_otherwise(connection, token, rest, now) if rest else 0)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from dlm_core.catalogue.engine import Keys, rows, run
+from dlm_core.catalogue.engine import Texts, rows, run
 from dlm_core.types import ReplicaState
 
 #: whether what lies on a storage has to be staged, by the alias of its row
@@ -129,7 +129,7 @@ def insert_pending(
         uids=[record["uid"] for record in records],
         oids=[record["oid"] for record in records],
         storages=[record["storage_id"] for record in records],
-        paths=[record["path"] for record in records],
+        paths=Texts([record["path"] for record in records]),
         sizes=[record["size"] for record in records],
     )
     return {row["uid"] for row in found}
@@ -216,7 +216,7 @@ def copy_details(
                 LIMIT 1) s ON true
             WHERE o.operation_id = ANY(:ids)
             ORDER BY o.priority, o.due_at, o.operation_id""",
-        ids=Keys(operation_ids),
+        ids=list(operation_ids),
     )
 
 
@@ -280,9 +280,9 @@ def mark_ready(
             WHERE r.uid = u.uid AND r.state = ANY(:only_from)""",
         now=now,
         only_from=list(only_from),
-        uids=Keys([one.uid for one in seen]),
+        uids=[one.uid for one in seen],
         sizes=[one.size for one in seen],
-        digests=[one.digest for one in seen],
+        digests=Texts([one.digest or "" for one in seen]),
     )
 
 
@@ -433,15 +433,24 @@ def put_off_deletion(
     )
 
 
-def resume_deletions(connection: Connection, oids: Sequence[uuid.UUID], now: datetime) -> int:
+def resume_deletions(connection: Connection, oids: Collection[uuid.UUID], now: datetime) -> int:
     """Items that have got another copy: deletions refused for want of it are due at once."""
+    # hardly ever there are any: a statement that writes costs more, though it writes nothing
+    refused = rows(
+        connection,
+        """SELECT uid FROM replica
+            WHERE oid = ANY(:oids) AND delete_after > expires_at AND delete_after > :now
+              AND expires_at <= :now AND deletable_at IS NOT NULL""",
+        oids=list(oids),
+        now=now,
+    )
+    if not refused:
+        return 0
     return run(
         connection,
         """UPDATE replica SET delete_after = expires_at
-            WHERE oid = ANY(:oids) AND expires_at <= :now AND delete_after > :now
-              AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')""",
-        oids=Keys(oids),
-        now=now,
+            WHERE uid = ANY(:uids) AND deletable_at IS NOT NULL""",
+        uids=[row["uid"] for row in refused],
     )
 
 

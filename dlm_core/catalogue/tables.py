@@ -217,6 +217,7 @@ replica = Table(
     ),
     Index("replica_expiring", "deletable_at", postgresql_where=text("deletable_at IS NOT NULL")),
     Index("replica_leaving", "storage_id", postgresql_where=text("deletable_at IS NOT NULL")),
+    Index("replica_refused", "oid", postgresql_where=text("delete_after > expires_at")),
     Index(
         "replica_coldest",
         "storage_id",

@@ -456,6 +456,7 @@ def _write_copies_in(
     held = queue.lock_claimed(connection, claim.token, ids)
     written: list[tuple[CopyResult, queue.Outcome]] = []
     good: list[catalogue.Seen] = []
+    oids: set[uuid.UUID] = set()
     partials: dict[uuid.UUID, str] = {}
     for result in results:
         operation = operations.get(result.task.operation_id)
@@ -470,6 +471,7 @@ def _write_copies_in(
             result = _unless_shared(connection, row, result)
         if result.error is None:
             good.append(catalogue.Seen(row["uid"], row["size"], row["digest"]))
+            oids.add(row["oid"])
             written.append((result, done(operation)))
         else:
             several = row["sources"] > 1
@@ -478,8 +480,7 @@ def _write_copies_in(
         queue.note_partials(connection, claim.token, partials)
     if good:
         catalogue.mark_ready(connection, good, now)
-        oids = {by_id[outcome.operation_id]["oid"] for r, outcome in written if r.error is None}
-        catalogue.resume_deletions(connection, list(oids), now)
+        catalogue.resume_deletions(connection, oids, now)
     _write_suspects(connection, context, by_id, written, now)
     _give_up(connection, by_id, written, now)
     queue.finish_operations(connection, claim.token, [o for _, o in written], now)

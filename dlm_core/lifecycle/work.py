@@ -215,8 +215,8 @@ class Report:
             if causes is self.failed and len(self.first_failures) < _SLOWEST:
                 error = f"{outcome.error_code}: {outcome.error}"
                 self.first_failures.append((operation["kind"], error, str(operation["oid"])))
-        slow = (seconds, operation["kind"], str(operation["oid"]))
-        if len(self.slowest) < _SLOWEST or slow > self.slowest[-1]:
+        if len(self.slowest) < _SLOWEST or seconds > self.slowest[-1][0]:
+            slow = (seconds, operation["kind"], str(operation["oid"]))
             self.slowest = sorted([*self.slowest, slow], reverse=True)[:_SLOWEST]
 
     def add(self, other: Report) -> None:
@@ -402,8 +402,10 @@ class _Crew:
         return Claim(token, operations) if operations else None
 
     def _execute(self, claim: Claim, execute: Executor) -> Report:
-        with _holding(self._context, claim.token):
-            return execute(self._context, claim)
+        with _holding(self._context, claim.token) as held:
+            report = execute(self._context, claim)
+            held.left = report.total != len(claim.operations)
+            return report
 
     def __enter__(self) -> Self:
         return self
@@ -432,15 +434,24 @@ def _release_lost(
     return failed
 
 
+@dataclass(slots=True)
+class _Held:
+    """Whether any of a claim may be unfinished."""
+
+    left: bool = True
+
+
 @contextmanager
-def _holding(context: Context, token: uuid.UUID) -> Iterator[None]:
+def _holding(context: Context, token: uuid.UUID) -> Iterator[_Held]:
     """Keep the leases of ``token`` alive, and give back what is left of them, whatever happens."""
+    held = _Held()
     try:
         with _heartbeat(context, token):
-            yield
+            yield held
     finally:
         try:
-            context.transact(lambda c: queue.release_operations(c, token, context.clock()))
+            if held.left:
+                context.transact(lambda c: queue.release_operations(c, token, context.clock()))
         except CatalogueError as error:
             log.warning("operations not given back, their leases will run out: %s", error)
 

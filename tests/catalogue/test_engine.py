@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine
 
-from dlm_core.catalogue.engine import begin, copy_into, rows, run, transact
+from dlm_core.catalogue.engine import Texts, begin, copy_into, rows, run, transact
 from dlm_core.catalogue.operations import NewOperation, insert_operations
 from dlm_core.errors import CatalogueError, CatalogueUnavailableError
 from dlm_core.types import OperationKind
@@ -37,6 +40,26 @@ def test_a_connection_that_is_lost_while_rows_are_copied_is_told_as_any_other(
 
     with pytest.raises(CatalogueUnavailableError):
         transact(engine, ACTOR, cut)
+
+
+@given(
+    values=st.lists(st.uuids())
+    | st.lists(st.integers(-(2**63), 2**63 - 1))
+    | st.lists(st.integers(2**63 - 2, 2**63 + 2))
+    | st.lists(st.none() | st.integers(-5, 5))
+    | st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_arrays_arrive_as_they_were_given(engine: Engine, values: list[Any]) -> None:
+    """Keys and numbers by our own way of writing them, what they do not fit by the driver's."""
+    kind = next((type(one) for one in values if one is not None), str)
+    name = {uuid.UUID: "uuid", int: "numeric", str: "text"}[kind]
+    with begin(engine, ACTOR) as connection:
+        (row,) = rows(connection, f"SELECT CAST(:v AS {name}[]) AS v", v=values)
+        assert row["v"] == values
+        if kind is str and None not in values:
+            (row,) = rows(connection, "SELECT CAST(:v AS text[]) AS v", v=Texts(values))
+            assert row["v"] == values
 
 
 def test_rows_that_break_a_rule_are_refused_by_the_database(engine: Engine) -> None:

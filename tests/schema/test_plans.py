@@ -253,6 +253,12 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         lambda c: expiring.expire_items(c, LATER, 1000, _some(c)),
         {"data_item_pkey"},
     ),
+    "refused deletions are resumed": (
+        lambda c: replicas.resume_deletions(
+            c, [one["oid"] for one in rows(c, "SELECT oid FROM data_item LIMIT 100")], LATER
+        ),
+        {"replica_refused"},
+    ),
     "full storages are found": (
         # what leaves comes by replica_leaving or replica_expiring, which hold the same rows
         lambda c: capacity.storages_to_relieve(c, LATER),
@@ -346,7 +352,7 @@ def test_what_is_taken_from_a_long_list_comes_by_its_index(site: Engine) -> None
 @pytest.mark.parametrize(
     "index",
     ["operation_due", "operation_lease", "operation_failed", "data_item_expiring",
-     "data_item_below_target", "replica_expiring", "replica_leaving"],
+     "data_item_below_target", "replica_expiring", "replica_leaving", "replica_refused"],
 )  # fmt: skip
 def test_an_index_of_due_work_is_as_small_as_the_work(site: Engine, index: str) -> None:
     """50,000 items and 150,000 rows at rest leave these indexes at a few pages."""

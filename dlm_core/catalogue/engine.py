@@ -111,7 +111,7 @@ def _kind_of(values: list[Any]) -> type[_ArrayDumper] | None:
     types = set(map(type, values))
     if types == {uuid.UUID}:
         return _KeysDumper
-    fits = types == {int} and -(2**63) <= min(values) and max(values) < 2**63
+    fits = types == {int} and min(values) >= -(2**63) and max(values) < 2**63
     return _NumbersDumper if fits else None
 
 

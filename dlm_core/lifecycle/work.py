@@ -49,7 +49,7 @@ _PATIENCE_SECONDS = 5.0
 _SHARE = queue.Share(few=1000, bytes=16 << 30, files=1 << 18)
 #: the first claim of a drainer takes no more, and the next twice as many: to look them up takes
 #: about as long as the work on those before
-_FIRST = 1000
+_FIRST = 500
 #: kinds of which another claim is taken while the last of one are at work
 _BESIDE = (OperationKind.ADMIT, OperationKind.COPY)
 #: deletions of a claim: after each the guard looks at how they went

@@ -27,7 +27,8 @@ _EFFECTIVE = """
       SELECT coalesce(sum(r.size) FILTER (WHERE r.expires_at <= :now), 0)::bigint AS bytes,
              coalesce(bool_or(r.expires_at > :now), false) AS later FROM replica r
        WHERE r.storage_id = s.storage_id AND r.deletable_at IS NOT NULL) l
-   WHERE s.managed AND s.mode IN ('read_write', 'draining')
+   -- of others' files none is moved to make room, but all are left behind where a storage is given up
+   WHERE s.mode = 'draining' OR (s.managed AND s.mode = 'read_write')
 """
 
 

@@ -63,3 +63,20 @@ def test_nothing_leaves_for_a_drain_that_was_called_off_meanwhile(site):
     site.context.transact(lambda c: set_storage(c, "a", {"mode": "read_write"}))
     assert site.context.transact(lambda c: _relieve(c, site.context, found)) == []
     assert site.replica(oid, "a")["expires_at"] is None
+
+
+def test_a_storage_of_others_that_is_drained_is_replaced_and_its_files_are_left(site):
+    """What lies there is copied elsewhere and then released; nobody touches a file of theirs."""
+    site.add_storage("theirs", "T", managed=False, mode="read_only")
+    oid = site.add_item("x", b"good bytes", "theirs", target_phase="LIQUID")
+    site.settle()
+    assert site.replicas(oid) == {"theirs": "READY"}
+    site.set_storage("theirs", mode="draining")
+    for _ in range(6):
+        site.settle()
+        site.advance(minutes=20)
+    found = site.replicas(oid)
+    assert found.pop("theirs") == "DELETED" and list(found.values()) == ["READY"]
+    assert site.visible("theirs") == {"x": b"good bytes"}
+    assert list((site.folder / "theirs").iterdir()) == [site.folder / "theirs" / "x"]
+    site.set_storage("theirs", mode="retired", retired_at=site.now)

@@ -21,7 +21,6 @@ from dlm_cli.session import (
     show_json,
     show_table,
 )
-from dlm_cli.staging import set_terms
 from dlm_core.errors import InvalidValueError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -123,8 +122,10 @@ def storage_add(
 ) -> None:
     """Add a storage; it is looked at first."""
     from dlm_core.catalogue.places import add_storage, set_storage
+    from dlm_core.lifecycle.identity import taking_place
     from dlm_core.storages.open import open_storage
     from dlm_core.storages.posix import mount_point
+    from dlm_core.types import new_id
 
     terms = _verify_options(verify_every, verify_per_second, verify_per_day)
     terms |= limit_options(max_bytes_per_second, max_concurrency)
@@ -134,7 +135,8 @@ def storage_add(
     kind = parse_choice("class", storage_class or default_class, ("disk", "object", "tape"))
     # what can only be read from is others' by nature
     managed = not unmanaged and interface != "http"
-    open_storage(name, interface, root, chosen).check()
+    storage, storage_id = open_storage(name, interface, root, chosen), new_id()
+    storage.check()
     if interface == "posix" and (mounted := mount_point(root)) != "/":
         # the empty folder that is left when a disk goes is no empty storage
         chosen.setdefault("mount", mounted)
@@ -153,12 +155,15 @@ def storage_add(
             mode="read_only" if read_only or not managed else "read_write",
             options=own | terms,
             now=context.clock(),
+            storage_id=storage_id,
         )
         # never is no default
         set_storage(connection, name, {key: None for key in terms if terms[key] is None})
 
     with catalogue() as context:
-        context.transact(add)
+        context.rehearse(add)
+        with taking_place(context, storage, storage_id, written=managed and not read_only):
+            context.transact(add)
     print(f"storage {name} added at {location}")
     if chosen.get("mount", "/") != "/":
         print(f"it counts as unreachable unless something is mounted at {chosen['mount']}")
@@ -425,7 +430,7 @@ def storage_set(
         typer.Option("--path-rules", help="TOML or YAML file of rules for paths; or none."),
     ] = None,
     config: Annotated[
-        list[str], typer.Option(help="key=value: mount, or about staging; key= takes it away.")
+        list[str], typer.Option(help="key=value; key= takes it away. The place has to be the same.")
     ] = [],  # noqa: B006
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --path-rules alone: try them, change nothing.")
@@ -443,9 +448,16 @@ def storage_set(
     if path_rules is not None:
         _set_paths(name, path_rules, dry_run=dry_run)
     if config:
-        set_terms(name, config)
+        _set_config(name, config)
     _change(name, changes)
     print(f"storage {name}: nothing was changed" if dry_run else f"storage {name} changed")
+
+
+def _set_config(name: str, pairs: list[str]) -> None:
+    from dlm_core.lifecycle.identity import change_config
+
+    with catalogue() as context:
+        change_config(context, name, parse_pairs(pairs, "--config"))
 
 
 def _set_paths(name: str, file: str, *, dry_run: bool) -> None:

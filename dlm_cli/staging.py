@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dlm_cli.session import catalogue, human, parse_pairs, plain_errors
-from dlm_core.errors import InvalidValueError
+from dlm_cli.session import catalogue, human, plain_errors
 
 
 @plain_errors
@@ -43,33 +42,3 @@ def told(waiting: Mapping[str, Any]) -> str:
         f"{human(waiting['since'])}, {waiting['asked']} of them asked for"
     )
     return f"{line}; {waiting['error']}" if waiting["error"] else line
-
-
-def set_terms(name: str, pairs: list[str]) -> None:
-    """Change the mount point or the staging part of a config; ``key=`` takes a key away.
-
-    Raises
-    ------
-    NotFoundError
-    InvalidValueError
-        if a key is about something else, or the storage cannot be opened with what comes out.
-    """
-    from dlm_core.catalogue.places import get_storage, set_config
-    from dlm_core.storages.open import open_storage
-    from dlm_core.storages.staging import split_config
-
-    changes = parse_pairs(pairs, "--config")
-    others = sorted(split_config(changes)[0].keys() - {"mount"})
-    if others:
-        raise InvalidValueError(
-            what="--config", value=", ".join(others), expected="mount, or keys about staging"
-        )
-
-    def change(connection: Any) -> None:
-        row = get_storage(connection, name)
-        config = {key: value for key, value in (row["config"] | changes).items() if value != ""}
-        open_storage(name, row["interface"], row["root"], config)
-        set_config(connection, row["storage_id"], config)
-
-    with catalogue() as context:
-        context.transact(change)

@@ -111,9 +111,13 @@ def add_storage(
     managed: bool = True,
     mode: str = StorageMode.READ_WRITE,
     options: Mapping[str, Any] | None = None,
+    storage_id: uuid.UUID | None = None,
 ) -> uuid.UUID:
     """A new storage; ``options`` are of :data:`CHANGEABLE` (capacity in bytes, watermarks as
-    fractions, trash_grace as a timedelta).
+    fractions, trash_grace as a timedelta). Its key is ``storage_id``, or a new one.
+
+    That it is no other's place is told by what is written here; see
+    :func:`dlm_core.lifecycle.identity.taking_place` for what lies there.
 
     Raises
     ------
@@ -131,7 +135,7 @@ def add_storage(
     _check(chosen)
     columns = "".join(f", {key}" for key in chosen if key in CHANGEABLE)
     values = "".join(f", :{key}" for key in chosen if key in CHANGEABLE)
-    storage_id = new_id()
+    storage_id = storage_id or new_id()
     run(
         connection,
         f"""INSERT INTO storage (storage_id, name, location_id, interface, class, root, config, phase,
@@ -167,7 +171,8 @@ def _must_be_elsewhere(
     mine, kind = _place(root), _kind(interface, config or {})
     known = rows(
         connection,
-        "SELECT name, root, config, managed FROM storage WHERE interface = :interface",
+        """SELECT name, root, config, managed FROM storage
+            WHERE interface = :interface AND mode <> 'retired'""",
         interface=interface,
     )
     for row in known:

@@ -92,7 +92,14 @@ storage = Table(
     Column("mode_before", Text),
     Column("max_bytes_per_second", BigInteger),
     Column("max_concurrency", Integer),
-    UniqueConstraint("interface", "root", "config"),
+    Index(
+        "storage_place",
+        "interface",
+        "root",
+        "config",
+        unique=True,
+        postgresql_where=text("mode <> 'retired'"),
+    ),
 )
 
 collection = Table(

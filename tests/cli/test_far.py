@@ -39,7 +39,8 @@ def test_it_is_added_and_tested(dlm: Dlm, server: SshServer, tmp_path: Path, she
         and f"of {len(CHECKS)} checks passed" in tested.out
         and "FAILED" not in tested.out
     )
-    assert [file for file in (tmp_path / "far").rglob("*") if file.is_file()] == []
+    left = [file.name for file in (tmp_path / "far").rglob("*") if file.is_file()]
+    assert left == ["storage-id"]
     shown = dlm("storage", "show", "far").out
     secret = os.environ[server.key_name].splitlines()[3]
     assert server.key_name in shown and secret not in shown + tested.out + added.out

@@ -1,0 +1,173 @@
+"""Which place a storage is: one that is known under two names would count one copy twice.
+
+Names do not tell: a folder may be reached by SFTP too, by a link, or by another name of its server.
+So every storage that may be written to holds its key in ``.dlm/storage-id``.
+"""
+
+from __future__ import annotations
+
+import io
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from dlm_core.catalogue.engine import rows
+from dlm_core.catalogue.places import get_storage, set_config
+from dlm_core.errors import (
+    AlreadyExistsError,
+    DlmError,
+    InvalidValueError,
+    PathRefusedError,
+    PayloadNotFoundError,
+)
+from dlm_core.lifecycle.staging import is_cold
+from dlm_core.lifecycle.work import Context
+from dlm_core.storages.bundles import split_bundling
+from dlm_core.storages.open import open_storage
+from dlm_core.storages.port import PRIVATE, Storage, remove_file
+from dlm_core.storages.staging import split_config
+from dlm_core.types import PayloadKind, StorageMode, decode_path
+
+MARK = f"{PRIVATE}/storage-id"
+_AT_ONCE = 8
+#: copies that are looked for where a storage is said to be now
+_SAMPLE = 100
+_WRITTEN = (StorageMode.READ_WRITE, StorageMode.DRAINING)
+_LEFT = (StorageMode.RETIRED, StorageMode.LOST)
+
+
+@contextmanager
+def taking_place(
+    context: Context, storage: Storage, storage_id: uuid.UUID, *, written: bool
+) -> Iterator[None]:
+    """Put the mark of a new storage where it is to be; taken away again if the block fails.
+
+    Storages that have none get theirs by this too. What cannot be reached, and what lies on tape,
+    is not looked at.
+
+    Parameters
+    ----------
+    written : whether it may be written to.
+
+    Raises
+    ------
+    AlreadyExistsError
+        if the place is that of another storage in use.
+    StorageError
+        if the mark cannot be written.
+    """
+    if is_cold(storage):
+        yield
+        return
+    others = [
+        row
+        for row in context.transact(context.storages.load).values()
+        if row["mode"] not in _LEFT and row["storage_id"] != storage_id
+    ]
+    with ThreadPoolExecutor(_AT_ONCE, "dlm-mark") as pool:
+        list(pool.map(lambda row: _mark_known(context, row), others))
+        there = _mark_of(storage)
+        _must_be_nobodys(there, others)
+        if written:
+            if there is not None:
+                remove_file(storage, MARK)  # of a catalogue that was, or a storage that is retired
+            _write_mark(storage, storage_id)
+        try:
+            # those that cannot have a mark of their own show ours if they are the same place
+            seen = pool.map(lambda row: (_mark_known(context, row), row), others if written else ())
+            for mark, row in seen:
+                if mark == str(storage_id):
+                    raise AlreadyExistsError(noun="this place as storage", key=row["name"])
+            yield
+        except BaseException:
+            if written:
+                with suppress(DlmError):
+                    remove_file(storage, MARK)
+            raise
+
+
+def _mark_known(context: Context, row: Mapping[str, Any]) -> str | None:
+    """The mark at a known storage's place, written now if it has none and may have one."""
+    with suppress(DlmError):
+        storage = context.storages.open(row)
+        if is_cold(storage):
+            return None
+        mark = _mark_of(storage)
+        if mark is None and row["managed"] and row["mode"] in _WRITTEN:
+            _write_mark(storage, row["storage_id"])
+        return mark
+    return None
+
+
+def _mark_of(storage: Storage) -> str | None:
+    try:
+        with storage.open_read(MARK) as stream:
+            return stream.read(100).decode("ascii", "replace").strip()
+    except (PayloadNotFoundError, PathRefusedError):
+        return None
+
+
+def _write_mark(storage: Storage, storage_id: uuid.UUID) -> None:
+    text = str(storage_id).encode()
+    storage.write(MARK, io.BytesIO(text), len(text))
+
+
+def _must_be_nobodys(mark: str | None, others: Sequence[Mapping[str, Any]]) -> None:
+    for row in others:
+        if mark == str(row["storage_id"]):
+            raise AlreadyExistsError(noun="this place as storage", key=row["name"])
+
+
+def change_config(context: Context, name: str, changes: Mapping[str, str]) -> None:
+    """Change keys of a storage's config; an empty value takes a key away.
+
+    What is not about staging or the mount is tried first: the storage has to be the same place as
+    before, by its mark, or by copies that are looked for.
+
+    Raises
+    ------
+    NotFoundError
+    InvalidValueError
+        if the storage cannot be opened with what comes out, or is another place then.
+    StorageError
+        if it cannot be reached.
+    """
+    row = context.transact(lambda c: get_storage(c, name))
+    config = {key: value for key, value in (row["config"] | changes).items() if value != ""}
+    storage = open_storage(name, row["interface"], row["root"], config)
+    if split_bundling(name, row["config"])[0] and not split_bundling(name, config)[0]:
+        raise InvalidValueError(
+            what=f"config of storage {name}",
+            value="without bundle_bytes",
+            expected="it kept: nothing would find what was packed",
+        )
+    if split_config(changes)[0].keys() - {"mount"}:
+        storage.check()
+        _must_be_the_same(context, row, storage)
+    context.transact(lambda c: set_config(c, row["storage_id"], config))
+
+
+def _must_be_the_same(context: Context, row: Mapping[str, Any], storage: Storage) -> None:
+    if not is_cold(storage) and _mark_of(storage) == str(row["storage_id"]):
+        return
+    known = context.transact(
+        lambda c: rows(
+            c,
+            """SELECT r.path, r.size, i.kind FROM replica r JOIN data_item i USING (oid)
+                WHERE r.storage_id = :storage AND r.live AND r.state = 'READY'
+                ORDER BY r.check_from DESC LIMIT :limit""",
+            storage=row["storage_id"],
+            limit=_SAMPLE,
+        )
+    )
+    found = storage.stat_many([decode_path(one["path"]) for one in known])
+    for one in known:
+        entry = found[decode_path(one["path"])]
+        if entry is None or (one["kind"] == PayloadKind.FILE and entry.size != one["size"]):
+            raise InvalidValueError(
+                what=f"config of storage {row['name']}",
+                value="another place",
+                expected=f"the one with its copies: {one['path']} is not there as it was",
+            )

@@ -1,0 +1,132 @@
+"""A place is one storage, whatever it is called; and a storage stays its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.site import Dlm, Result, refused
+from tests.sshd import SshServer, make_key
+
+MARK = ".dlm/storage-id"
+
+
+def add(dlm: Dlm, name: str, root: object, *more: str) -> Result:
+    return dlm("storage", "add", name, "--location", "there", "--root", str(root), *more)
+
+
+def by_sftp(server: SshServer) -> list[str]:
+    pairs = {"host_keys": server.host_keys, "key": f"env:{server.key_name}"}
+    options = [part for key, value in pairs.items() for part in ("--config", f"{key}={value}")]
+    return ["--interface", "sftp", *options]
+
+
+def names(dlm: Dlm) -> list[str]:
+    return [one["name"] for one in dlm("storage", "list", "--json").json]
+
+
+@pytest.mark.parametrize("how", ["link", "sftp"])
+@pytest.mark.parametrize("unmanaged", [False, True])
+def test_one_place_by_two_names_is_refused(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path, sshd: SshServer, how: str, unmanaged: bool
+) -> None:
+    """Its one copy would count as two, at two locations: neither by a link nor by SFTP, neither to
+    write nor only to read."""
+    (tmp_path / "link").symlink_to(storages["a"])
+    before = (storages["a"] / MARK).read_text()
+    more = ["--unmanaged"] if unmanaged else []
+    if how == "link":
+        result = add(dlm, "again", tmp_path / "link", *more)
+    else:
+        result = add(dlm, "again", sshd.root(storages["a"]), *by_sftp(sshd), *more)
+    assert "'a'" in refused(result, "DLM-103", 2)
+    assert names(dlm) == ["a", "b"] and (storages["a"] / MARK).read_text() == before
+
+
+def test_a_place_that_is_only_read_is_found_too(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path
+) -> None:
+    """It has no mark of its own; it shows that of the new storage, which is taken away again."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    assert add(dlm, "read", tmp_path / "theirs", "--unmanaged").code == 0
+    assert "'read'" in refused(add(dlm, "again", tmp_path / "link"), "DLM-103", 2)
+    assert names(dlm) == ["a", "b", "read"] and not (tmp_path / "theirs" / MARK).exists()
+
+
+def test_storages_from_before_get_their_marks(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path
+) -> None:
+    """As soon as another is added; then they are known by them."""
+    mark = storages["a"] / MARK
+    key = mark.read_text()
+    mark.unlink()
+    (tmp_path / "link").symlink_to(storages["a"])
+    refused(add(dlm, "again", tmp_path / "link"), "DLM-103", 2)
+    assert mark.read_text() == key
+
+
+def test_what_is_not_added_leaves_no_mark(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path
+) -> None:
+    """A name that is taken, a phase that is none."""
+    (tmp_path / "new").mkdir()
+    refused(add(dlm, "a", tmp_path / "new"), "DLM-103", 2)
+    refused(add(dlm, "new", tmp_path / "new", "--phase", "ICE"), "DLM-101", 2)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_the_place_of_a_retired_storage_is_free(dlm: Dlm, storages: dict[str, Path]) -> None:
+    """So is one whose mark is of a catalogue that was: a new disk, a new beginning."""
+    assert dlm("storage", "drain", "b").code == 0
+    assert dlm("storage", "retire", "b").code == 0
+    assert add(dlm, "b2", storages["b"]).code == 0
+    assert (storages["b"] / MARK).read_text() == dlm("storage", "show", "b2", "--json").json[
+        "storage_id"
+    ]
+
+
+def test_a_config_changes_if_the_place_stays(
+    dlm: Dlm,
+    storages: dict[str, Path],
+    settle: Callable[[], None],
+    tmp_path: Path,
+    sshd: SshServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another key, other limits of the adapter; a key that does not fit changes nothing, nor does
+    a server that holds something else."""
+    (tmp_path / "far").mkdir()
+    assert add(dlm, "far", sshd.root(tmp_path / "far"), *by_sftp(sshd)).code == 0
+    (storages["a"] / "x.dat").write_bytes(b"good bytes")
+    assert dlm("register", "a", "--scheme", "t").code == 0
+    settle()
+    monkeypatch.setenv("OTHER_KEY", os.environ[sshd.key_name])
+
+    def change(pair: str) -> Result:
+        return dlm("storage", "set", "far", "--config", pair)
+
+    assert change("key=env:OTHER_KEY").code == 0 and change("connections=2").code == 0
+    config = dlm("storage", "show", "far", "--json").json["config"]
+    assert (config["key"], config["connections"]) == ("env:OTHER_KEY", "2")
+    make_key(tmp_path / "stranger")
+    kind, key = (tmp_path / "stranger.pub").read_text().split()[:2]
+    refused(change(f"host_keys=[127.0.0.1]:{sshd.port} {kind} {key}"), "DLM-301", 4)
+    refused(change("colour=red"), "DLM-101", 2)
+    (tmp_path / "far").rename(tmp_path / "old")
+    (tmp_path / "far").mkdir()
+    assert (tmp_path / "old" / "t" / "x.dat").exists()
+    assert "t/x.dat is not there" in refused(change("connections=3"), "DLM-101", 2)
+    assert dlm("storage", "show", "far", "--json").json["config"] == config
+
+
+def test_a_storage_with_bundles_keeps_them(dlm: Dlm, tmp_path: Path) -> None:
+    """Their size may change; without any, nobody would find what was packed."""
+    assert dlm("location", "add", "there").code == 0
+    (tmp_path / "p").mkdir()
+    assert add(dlm, "p", tmp_path / "p", "--config", "bundle_bytes=1MiB").code == 0
+    assert dlm("storage", "set", "p", "--config", "bundle_bytes=2MiB").code == 0
+    refused(dlm("storage", "set", "p", "--config", "bundle_bytes="), "DLM-101", 2)

@@ -189,7 +189,9 @@ def show_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) ->
     for row in rows:
         table.add_row(*(human(row.get(key), key) for key in columns))
     # into a pipe or file: no terminal whose width would fold names
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    width = None if sys.stdout.isatty() else 200
+    # what users and files say is text: brackets in it are no markup
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def human(value: Any, key: str = "") -> str:

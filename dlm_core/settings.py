@@ -18,7 +18,13 @@ _LONGEST = 100 * 31_557_600.0
 class Settings(BaseSettings):
     """What a site sets once. Nothing below level 3 reads the environment by itself."""
 
-    model_config = SettingsConfigDict(env_prefix="DLM_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="DLM_",
+        # compose and env files write "unset" as empty
+        env_ignore_empty=True,
+        frozen=True,
+        extra="ignore",
+    )
 
     home: Path = Field(
         default_factory=lambda: Path.home() / ".local/share/dlm",

@@ -253,7 +253,7 @@ def _known(connection: Connection, storage_id: uuid.UUID) -> list[dict[str, Any]
         connection,
         """SELECT a.uri, a.path AS announced_path, a.size AS announced_size, a.digest AS claimed,
                   a.mtime AS announced_mtime, a.kind, i.kind AS item_kind, r.uid, r.oid, r.path, r.size, r.mtime,
-                  r.state, i.digest, i.state AS item_state, i.version, i.uri AS owner_uri
+                  r.state, r.checked_at, i.digest, i.state AS item_state, i.version, i.uri AS owner_uri
              FROM announced a
              JOIN LATERAL (
                SELECT * FROM replica r

@@ -19,14 +19,13 @@ from typing import Any
 from sqlalchemy import Connection
 
 from dlm_core.catalogue import items as catalogue
-from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.catalogue.items import Announcement, Terms
+from dlm_core.catalogue.replicas import manifests_of
 from dlm_core.catalogue.versions import add_version
 from dlm_core.errors import (
     DigestConflictError,
     DlmError,
-    IllegalTransitionError,
     InvalidValueError,
     NotFoundError,
     PayloadNotFoundError,
@@ -38,15 +37,12 @@ from dlm_core.storages.prefetch import Prefetched
 from dlm_core.transfers.checksums import observe
 from dlm_core.types import (
     ItemState,
-    OperationKind,
     PayloadKind,
     ReplicaState,
     decode_path,
     encode_path,
     make_uri,
     new_id,
-    uri_bucket,
-    uri_path,
 )
 
 #: payloads announced by one transaction: few at first, so that they can be admitted while the rest
@@ -151,18 +147,20 @@ def register_tree(
     row = storage_by_name(context, source.storage)
     storage = context.storages.open(row)
     storage.check()
-    report = RegisterReport()
+    report, top = RegisterReport(), path
     if path:
         entry = storage.stat(path)
         if entry is None:
             raise PayloadNotFoundError(storage=storage.name, path=path)
+        if entry.kind != "directory":
+            top = path.rpartition("/")[0]
         entries: Iterable[Entry] = storage.walk(path) if entry.kind == "directory" else [entry]
         if entry.kind == "directory" and _matches(path, source.as_directory):
             entries = [entry]
     else:
         entries = storage.walk()
     payloads = _payloads(entries, source.as_directory, report)
-    return _announce(context, source, row, storage, payloads, report, progress)
+    return _announce(context, source, row, storage, payloads, report, progress, top)
 
 
 def register_list(
@@ -237,14 +235,53 @@ def _announce(
     payloads: Iterator[tuple[str, Entry, PayloadKind]],
     report: RegisterReport,
     progress: Callable[[RegisterReport], None] | None,
+    top: str | None = None,
 ) -> RegisterReport:
-    chunks = _chunks(_announcements(source, payloads, report))
+    sums = _Sums(source.checksums, top)
+    chunks = _chunks(_announcements(source, sums, payloads, report))
     with closing(Prefetched(chunks)) as found:
         for chunk in found:
             _announce_chunk(context, source, row, storage, chunk, report)
             if progress is not None:
                 progress(report)
+    for name, why in sums.left():
+        report.refuse(name, why)
     return report
+
+
+class _Sums:
+    """Checksums that were brought along, by names that are relative to the storage's root or to
+    ``top``, the folder that is registered (None: a list is). What none is compared with is told:
+    who brought it believes that it was."""
+
+    def __init__(self, sums: Mapping[str, str], top: str | None) -> None:
+        self._sums, self._top = sums, top
+        self._below = f"{top}/" if top else ""
+        self._used: set[str] = set()
+        self._relative = False
+
+    def of(self, path: str) -> str | None:
+        """That of the payload at a path, if there is one."""
+        name = path
+        if name not in self._sums and self._below and path.startswith(self._below):
+            name = path[len(self._below) :]
+        digest = self._sums.get(name)
+        if digest is not None:
+            self._used.add(name)
+            self._relative |= name != path
+        return digest
+
+    def left(self) -> Iterator[tuple[str, str]]:
+        """Names of what was to be here and was not compared, with the reason."""
+        if self._sums and not self._used:
+            why = f"none of the {len(self._sums)} checksums names a payload that was found: paths"
+            yield "checksums", f"{why} are relative to the storage's root, or to what is registered"
+            return
+        # a list may name few of what has a sum, and a tree be one of several
+        mine = self._top is not None
+        for name in self._sums if mine else ():
+            if name not in self._used and (self._relative or name.startswith(self._below)):
+                yield name, "has a checksum, which was compared with no payload"
 
 
 def _chunks(announcements: Iterator[Announcement]) -> Iterator[list[Announcement]]:
@@ -290,6 +327,7 @@ def _announce_chunk(
 
 def _announcements(
     source: Source,
+    sums: _Sums,
     payloads: Iterable[tuple[str, Entry, PayloadKind]],
     report: RegisterReport,
 ) -> Iterator[Announcement]:
@@ -309,7 +347,7 @@ def _announcements(
             entry.size if is_file else 0,
             entry.mtime if is_file else None,
             kind,
-            source.checksums.get(path),
+            sums.of(path),
         )
 
 
@@ -328,19 +366,38 @@ def _look_closer(
         if not same_place:
             report.refuse(one["uri"], _conflict(one, source.storage))
             continue
-        if one["kind"] == PayloadKind.FILE and (one["size"], one["mtime"]) != (
-            one["announced_size"],
-            one["announced_mtime"],
-        ):
+        try:
+            looks_changed = _looks_changed(context, storage, one)
+        except DlmError as error:
+            report.refuse(one["uri"], str(error))
+            continue
+        if looks_changed:
             if _changed(context, source, row, storage, one, report):
                 continue
-            touched.append((one["uid"], one["announced_mtime"]))
+            if one["kind"] == PayloadKind.FILE:
+                touched.append((one["uid"], one["announced_mtime"]))
         if (why := _other_than_said(one)) is not None:
             report.refuse(one["uri"], why)
         else:
             report.unchanged += 1
     if touched:
         context.transact(lambda c: catalogue.update_mtimes(c, touched))
+
+
+def _looks_changed(context: Context, storage: Storage, one: Mapping[str, Any]) -> bool:
+    """Whether a known payload is worth reading: by size and time, of a directory by its files'."""
+    if one["kind"] == PayloadKind.FILE:
+        return (one["size"], one["mtime"]) != (one["announced_size"], one["announced_mtime"])
+    if one["state"] != ReplicaState.READY or one["item_kind"] != PayloadKind.DIRECTORY:
+        return False
+    top = decode_path(one["path"])
+    found, newest = {}, 0.0
+    for entry in storage.walk(top):
+        found[encode_path(entry.path[len(top) + 1 :])] = entry.size
+        newest = max(newest, entry.mtime)
+    known = context.transact(lambda c: manifests_of(c, [one["oid"]])).get(one["oid"], ())
+    read = one["checked_at"].timestamp()
+    return newest >= read or found != {file["path"]: file["size"] for file in known}
 
 
 def _other_than_said(one: Mapping[str, Any]) -> str | None:
@@ -374,7 +431,7 @@ def _changed(
     if one["state"] == ReplicaState.PENDING or one["item_state"] == ItemState.INITIALISED:
         return False  # its admission reads it anyway
     try:
-        seen = observe(storage, decode_path(one["path"]))
+        seen = observe(storage, decode_path(one["path"]), PayloadKind(one["kind"]))
     except DlmError as error:
         report.refuse(one["uri"], str(error))
         return True
@@ -386,7 +443,7 @@ def _changed(
         return True
     announcement = Announcement(
         one["uri"], one["path"], one["announced_size"], one["announced_mtime"],
-        digest=one["claimed"],
+        PayloadKind(one["kind"]), one["claimed"],
     )  # fmt: skip
     _add_version(context, source, row, one["uid"], announcement, report)
     return True
@@ -439,150 +496,3 @@ def _add_version(
         report.refuse(announcement.uri, "its place was taken meanwhile; register it again")
     else:
         report.new_versions += 1
-
-
-# --- the two-step form of the SKA's ingest --------------------------------------------------------
-
-
-def init_data_item(
-    context: Context,
-    uri: str,
-    *,
-    metadata: Mapping[str, Any] | None = None,
-    terms: Terms = _DEFAULT_TERMS,
-) -> uuid.UUID:
-    """An INITIALISED item without a payload yet; its oid.
-
-    Raises
-    ------
-    InvalidValueError, CatalogueError
-        if the uri is malformed, or there already.
-    """
-    uri_path(uri)
-    oid = new_id()
-
-    def insert(connection: Connection) -> None:
-        run(
-            connection,
-            """INSERT INTO data_item (oid, uri, uri_bucket, target_phase, collection_id, owner,
-                                      metadata, expires_at, created_at)
-               VALUES (:oid, :uri, :bucket, :phase, CAST(:collection AS uuid), :owner,
-                       CAST(:metadata AS jsonb), CAST(:expires AS timestamptz), :now)""",
-            oid=oid,
-            uri=uri,
-            bucket=uri_bucket(uri),
-            phase=terms.target_phase,
-            collection=terms.collection_id,
-            owner=terms.owner,
-            metadata=catalogue.jsonb(metadata),
-            expires=terms.item_expires_at,
-            now=context.clock(),
-        )
-
-    context.transact(insert)
-    return oid
-
-
-def set_uri(context: Context, oid: uuid.UUID, storage: str, path: str) -> uuid.UUID:
-    """Tell where the payload of an INITIALISED item lies, or will; the uid of its replica.
-
-    Raises
-    ------
-    NotFoundError, IllegalTransitionError
-    """
-    row = storage_by_name(context, storage)
-    uid = new_id()
-
-    def insert(connection: Connection) -> None:
-        item = _item(connection, oid)
-        if item["state"] != ItemState.INITIALISED:
-            raise IllegalTransitionError(
-                noun="item", key=item["uri"], old=item["state"], new="a first payload"
-            )
-        now = context.clock()
-        catalogue.insert_replica(
-            connection, oid, uid, row["storage_id"], encode_path(path), 0, None, None, now
-        )
-
-    context.transact(insert)
-    return uid
-
-
-def set_state(context: Context, oid: uuid.UUID, state: str) -> None:
-    """READY says that the payload has been written: its admission is queued, which reads it, at
-    each place that was told. Saying it again changes nothing.
-
-    Raises
-    ------
-    NotFoundError
-        no such item, or no payload told by :func:`set_uri`.
-    IllegalTransitionError
-        for any other state or from any state but INITIALISED.
-    """
-
-    def queue_admission(connection: Connection) -> None:
-        item = _item(connection, oid)
-        if state != ItemState.READY or item["state"] != ItemState.INITIALISED:
-            raise IllegalTransitionError(noun="item", key=item["uri"], old=item["state"], new=state)
-        pending = rows(
-            connection,
-            """SELECT r.uid, EXISTS (
-                      SELECT FROM operation o WHERE o.uid = r.uid AND o.kind = 'admit'
-                         AND o.state IN ('QUEUED', 'RUNNING')) AS asked
-                 FROM replica r WHERE r.oid = :oid AND r.state = 'PENDING' ORDER BY r.uid""",
-            oid=oid,
-        )
-        if not pending:
-            raise NotFoundError("payload of", item["uri"], "tell its place with set_uri first")
-        now, why = context.clock(), "said to be written"
-        admissions = [
-            queue.NewOperation(OperationKind.ADMIT, oid, one["uid"], why, now)
-            for one in pending
-            if not one["asked"]
-        ]
-        queue.insert_operations(connection, admissions, context.actor, now)
-
-    context.transact(queue_admission)
-
-
-def ingest_data_item(
-    context: Context,
-    uri: str,
-    storage: str,
-    path: str,
-    *,
-    metadata: Mapping[str, Any] | None = None,
-    terms: Terms = _DEFAULT_TERMS,
-) -> uuid.UUID:
-    """Both steps for a payload that is there already: the item's oid."""
-    oid = init_data_item(context, uri, metadata=metadata, terms=terms)
-    set_uri(context, oid, storage, path)
-    set_state(context, oid, ItemState.READY)
-    return oid
-
-
-def set_metadata(context: Context, oid: uuid.UUID, metadata: Mapping[str, Any]) -> None:
-    """Merge ``metadata`` into an item's, key by key at the top.
-
-    Raises
-    ------
-    NotFoundError
-    """
-
-    def merge(connection: Connection) -> None:
-        _item(connection, oid)
-        run(
-            connection,
-            "UPDATE data_item SET metadata = metadata || CAST(:new AS jsonb) WHERE oid = :oid",
-            new=catalogue.jsonb(metadata),
-            oid=oid,
-        )
-
-    context.transact(merge)
-
-
-def _item(connection: Connection, oid: uuid.UUID) -> Mapping[str, Any]:
-    found = rows(connection, "SELECT * FROM data_item WHERE oid = :oid FOR NO KEY UPDATE", oid=oid)
-    if not found:
-        raise NotFoundError("data item", oid)
-    return found[0]

@@ -15,7 +15,7 @@ from dlm_core.catalogue import checks
 from dlm_core.errors import AccessDeniedError, StorageUnavailableError
 from dlm_core.lifecycle import verify as verifying
 from dlm_core.lifecycle.check import plan_verification, propose_verification, within_budget
-from dlm_core.lifecycle.register import init_data_item, set_uri
+from dlm_core.lifecycle.ingest import init_data_item, set_uri
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.storages.open import open_storage

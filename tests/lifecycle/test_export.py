@@ -23,7 +23,7 @@ from dlm_core.errors import (
 )
 from dlm_core.lifecycle.description import FOLDER, Index, newest_index, read_index
 from dlm_core.lifecycle.export import ExportReport, export_due, export_storage
-from dlm_core.lifecycle.register import set_metadata
+from dlm_core.lifecycle.ingest import set_metadata
 from dlm_core.lifecycle.work import StoragePool
 from dlm_core.storages.open import open_storage
 from tests.backends import s3_config

@@ -20,8 +20,9 @@ from dlm_core.errors import InvalidValueError, RestoreRefusedError, StorageUnava
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.description import newest_index
 from dlm_core.lifecycle.export import export_storage
+from dlm_core.lifecycle.ingest import set_metadata
 from dlm_core.lifecycle.rebuild import Place, RebuildReport, rebuild
-from dlm_core.lifecycle.register import Source, collection_id, register_tree, set_metadata
+from dlm_core.lifecycle.register import Source, collection_id, register_tree
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import drain
 from dlm_core.storages.open import open_storage

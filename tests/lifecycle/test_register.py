@@ -12,7 +12,7 @@ from dlm_core.catalogue.engine import rows
 from dlm_core.catalogue.items import Admitted, Announcement, Terms, announce
 from dlm_core.catalogue.items import admit as admit_rows
 from dlm_core.errors import IllegalTransitionError, InvalidValueError, NotFoundError
-from dlm_core.lifecycle import register
+from dlm_core.lifecycle import ingest, register
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import (
     Source,
@@ -164,6 +164,34 @@ def test_brought_checksums_are_compared_not_trusted(site):
     assert "0" * 64 in failed["error"] and hashlib.sha256(b"2").hexdigest() in failed["error"]
 
 
+def test_checksums_may_be_relative_to_what_is_registered(site):
+    """As sha256sum writes them in that folder; they are compared all the same."""
+    write(site, {"eb/x": b"x", "eb/y": b"tampered"})
+    sums = {name: f"sha256:{hashlib.sha256(name.encode()).hexdigest()}" for name in "xy"}
+    report = register_tree(site.context, Source("in", "test", checksums=sums), "eb")
+    assert (report.created, report.refused) == (2, 0)
+    admit(site)
+    states = {item["uri"]: item["state"] for item in site.query("SELECT * FROM data_item")}
+    assert states == {"test:eb/x": "READY", "test:eb/y": "INITIALISED"}
+
+
+def test_checksums_that_are_compared_with_nothing_are_told(site):
+    """Who brings them believes that they are: none of them fits, or one has no payload. Sums of
+    what lies elsewhere on the storage are in order."""
+    write(site, {"eb/x": b"x", "other/y": b"y"})
+    good = f"sha256:{hashlib.sha256(b'x').hexdigest()}"
+
+    def told(path, **sums):
+        source = Source("in", "test", checksums={k.replace("_", "/"): v for k, v in sums.items()})
+        return [name for name, _ in register_tree(site.context, source, path).reasons]
+
+    assert told("", wrong_x=good) == ["checksums"]
+    assert told("eb", x=good, gone=good) == ["gone"]
+    assert told("eb", eb_x=good, eb_gone=good, other_y=good) == ["eb/gone"]
+    assert told("", eb_x=good, gone=good) == ["gone"]
+    assert told("eb/x", x=good) == told("eb/x", eb_x=good) == []
+
+
 def test_checksum_files_are_read_as_sha256sum_writes_them():
     """Binary marks, leading ./ and escaped names; a line that is none is named."""
     digest = "a" * 64
@@ -292,18 +320,18 @@ def test_terms_are_kept(site):
 
 def test_the_two_steps_of_the_ska_ingest(site):
     """init_data_item, write, set_uri, set_state READY; then the job admits it."""
-    oid = register.init_data_item(site.context, "test:late", metadata={"eb": "1"})
+    oid = ingest.init_data_item(site.context, "test:late", metadata={"eb": "1"})
     with pytest.raises(NotFoundError):
-        register.set_state(site.context, oid, "READY")
-    register.set_uri(site.context, oid, "in", "late")
+        ingest.set_state(site.context, oid, "READY")
+    ingest.set_uri(site.context, oid, "in", "late")
     write(site, {"late": b"payload"})
-    register.set_state(site.context, oid, "READY")
+    ingest.set_state(site.context, oid, "READY")
     assert admit(site).done["admit"] == 1
     assert site.item(oid)["state"] == "READY" and site.item(oid)["metadata"]["eb"] == "1"
     with pytest.raises(IllegalTransitionError):
-        register.set_state(site.context, oid, "INITIALISED")
+        ingest.set_state(site.context, oid, "INITIALISED")
     write(site, {"other": b"payload"})
-    register.ingest_data_item(site.context, "test:other", "in", "other")
+    ingest.ingest_data_item(site.context, "test:other", "in", "other")
     assert admit(site).done["admit"] == 1
 
 
@@ -311,10 +339,10 @@ def test_the_next_check_counts_from_a_late_admission(site):
     """What waited a day to be let in counts from then; what was let in at once, from when it was
     announced."""
     write(site, {"late": b"1"})
-    register.ingest_data_item(site.context, "test:late", "in", "late")
+    ingest.ingest_data_item(site.context, "test:late", "in", "late")
     site.advance(days=1)
     write(site, {"soon": b"2"})
-    register.ingest_data_item(site.context, "test:soon", "in", "soon")
+    ingest.ingest_data_item(site.context, "test:soon", "in", "soon")
     announced = site.now
     site.advance(minutes=59)
     admit(site)

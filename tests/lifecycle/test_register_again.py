@@ -10,7 +10,7 @@ import pytest
 from dlm_core.catalogue.browse import set_item_expiry
 from dlm_core.catalogue.items import Announcement, Terms
 from dlm_core.catalogue.versions import add_version
-from dlm_core.lifecycle import register
+from dlm_core.lifecycle import ingest
 from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.watch import add_watch, scan_watches
 from dlm_core.transfers.checksums import parse_checksums
@@ -121,12 +121,12 @@ def test_a_directory_in_a_files_place_is_not_unchanged(site):
 def test_what_is_said_to_be_written_twice_is_read_once(site):
     """set_state again queues nothing more; each place that was told is read."""
     site.add_storage("out", "B")
-    oid = register.init_data_item(site.context, "test:x")
+    oid = ingest.init_data_item(site.context, "test:x")
     for storage in ("in", "out"):
         write(site, {"x": b"1"}, storage)
-        register.set_uri(site.context, oid, storage, "x")
+        ingest.set_uri(site.context, oid, storage, "x")
     for _ in range(2):
-        register.set_state(site.context, oid, "READY")
+        ingest.set_state(site.context, oid, "READY")
     assert admit(site).done == {"admit": 2}
     assert site.replicas(oid) == {"in": "READY", "out": "READY"}
     assert items(site)["test:x"]["state"] == "READY"
@@ -196,3 +196,42 @@ def test_a_changed_file_in_a_watched_folder_is_not_read_at_each_look(site):
     write(site, {"x": b"1"})
     assert refused(20) == 0
     assert site.query("SELECT * FROM watch_entry") == []
+
+
+@pytest.mark.parametrize("how", ["changed", "added", "removed", "same size"])
+def test_a_changed_directory_payload_is_noticed(site, how):
+    """By its files' names, sizes and times: both digests are named, or it is a new version."""
+    site.add_storage("b", "B")
+    write(site, {"s.ms/t1": b"one", "s.ms/t2": b"two"})
+    assert again(site, as_directory=["*.ms"]).created == 1
+    admit(site)
+    assert again(site, as_directory=["*.ms"]).unchanged == 1
+    (before,) = site.query("SELECT oid, digest FROM data_item")
+    tree = site.folder / "in" / "s.ms"
+    if how == "removed":
+        (tree / "t2").unlink()
+    else:
+        data = {"changed": b"longer", "added": b"new", "same size": b"eno"}[how]
+        target = tree / ("t3" if how == "added" else "t1")
+        target.write_bytes(data)
+        later = site.now.timestamp() + 60
+        os.utime(target, (later, later))
+    report = again(site, as_directory=["*.ms"])
+    assert (report.refused, report.unchanged) == (1, 0)
+    assert before["digest"] in report.reasons[0][1] and report.reasons[0][1].count("sha256:") == 2
+    assert again(site, as_directory=["*.ms"], new_version=True).new_versions == 1
+    admit(site)
+    found = site.query("SELECT version, kind, state, digest FROM data_item ORDER BY version")
+    assert [(one["version"], one["kind"]) for one in found] == [(1, "directory"), (2, "directory")]
+    assert found[1]["state"] == "READY" and found[1]["digest"] != found[0]["digest"]
+
+
+def test_a_directory_payload_that_was_touched_is_read_and_unchanged(site):
+    """A later time alone is no change."""
+    write(site, {"s.ms/t1": b"one"})
+    again(site, as_directory=["*.ms"])
+    admit(site)
+    later = site.now.timestamp() + 60
+    os.utime(site.folder / "in" / "s.ms" / "t1", (later, later))
+    report = again(site, as_directory=["*.ms"])
+    assert (report.refused, report.unchanged) == (0, 1)

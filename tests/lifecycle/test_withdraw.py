@@ -24,7 +24,8 @@ from dlm_core.errors import (
     NotFoundError,
 )
 from dlm_core.lifecycle.admit import execute_admit
-from dlm_core.lifecycle.register import Source, init_data_item, register_tree, set_state, set_uri
+from dlm_core.lifecycle.ingest import init_data_item, set_state, set_uri
+from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.withdraw import withdraw_failed, withdraw_item
 from dlm_core.lifecycle.work import Claim, drain

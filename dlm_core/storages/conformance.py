@@ -346,7 +346,7 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def name_of(check: Check) -> str:
+def name_of(check: Callable[..., None]) -> str:
     """A check's name as people read it."""
     return getattr(check, "__name__", "check").replace("_", " ")
 

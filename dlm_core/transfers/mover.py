@@ -32,6 +32,7 @@ from dlm_core.errors import (
     StorageUnavailableError,
 )
 from dlm_core.storages.port import Storage, remove_file, temp_path
+from dlm_core.transfers.bringing import bringing
 from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.pooled import MAX_CHUNK, TINY, Turns, at_once, in_chunks, near
 from dlm_core.transfers.proving import Prover
@@ -125,6 +126,7 @@ class _Mover:
         self.resumed_above = sys.maxsize
         self.outage: DlmError | None = None
         self.prover = Prover(source, destination, self.stop, lane, self._turn)
+        self.bringing = bringing(source, destination, self.prover, self.stop, lane)
 
     def copy(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[CopyResult]:
         """The results of one sub-batch; fewer than tasks only if ``stop`` is set."""
@@ -134,12 +136,17 @@ class _Mover:
         """Bring the bytes of one sub-batch over; errors are kept beside the files."""
         # asked anew each time: limits change
         limited = self.lane.limited()
-        take_many = None if limited else getattr(self.destination, "take_many", None)
+        plugged = self.bringing if self.bringing is not None and self.bringing.may() else None
+        take_many = getattr(self.destination, "take_many", None)
+        if limited or plugged is not None:
+            take_many = None
         folder = temp_path(f"b/{uuid.uuid4().hex}") if take_many else None
         copies = [
             self._prepare(task, n // MAX_CHUNK % _SLOTS, folder) for n, task in enumerate(tasks)
         ]
-        files = [file for copy in copies for file in copy.files]
+        if plugged is not None and self.outage is None:
+            plugged.bring(copies, pool, self._watching_all(copies))
+        files = [file for copy in copies for file in copy.files if not file.made]
         if folder is not None:
             taken = [file for file in files if file.written.startswith(folder)]
             self._take_together(take_many, folder, taken)
@@ -403,6 +410,12 @@ class _Mover:
                 self.progress(size)
 
         return moved
+
+    def _watching_all(self, copies: Sequence[Copy]) -> Progress | None:
+        """Of one payload it is known whose bytes they are."""
+        if len(copies) == 1 and copies[0].files:
+            return self._watching(copies[0].files[0])
+        return self.progress
 
     def _look_for_outage(self) -> None:
         """One look at both ends tells an outage from one file's trouble; the rest need not try."""

@@ -64,7 +64,9 @@ class Prover:
         Another machine's word proves these bytes: it was not told what we expect, and only who has
         read them all can say it. Any other answer proves nothing; the file is read back.
         """
-        waiting = {file.written: file for file in files if file.made and not file.error}
+        waiting = {
+            file.written: file for file in files if file.made and not file.proven and not file.error
+        }
         if self._digest_many is None or not waiting:
             return
         try:

@@ -267,6 +267,16 @@ def bare(storage: Storage) -> Storage:
     return storage
 
 
+def held_back(*storages: Storage) -> bool:
+    """Whether what is read or written at any of them keeps to a number of bytes a second now."""
+    for storage in storages:
+        while isinstance(storage, _Paced):
+            if _any_limited((*storage._reading, *storage._writing)):
+                return True
+            storage = storage._inner
+    return False
+
+
 def paced(
     storage: Storage, reading: Sequence[Taker], writing: Sequence[Taker] | None = None
 ) -> Storage:

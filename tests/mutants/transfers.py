@@ -104,4 +104,28 @@ TRANSFERS = (
         "the clone of a file that is written to has more bytes than are sure to be right",
         ("storages/test_sftp.py::test_a_file_is_cloned_on_the_far_side",),
     ),
+    Mutant(
+        "plugged-mover-believed",
+        "dlm_core/transfers/bringing.py",
+        "if not any(file.error for file in files[name])",
+        "if files[name]",
+        "what somebody's mover spoiled on its way becomes a copy",
+        ("transfers/test_plugged.py::test_what_it_spoils_or_leaves_out_is_copied_without_it",),
+    ),
+    Mutant(
+        "plugged-mover-leaves-strangers",
+        "dlm_core/transfers/bringing.py",
+        "if found.get(name) == _wanted(some)",
+        "if _wanted(some).items() <= found.get(name, {}).items()",
+        "a log that somebody's mover left in a directory becomes visible with it",
+        ("transfers/test_plugged.py::test_a_stranger_in_a_directory_does_not_become_visible",),
+    ),
+    Mutant(
+        "plugged-mover-unpaced",
+        "dlm_core/transfers/bringing.py",
+        " and not held_back(self._source, self._destination)",
+        "",
+        "somebody's mover takes more bytes a second than a storage gives",
+        ("transfers/test_plugged.py::test_it_is_not_used_while_something_is_limited",),
+    ),
 )

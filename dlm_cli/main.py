@@ -133,7 +133,7 @@ def run(
     config: Annotated[
         list[str], typer.Option(help="key=value of the job's config, e.g. max_delete_items=10")
     ] = [],  # noqa: B006
-    timeout: Annotated[float | None, typer.Option(help="Seconds to wait at most.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds to wait at most.", min=0)] = None,
     as_json: Json = False,
 ) -> None:
     """Launch a job as the UI does."""
@@ -161,6 +161,10 @@ def run(
             print(f"{key}: {value}" if "\n" not in str(value) else f"{key}:\n{value}")
     if launched.status in ("FAILURE", "CANCELED"):
         print(f"dlm: error DLM-600: {launched.error or 'the run failed'}", file=sys.stderr)
+        raise SystemExit(1)
+    if (wait or dry_run) and launched.status != "SUCCESS":
+        told = f"the run is {launched.status} after {timeout:g} s and goes on: {launched.url}"
+        print(f"dlm: error DLM-601: {told}", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from typing import Any, TypeVar
@@ -39,9 +40,16 @@ def plain_errors(command: F) -> F:
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            result = command(*args, **kwargs)
+            sys.stdout.flush()
         except DlmError as error:
             return fail(error)
+        except BrokenPipeError:
+            # the reader went away (dlm … | head); what is left goes nowhere
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
+        return result
 
     return wrapped  # type: ignore[return-value]
 
@@ -183,6 +191,10 @@ def show_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) ->
     from rich.console import Console
     from rich.table import Table
 
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # no error for us, see plain_errors
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in columns.values():
         table.add_column(heading, overflow="fold")
@@ -191,7 +203,7 @@ def show_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) ->
     # into a pipe or file: no terminal whose width would fold names
     width = None if sys.stdout.isatty() else 200
     # what users and files say is text: brackets in it are no markup
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    Plain(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def human(value: Any, key: str = "") -> str:

@@ -48,12 +48,18 @@ def get_item(connection: Connection, uri: str, version: int | None = None) -> di
     """
     row = connection.execute(_ITEM, {"uri": uri, "version": version}).mappings().first()
     if row is None:
-        raise NotFoundError("data item", uri, _hint(connection, uri))
+        what = uri if version is None else f"{uri}#{version}"
+        raise NotFoundError("data item", what, _hint(connection, uri, version))
     return dict(row)
 
 
-def _hint(connection: Connection, uri: str) -> str:
-    """The first item below the uri, or else below one of the folders above it."""
+def _hint(connection: Connection, uri: str, version: int | None) -> str:
+    """The newest version, the first item below the uri, or one below a folder above it."""
+    newest = rows(
+        connection, "SELECT max(version) AS version FROM data_item WHERE uri = :uri", uri=uri
+    )[0]["version"]
+    if version is not None and newest is not None:
+        return f"its newest version is {newest}"
     prefix = uri
     while prefix:
         near = rows(

@@ -71,13 +71,25 @@ def test_a_look_loads_nothing_that_it_does_not_need(dlm: Dlm, command: str) -> N
     assert done.returncode == 0, done.stderr
 
 
-def test_a_reader_that_goes_away_is_no_error(dlm: Dlm, storages: Any) -> None:
-    """dlm … | head -0: no traceback."""
-    command = (
-        f"{sys.executable} -c 'from dlm_cli.main import main; main()' storage list | head -c 0"
-    )
+@pytest.mark.parametrize("more", ["", " --json"])
+def test_a_reader_that_goes_away_is_no_error(dlm: Dlm, storages: Any, more: str) -> None:
+    """dlm … | head -c 0: no traceback, and no failure for a shell that looks at every part."""
+    # so much that it does not fit into the pipe
+    lines = "import sys; sys.argv[1:] = ['storage', 'list'" + (", '--json'" if more else "") + "]"
+    many = "import dlm_core.catalogue.places as p; l = p.list_storages"
+    code = f"{lines}; {many}; p.list_storages = lambda c: l(c) * 5000"
+    code += "; from dlm_cli.main import main; main()"
+    command = f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert "Traceback" not in ended.stderr
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_what_users_write_is_shown_as_they_wrote_it(dlm: Dlm, storages: Any) -> None:
+    """Brackets are no markup: they neither vanish nor end a listing with an error."""
+    reason = "[ticket 12] keep [/x] :smile:"
+    assert dlm("hold", "add", "--all", "--reason", reason).code == 0
+    listed = dlm("hold", "list")
+    assert listed.code == 0 and reason in listed.out, listed.error
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -296,7 +308,12 @@ def test_storages_on_servers_are_added_and_tested(
         mine = ["--config", f"user={USER}", "--config", f"password={secret}"]
         added = dlm("storage", "add", "d", *to, "--interface", "webdav", "--root", root, *mine)
         assert added.code == 0, added.error
-        theirs = [f"url={root}", "type=webdav", f"user={USER}", "pacer_min_sleep=0s"]
+        theirs = [
+            f"url={dav.make_collection()}",
+            "type=webdav",
+            f"user={USER}",
+            "pacer_min_sleep=0s",
+        ]
         options = [part for one in theirs for part in ("--config", one)]
         by_rclone = ["--interface", "rclone", "--root", ".", *options]
         added = dlm("storage", "add", "r", *to, *by_rclone, "--config", f"secret_pass={secret}")
@@ -306,6 +323,9 @@ def test_storages_on_servers_are_added_and_tested(
             tested = dlm("storage", "test", name)
             assert tested.code == 0 and f"of {len(CHECKS)} checks passed" in tested.out
         assert "not managed" in refused(dlm("storage", "test", "w"), "DLM-101", 2)
+        here = ["--config", f"url={root}", "--config", f"secret_pass={secret}"]
+        again = dlm("storage", "add", "x", *to, *by_rclone, *here)
+        assert "'d'" in refused(again, "DLM-103", 2)
         plain = dlm("storage", "add", "x", *to, *by_rclone, "--config", "pass=hunter2")
         assert "hunter2" not in refused(plain, "DLM-101", 2)
         shown = dlm("storage", "show", "d").out + dlm("storage", "list", "--json").out
@@ -318,9 +338,8 @@ def test_a_storage_is_tested_in_a_scratch_folder(dlm: Dlm, storages: dict[str, P
     result = dlm("storage", "test", "a")
     assert result.code == 0 and f"of {len(CHECKS)} checks passed" in result.out
     assert result.out.count("ok ") == len(CHECKS) and "FAILED" not in result.out
-    assert [str(f.relative_to(storages["a"])) for f in storages["a"].rglob("*") if f.is_file()] == [
-        "theirs"
-    ]
+    left = {str(f.relative_to(storages["a"])) for f in storages["a"].rglob("*") if f.is_file()}
+    assert left == {"theirs", ".dlm/storage-id"}
     assert list((storages["a"] / ".dlm").glob("test-*")) == []
 
 

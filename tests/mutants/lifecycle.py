@@ -510,6 +510,16 @@ LIFECYCLE = (
         ("storages/test_rclone.py::test_a_copy_that_is_other_bytes_costs_the_source_nothing",),
     ),
     Mutant(
+        "rclone-part-believed",
+        "dlm_core/storages/rclone_reading.py",
+        "            if sure and not first",
+        "            if sure or not first",
+        "what rclone says is a part of a file may be its beginning",
+        (
+            "storages/test_ranges.py::test_whatever_a_web_server_makes_of_rclones_range_the_bytes_are_right",
+        ),
+    ),
+    Mutant(
         "rclone-moves-unlooked",
         "dlm_core/storages/rclone.py",
         "strict=True) if kind is None]",

@@ -472,8 +472,8 @@ LIFECYCLE = (
     Mutant(
         "rules-untried",
         "dlm_core/lifecycle/rules.py",
-        "        if meetings:",
-        "        if False:",
+        "    if meetings:",
+        "    if False:",
         "path rules are used by which copies meet",
         ("lifecycle/test_paths.py::test_rules_by_which_copies_would_meet_are_refused",),
     ),

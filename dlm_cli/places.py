@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,9 @@ from dlm_cli.session import (
     show_table,
 )
 from dlm_core.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from dlm_core.lifecycle.rules import Trial
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="Name of the storage.")]
@@ -119,10 +122,15 @@ def storage_add(
         bool, typer.Option("--unmanaged", help="Others' files: only read, never changed.")
     ] = False,
     read_only: Annotated[bool, typer.Option("--read-only")] = False,
+    path_rules: Annotated[
+        str | None,
+        typer.Option("--path-rules", help="TOML or YAML file of rules for paths, from the first."),
+    ] = None,
 ) -> None:
     """Add a storage; it is looked at first."""
     from dlm_core.catalogue.places import add_storage, set_storage
     from dlm_core.lifecycle.identity import taking_place
+    from dlm_core.lifecycle.rules import give_rules
     from dlm_core.storages.open import open_storage
     from dlm_core.storages.posix import mount_point
     from dlm_core.types import new_id
@@ -135,13 +143,14 @@ def storage_add(
     kind = parse_choice("class", storage_class or default_class, ("disk", "object", "tape"))
     # what can only be read from is others' by nature
     managed = not unmanaged and interface != "http"
+    rules = read_rules(path_rules) if path_rules is not None else None
     storage, storage_id = open_storage(name, interface, root, chosen), new_id()
     storage.check()
     if interface == "posix" and (mounted := mount_point(root)) != "/":
         # the empty folder that is left when a disk goes is no empty storage
         chosen.setdefault("mount", mounted)
 
-    def add(connection: Any) -> None:
+    def add(connection: Any) -> Any:
         add_storage(
             connection,
             name,
@@ -159,11 +168,15 @@ def storage_add(
         )
         # never is no default
         set_storage(connection, name, {key: None for key in terms if terms[key] is None})
+        # at once: a drainer would not wait for them
+        return give_rules(connection, name, rules) if rules is not None else None
 
     with catalogue() as context:
         context.rehearse(add)
         with taking_place(context, storage, storage_id, written=managed and not read_only):
-            context.transact(add)
+            trial = context.transact(add)
+    if trial is not None:
+        _show_trial(trial)
     print(f"storage {name} added at {location}")
     if chosen.get("mount", "/") != "/":
         print(f"it counts as unreachable unless something is mounted at {chosen['mount']}")
@@ -465,7 +478,10 @@ def _set_paths(name: str, file: str, *, dry_run: bool) -> None:
 
     rules = None if file == "none" else read_rules(file)
     with catalogue() as context:
-        trial = set_rules(context, name, rules, dry_run=dry_run)
+        _show_trial(set_rules(context, name, rules, dry_run=dry_run))
+
+
+def _show_trial(trial: Trial) -> None:
     columns = {"rule": "RULE", "uri": "URI", "version": "VERSION", "path": "PATH"}
     if trial.examples:
         show_table(sorted(trial.examples, key=lambda one: one["rule"]), columns)

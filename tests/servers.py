@@ -186,6 +186,17 @@ def rclone_webdav_server(folder: Path) -> Iterator[DavServer]:
 
 
 @contextmanager
+def rclone_web_server(folder: Path) -> Iterator[str]:
+    """'rclone serve http' of ``folder``, which sends ranges; its URL."""
+    port = free_port()
+    command = [tool("rclone"), "serve", "http", str(folder), "--addr", f"127.0.0.1:{port}"]
+    server = Server(command, folder.parent / "rclone-web.log", port)
+    server.environment = {"RCLONE_CONFIG": os.devnull}
+    with running(server):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
 def web_server(folder: Path) -> Iterator[str]:
     """Python's own web server, with pages that list ``folder``; its URL."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
 from dlm_core.catalogue.packing import digests_at, packing
 from dlm_core.errors import InvalidValueError
 from dlm_core.lifecycle.register import storage_by_name
+from dlm_core.lifecycle.traffic import pacing
 from dlm_core.lifecycle.work import Context
 from dlm_core.storages.bundle_rebuild import RebuildReport, rebuild_index
 from dlm_core.storages.bundles import Bundled
 from dlm_core.storages.packing import PackReport, finish, pack
 from dlm_core.storages.port import Entry
+from dlm_core.transfers.throttle import paced
 from dlm_core.types import StorageMode
 
 
@@ -42,8 +45,8 @@ def pack_storage(context: Context, name: str, *, dry_run: bool = False) -> PackR
         paths = [entry.path for entry in entries]
         return context.transact(lambda c: digests_at(c, row["storage_id"], paths))
 
-    with packing(context.engine, context.actor, row["storage_id"], name):
-        return pack(storage, known, context.clock(), dry_run=dry_run, stop=context.stop)
+    with _alone(context, row, storage) as held_back:
+        return pack(held_back, known, context.clock(), dry_run=dry_run, stop=context.stop)
 
 
 def finish_packing(context: Context, name: str) -> PackReport:
@@ -55,8 +58,8 @@ def finish_packing(context: Context, name: str) -> PackReport:
         as for :func:`pack_storage`.
     """
     row, storage = _bundled(context, name)
-    with packing(context.engine, context.actor, row["storage_id"], name):
-        return finish(storage)
+    with _alone(context, row, storage) as held_back:
+        return finish(held_back)
 
 
 def rebuild_storage_index(context: Context, name: str) -> RebuildReport:
@@ -69,8 +72,8 @@ def rebuild_storage_index(context: Context, name: str) -> RebuildReport:
         as for :func:`pack_storage`, or if the index is whole.
     """
     row, storage = _bundled(context, name)
-    with packing(context.engine, context.actor, row["storage_id"], name):
-        return rebuild_index(storage)
+    with _alone(context, row, storage) as held_back:
+        return rebuild_index(held_back)
 
 
 def pack_due(context: Context) -> Iterator[Packs]:
@@ -80,6 +83,18 @@ def pack_due(context: Context) -> Iterator[Packs]:
     for row in context.transact(context.storages.load).values():
         if row["managed"] and row["mode"] in work and "bundle_bytes" in row["config"]:
             yield partial(work[row["mode"]], context, row["name"])
+
+
+@contextmanager
+def _alone(context: Context, row: Mapping[str, Any], storage: Bundled) -> Iterator[Bundled]:
+    """Nobody else packs the storage meanwhile, and it is read and written no faster than its limit
+    lets; one that changes is learnt of on the way."""
+    with (
+        packing(context.engine, context.actor, row["storage_id"], row["name"]),
+        context.traffic.telling(context),
+        pacing(context, row) as pace,
+    ):
+        yield storage.over(lambda adapter: paced(adapter, [pace]))
 
 
 def _bundled(context: Context, name: str) -> tuple[Mapping[str, Any], Bundled]:

@@ -57,28 +57,30 @@ def set_rules(context: Context, name: str, rules: object, *, dry_run: bool = Fal
     PathMeetingError
         copies of two items would meet.
     """
-    plain = plain_rules(rules) if rules is not None else None
-
-    def work(connection: Connection) -> Trial:
-        storage = get_storage(connection, name)
-        trial = Trial(name)
-        places = _tried(connection, storage, plain, trial)
-        meetings = catalogue.find_meetings(connection, places)
-        if meetings:
-            first = meetings[0]
-            raise PathMeetingError(
-                storage=name,
-                uri=first.uri,
-                path=first.path,
-                other_uri=first.other_uri,
-                other_path=first.other_path,
-            )
-        if not dry_run:
-            set_path_rules(connection, storage["storage_id"], plain)
-        return trial
-
-    found: Trial = context.transact(work)
+    found: Trial = context.transact(lambda c: give_rules(c, name, rules, dry_run=dry_run))
     return found
+
+
+def give_rules(connection: Connection, name: str, rules: object, *, dry_run: bool = False) -> Trial:
+    """As :func:`set_rules`, within a transaction: that of a new storage, to which no copy can go
+    before."""
+    plain = plain_rules(rules) if rules is not None else None
+    storage = get_storage(connection, name)
+    trial = Trial(name)
+    places = _tried(connection, storage, plain, trial)
+    meetings = catalogue.find_meetings(connection, places)
+    if meetings:
+        first = meetings[0]
+        raise PathMeetingError(
+            storage=name,
+            uri=first.uri,
+            path=first.path,
+            other_uri=first.other_uri,
+            other_path=first.other_path,
+        )
+    if not dry_run:
+        set_path_rules(connection, storage["storage_id"], plain)
+    return trial
 
 
 def _tried(

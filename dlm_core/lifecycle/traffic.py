@@ -234,12 +234,19 @@ def _line(key: uuid.UUID, running: _Running, now: datetime) -> str:
 
 
 @contextmanager
-def reading_from(context: Context, row: Mapping[str, Any], *more: Taker) -> Iterator[Storage]:
-    """The storage of a row, read no faster than its limit and ``more`` let."""
+def pacing(context: Context, row: Mapping[str, Any]) -> Iterator[Pace]:
+    """The pace of the storage of a row, of which one is a user meanwhile."""
     key = catalogue.storage_key(row["storage_id"])
     limited = bool(row["max_bytes_per_second"] or row["max_concurrency"])
     with context.traffic.using(context, [key], limited=limited):
-        yield paced(context.storages.open(row), [context.traffic.pace(key), *more])
+        yield context.traffic.pace(key)
+
+
+@contextmanager
+def reading_from(context: Context, row: Mapping[str, Any], *more: Taker) -> Iterator[Storage]:
+    """The storage of a row, read no faster than its limit and ``more`` let."""
+    with pacing(context, row) as pace:
+        yield paced(context.storages.open(row), [pace, *more])
 
 
 def looking_at(

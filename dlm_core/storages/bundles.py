@@ -100,6 +100,17 @@ class Bundled:
             self.stager, self.terms = inner.stager, inner.terms
             self.renames_read = inner.renames_read
 
+    def over(self, around: Callable[[Storage], Storage]) -> Bundled:
+        """These bundles, by the same index, with something around the adapter below."""
+        inner = self.inner
+        if isinstance(inner, ColdStorage):
+            inner = cast(Storage, ColdStorage(around(inner.inner), inner.stager, inner.terms))
+        else:
+            inner = around(inner)
+        found = Bundled(inner, self.config)
+        found.index = self.index
+        return found
+
     @property
     def concurrency(self) -> int:
         return self.inner.concurrency

@@ -12,14 +12,12 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from itertools import groupby
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dlm_core.errors import (
     AccessDeniedError,
@@ -30,25 +28,17 @@ from dlm_core.errors import (
     StorageFullError,
     StorageUnavailableError,
 )
-from dlm_core.storages.config import read_config
 from dlm_core.storages.listing import Listed
-from dlm_core.storages.port import Entry, Readable, Storage, Usage, temp_path
+from dlm_core.storages.port import Entry, Readable, ReadStream, Storage, Usage, temp_path
 from dlm_core.storages.posix import PosixStorage
+from dlm_core.storages.ranges import Slice
+from dlm_core.storages.rclone_config import Options, is_secret, read_rclone_config
 from dlm_core.storages.rclone_daemon import Daemon, RcloneError, daemon
 from dlm_core.storages.rclone_many import copy_listed, hashes, move_groups, move_listed
-from dlm_core.storages.secrets import SecretReference, read_secret
+from dlm_core.storages.rclone_reading import Beginnings, RcloneStream, open_part
 from dlm_core.storages.web import read_authorization, read_web_config
-from dlm_core.storages.wire import Reply, ReplyStream, WireError
+from dlm_core.storages.wire import Headers, Reply, WireError
 
-Options = Callable[[], Mapping[str, str]]
-
-_SECRET = "secret_"
-# of options that are secrets, or may hold one
-_SECRET_NAMES = re.compile(
-    r"pass|secret|token|credential|bearer|private|cookie|authorization|mnemonic|customer_key"
-    r"|connection_string|(^|_)(keys?|pem|sas(_url)?|headers|access_grant|session_id)$"
-)
-_CREDENTIALS = re.compile("://[^/]*@")
 _TEMP = temp_path("")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}")
 _LOCKS = 64
@@ -68,15 +58,6 @@ _DENIED = re.compile(
 _FULL = re.compile(r"no space left|insufficient ?storage|quota|disk full|\b507\b", re.I)
 
 
-class RcloneConfig(BaseModel):
-    """What ``config`` of an rclone storage may hold: the backend's ``type``, its options by
-    rclone's names, and ``secret_<option>`` with a reference for each that is a secret."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    type: str = Field(pattern="^[a-z0-9]+$", description="A backend of rclone's.")
-
-
 def open_rclone(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorage:
     """A storage on any backend of rclone's; ``root`` is a path on it as rclone writes it, and a
     dot where the remote begins.
@@ -86,44 +67,12 @@ def open_rclone(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorag
     InvalidValueError
         if a secret is given instead of a reference, or a reference leads to nothing.
     """
-    parsed = read_config(RcloneConfig, name, config)
-    given = {key: str(value) for key, value in (parsed.model_extra or {}).items()}
-    secrets = {k.removeprefix(_SECRET): v for k, v in given.items() if k.startswith(_SECRET)}
-    plain = {k: v for k, v in given.items() if not k.startswith(_SECRET)}
-    _check_options(name, plain, secrets)
+    kind, options = read_rclone_config(name, config)
     if not root.isprintable() or "]" in root or ".." in root.split("/"):
         raise InvalidValueError(
             what=f"root of storage {name}", value=root, expected="a path without ']' and '..'"
         )
-
-    def options() -> dict[str, str]:
-        return plain | {key: read_secret(name, place) for key, place in secrets.items()}
-
-    options()
-    return RcloneStorage(
-        name, parsed.type, options, "" if root == "." else root.rstrip("/") or root
-    )
-
-
-def _check_options(name: str, plain: Mapping[str, str], secrets: Mapping[str, str]) -> None:
-    for key, value in plain.items():
-        if _is_secret(key, value):
-            raise InvalidValueError(
-                what=f"config of storage {name}: {key}", value="(not shown)",
-                expected=f"{_SECRET}{key}=env:NAME, file:/path or credential:NAME",
-            )  # fmt: skip
-    for key, place in secrets.items():
-        try:
-            TypeAdapter(SecretReference).validate_python(place)
-        except ValidationError:
-            raise InvalidValueError(
-                what=f"config of storage {name}: {_SECRET}{key}", value="(not shown)",
-                expected="env:NAME, file:/path or credential:NAME",
-            ) from None  # fmt: skip
-
-
-def _is_secret(key: str, value: str) -> bool:
-    return bool(_SECRET_NAMES.search(key) or _CREDENTIALS.search(value))
+    return RcloneStorage(name, kind, options, "" if root == "." else root.rstrip("/") or root)
 
 
 def open_http(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorage:
@@ -172,6 +121,7 @@ class RcloneStorage(Listed):
         self._renames: bool | None = None
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
         self._folders: set[str] = set()
+        self._beginnings = Beginnings()
 
     # --- calls and errors ------------------------------------------------------------------------
 
@@ -226,7 +176,7 @@ class RcloneStorage(Listed):
         """A backend may tell the address that it asked, with what was in it."""
         with suppress(InvalidValueError):
             for key, value in self._options().items():
-                if value and _is_secret(key, value):
+                if value and is_secret(key, value):
                     message = message.replace(value, "(secret)")
         return message.split("\n")[0][:_LONGEST_MESSAGE]
 
@@ -262,21 +212,38 @@ class RcloneStorage(Listed):
         return None if not entries and folder and self._look(folder) is None else entries
 
     def open_read(self, path: str) -> RcloneStream:
+        return self.open_read_at(path, 0)
+
+    def open_read_at(self, path: str, offset: int) -> RcloneStream:
+        return self._reading(path, offset, None)
+
+    def open_range(self, path: str, offset: int, size: int) -> ReadStream:
+        """Up to ``size`` bytes of a file from ``offset`` on."""
+        stream = self._reading(path, offset, size)
+        return Slice(stream, max(0, min(size, stream.size - offset)))
+
+    def _reading(self, path: str, offset: int, size: int | None) -> RcloneStream:
         entry = self.stat(path)
         if entry is None:
             raise PayloadNotFoundError(storage=self.name, path=path)
         if entry.kind != "file":
             raise self._refused(path, "it is a directory, not a file")
-        return RcloneStream(self, path, self._open(path), entry)
+        end = entry.size if size is None else min(offset + size, entry.size)
+        if 0 < offset < end and (stream := open_part(self, self._beginnings, entry, offset, end)):
+            return stream
+        stream = RcloneStream(self, path, self.open_reply(path), entry)
+        stream.pass_over(0 if size == 0 else offset)
+        return stream
 
     def read_back(self, path: str) -> RcloneStream:
         """As :meth:`open_read` for what is known to be a file: one question less."""
-        return RcloneStream(self, path, self._open(self._path(path)), None)
+        return RcloneStream(self, path, self.open_reply(self._path(path)), None)
 
-    def _open(self, path: str) -> Reply:
+    def open_reply(self, path: str, headers: Headers | None = None) -> Reply:
+        """What the daemon answers to a GET of a file; with a range asked for, it may be a part."""
         try:
             with self._asking(path) as running:
-                return running.open(self._fs(running), path)
+                return running.open(self._fs(running), path, headers or {})
         except PayloadNotFoundError:
             self._check_root()
             raise
@@ -549,22 +516,6 @@ class RcloneStorage(Listed):
             if failure is not None and (_FULL.search(str(failure)) or stop.is_set()):
                 raise failure
             return {} if stop.is_set() else hashes(running, target, self.concurrency)
-
-
-class RcloneStream(ReplyStream):
-    """The bytes of a file."""
-
-    def __init__(
-        self, storage: RcloneStorage, path: str, reply: Reply, entry: Entry | None
-    ) -> None:
-        super().__init__(reply, lambda error: storage._error(error, path))
-        self._storage, self._path = storage, path
-        self.size: int = entry.size if entry else reply.length or 0
-        self.opened: Hashable = entry
-
-    def stamp(self) -> Hashable:
-        """Size and time of change, asked anew."""
-        return self._storage._look(self._path)
 
 
 def _below(folder: str, name: str) -> str:

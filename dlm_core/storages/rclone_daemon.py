@@ -30,7 +30,7 @@ from urllib.parse import quote, urlencode
 import psutil
 
 from dlm_core.storages.port import Readable
-from dlm_core.storages.wire import BLOCK, Reply, Wire, WireError
+from dlm_core.storages.wire import BLOCK, Headers, Reply, Wire, WireError
 
 _READY_SECONDS = 30.0
 _PREFIX = "dlm-rclone-"
@@ -152,15 +152,15 @@ class Daemon:
         with self._wire.ask("POST", f"/{command}", {"Content-Type": "application/json"}, body) as r:
             return _answer(r)
 
-    def open(self, fs: str, path: str) -> Reply:
-        """The bytes of a file as a reply with status 200.
+    def open(self, fs: str, path: str, headers: Headers) -> Reply:
+        """The bytes of a file as a reply with status 200, or 206 if ``headers`` ask for a part.
 
         Raises
         ------
         RcloneError, WireError
         """
-        reply = self._wire.ask("GET", quote(f"/[{fs}]/{path}"), {})
-        if reply.status != 200:
+        reply = self._wire.ask("GET", quote(f"/[{fs}]/{path}"), headers)
+        if reply.status != 200 and not (headers and reply.status == 206):
             with reply:
                 _answer(reply)
         return reply

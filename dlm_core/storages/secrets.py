@@ -34,9 +34,24 @@ def read_secret(storage: str, reference: str) -> str:
     value = os.environ.get(place, "") if kind == "env" else _from_file(kind, place)
     if not value:
         raise InvalidValueError(
-            what=f"storage {storage}: {reference}", value="", expected="the secret it names"
+            what=f"storage {storage}: secret", value=reference, expected=_expected(kind, place)
         )
     return value
+
+
+def _expected(kind: str, place: str) -> str:
+    """What would be right where a reference leads to nothing."""
+    if kind == "env":
+        return f"the variable {place} with the secret in it"
+    if kind == "file":
+        return "a file that can be read, with the secret in it"
+    if os.environ.get("CREDENTIALS_DIRECTORY"):
+        return f"a file {place} in $CREDENTIALS_DIRECTORY, put there by LoadCredential={place}:…"
+    return (
+        "only systemd units have credentials, a shell has none; run this with 'systemd-run --pty "
+        f"--property=LoadCredential={place}:/its/file dlm …', or set CREDENTIALS_DIRECTORY to the "
+        f"folder of a file {place}"
+    )
 
 
 def _from_file(kind: str, place: str) -> str:

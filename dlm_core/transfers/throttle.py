@@ -176,8 +176,8 @@ class _Paced:
             return None if limited or found is None else _unwrapping(found)
         if attribute == "copy_from":
             return found and partial(self._copy_from, found)
-        if attribute in ("read_back", "open_read_at"):
-            return lambda *where: self._held_back(found(*where))
+        if attribute in ("read_back", "open_read_at", "open_range"):
+            return found and (lambda *where: self._held_back(found(*where)))
         if attribute == "write_on":
             return found and partial(self._write_on, found)
         if attribute == "write_in_parts":

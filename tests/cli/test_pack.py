@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.cli.site import Dlm, refused
 
 
@@ -44,3 +46,25 @@ def test_what_cannot_be_packed_is_refused(dlm: Dlm, storages: dict[str, Path]) -
     wrong = ("storage", "add", "c", "--location", "here", "--root", root)
     refused(dlm(*wrong, "--config", "bundle_below=1MiB"), "DLM-101", 2)
     refused(dlm(*wrong, "--config", "bundle_bytes=many"), "DLM-101", 2)
+
+
+def test_from_a_shell_without_its_credential_a_storage_tells_what_to_do(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever command it is that opens it: a line with what would be right."""
+    root, folder = tmp_path / "vault", tmp_path / "credentials"
+    root.mkdir(), folder.mkdir()
+    (folder / "key").write_text("any")
+    terms = ("type=local", "secret_token=credential:key", "bundle_bytes=1MiB")
+    where = ("--location", "there", "--interface", "rclone", "--root", str(root))
+    add = ("storage", "add", "vault", *where, *(w for term in terms for w in ("--config", term)))
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    wanted = "systemd-run --pty --property=LoadCredential=key:"
+    assert wanted in refused(dlm(*add), "DLM-101", 2)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
+    assert dlm(*add).code == 0
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY")
+    assert wanted in refused(dlm("storage", "test", "vault"), "DLM-101", 2)
+    assert wanted in dlm("storage", "pack", "vault").error
+    assert dlm("storage", "set", "vault", "--mode", "offline").code == 0
+    assert wanted in dlm("storage", "back", "vault").error

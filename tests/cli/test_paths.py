@@ -1,4 +1,4 @@
-"""``dlm storage set --path-rules`` and ``dlm storage path``."""
+"""``dlm storage add`` and ``set --path-rules``, and ``dlm storage path``."""
 
 from __future__ import annotations
 
@@ -59,6 +59,33 @@ def test_rules_that_would_let_copies_meet_are_refused(
     file.write_text(YAML)
     told = refused(dlm("storage", "set", "b", "--path-rules", str(file)), "DLM-107", 2)
     assert "ska:1/x" in told and "ska:2/x" in told
+
+
+def test_a_new_storage_has_its_rules_from_the_first(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path
+) -> None:
+    """They are tried on what is there as those of an old one are; rules that are refused leave no
+    storage behind."""
+    for folder in ("1", "2"):
+        (storages["a"] / folder).mkdir()
+        (storages["a"] / folder / "x").write_bytes(b"1")
+    dlm("register", "a", "--scheme", "ska")
+    root, file = tmp_path / "new", tmp_path / "rules.yaml"
+    root.mkdir()
+    where = dlm("storage", "show", "b", "--json").json["location"]
+    add = ("storage", "add", "new", "--location", where, "--root", str(root), "--path-rules")
+    file.write_text(YAML)
+    told = refused(dlm(*add, str(file)), "DLM-107", 2)
+    assert "ska:1/x" in told and "ska:2/x" in told
+    for text in ("- match: '('\n", "- match: 'ska:(.*)'\n  template: '.dlm/{1}'\n"):
+        file.write_text(text)
+        refused(dlm(*add, str(file)), "DLM-101", 2)
+    refused(dlm(*add, str(tmp_path / "none.yaml")), "DLM-101", 2)
+    refused(dlm("storage", "show", "new"), "DLM-102", 2)
+    file.write_text("- match: 'ska:(.*)/(.*)'\n  template: 'all/{1}-{2}'\n")
+    done = dlm(*add, str(file))
+    assert done.code == 0 and "tried on 2 items: 2 by rule 1" in done.out
+    assert dlm("storage", "path", "new", "ska:1/x").out == "all/1-x\n"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """The lifecycle with a storage that keeps small files in bundles."""
 
 import json
+import os
+import shutil
+import time
 from datetime import timedelta
 
 import pytest
@@ -11,6 +14,7 @@ from dlm_core.lifecycle.lost import lose_storage
 from dlm_core.lifecycle.pack import pack_due, pack_storage, rebuild_storage_index
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
+from dlm_core.transfers.throttle import Pace
 from dlm_core.types import OperationKind
 from tests.site import make_site
 from tests.tape import Tape
@@ -205,6 +209,43 @@ def test_one_packs_a_storage_at_a_time(site):
     with pytest.raises(InvalidValueError, match="whole"):
         rebuild_storage_index(site.context, "vault")
     assert [run().storage for run in pack_due(site.context)] == ["vault"]
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_packing_keeps_the_limit_of_its_storage(site, tmp_path, cold):
+    """What is read for a bundle, its writing and its reading back: 3 times 1 MB at 2 MB/s."""
+    tape = Tape(site.folder / "vault", tmp_path / "hsm").config() if cold else {}
+    if cold:
+        site.set_storage("vault", config=json.dumps(TERMS | tape))
+    files = [site.add_item(f"f{n:03}", os.urandom(9000), "in") for n in range(117)]
+    assert not site.settle().failed
+    site.set_storage("vault", max_bytes_per_second=2 << 20)
+    begun = time.monotonic()
+    report = pack(site, bundle_bytes=1 << 30, **tape)
+    # a block of 1 MiB goes ahead of the pace
+    assert time.monotonic() - begun >= (3 * 117 * 9000 - (1 << 20)) / (2 << 20)
+    assert (report.members, report.bundles) == (len(files), 1)
+    assert site.query("SELECT * FROM drainer") == []
+
+
+def test_reading_bundles_anew_keeps_the_limit_too(site):
+    """What a lost index is made anew from is asked of the pace of its storage."""
+    for n in range(117):
+        site.add_item(f"f{n:03}", os.urandom(9000), "in")
+    assert not site.settle().failed
+    pack(site, bundle_bytes=1 << 30)
+    shutil.rmtree(site.folder / "vault/.dlm/bundles/log")
+    site.set_storage("vault", max_bytes_per_second=100_000)
+    waited = []
+
+    def take(pace, size):
+        waited.append((pace.limited, size))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pace, "take", take)
+        assert rebuild_storage_index(site.context, "vault").members == 117
+    assert all(limited for limited, _ in waited)
+    assert sum(size for _, size in waited) >= 117 * 9000
 
 
 def expire(site, oids):

@@ -472,8 +472,8 @@ LIFECYCLE = (
     Mutant(
         "rules-untried",
         "dlm_core/lifecycle/rules.py",
-        "        if meetings:",
-        "        if False:",
+        "    if meetings:",
+        "    if False:",
         "path rules are used by which copies meet",
         ("lifecycle/test_paths.py::test_rules_by_which_copies_would_meet_are_refused",),
     ),
@@ -508,6 +508,16 @@ LIFECYCLE = (
         "            if False:",
         "where rclone cannot move, the source goes though its copy was not read",
         ("storages/test_rclone.py::test_a_copy_that_is_other_bytes_costs_the_source_nothing",),
+    ),
+    Mutant(
+        "rclone-part-believed",
+        "dlm_core/storages/rclone_reading.py",
+        "            if sure and not first",
+        "            if sure or not first",
+        "what rclone says is a part of a file may be its beginning",
+        (
+            "storages/test_ranges.py::test_whatever_a_web_server_makes_of_rclones_range_the_bytes_are_right",
+        ),
     ),
     Mutant(
         "rclone-moves-unlooked",

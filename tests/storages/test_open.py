@@ -65,6 +65,17 @@ def test_a_reference_that_leads_nowhere_is_named(monkeypatch, reference):
         read_secret("x", reference)
 
 
+def test_a_credential_that_is_missing_tells_what_would_be_right(monkeypatch, tmp_path):
+    """In one line: a shell has none at all, and in a unit it is this one that was not loaded."""
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    with pytest.raises(InvalidValueError, match=r"systemd-run .*=key:.*, or set CRED"):
+        read_secret("x", "credential:key")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    with pytest.raises(InvalidValueError, match=r"a file key in .CREDENTIALS_DIRECTORY") as caught:
+        read_secret("x", "credential:key")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_secret_given_where_a_reference_belongs_is_not_shown():
     """It is refused in a line that says what a reference looks like."""
     with pytest.raises(InvalidValueError) as caught:

@@ -1,0 +1,76 @@
+"""What the config of an rclone storage may hold, and where its secrets may stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from dlm_core.errors import InvalidValueError
+from dlm_core.storages.config import read_config
+from dlm_core.storages.secrets import SecretReference, read_secret
+
+#: Asked at each call for what the backend needs, secrets as they are then.
+Options = Callable[[], Mapping[str, str]]
+
+_SECRET = "secret_"
+# of options that are secrets, or may hold one
+_SECRET_NAMES = re.compile(
+    r"pass|secret|token|credential|bearer|private|cookie|authorization|mnemonic|customer_key"
+    r"|connection_string|(^|_)(keys?|pem|sas(_url)?|headers|access_grant|session_id)$"
+)
+_CREDENTIALS = re.compile("://[^/]*@")
+
+
+class RcloneConfig(BaseModel):
+    """What ``config`` of an rclone storage may hold: the backend's ``type``, its options by
+    rclone's names, and ``secret_<option>`` with a reference for each that is a secret."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: str = Field(pattern="^[a-z0-9]+$", description="A backend of rclone's.")
+
+
+def read_rclone_config(name: str, config: Mapping[str, Any]) -> tuple[str, Options]:
+    """Type of the backend, and what it needs.
+
+    Raises
+    ------
+    InvalidValueError
+        if a secret is given instead of a reference, or a reference leads to nothing.
+    """
+    parsed = read_config(RcloneConfig, name, config)
+    given = {key: str(value) for key, value in (parsed.model_extra or {}).items()}
+    secrets = {k.removeprefix(_SECRET): v for k, v in given.items() if k.startswith(_SECRET)}
+    plain = {k: v for k, v in given.items() if not k.startswith(_SECRET)}
+    _check_options(name, plain, secrets)
+
+    def options() -> dict[str, str]:
+        return plain | {key: read_secret(name, place) for key, place in secrets.items()}
+
+    options()
+    return parsed.type, options
+
+
+def _check_options(name: str, plain: Mapping[str, str], secrets: Mapping[str, str]) -> None:
+    for key, value in plain.items():
+        if is_secret(key, value):
+            raise InvalidValueError(
+                what=f"config of storage {name}: {key}", value="(not shown)",
+                expected=f"{_SECRET}{key}=env:NAME, file:/path or credential:NAME",
+            )  # fmt: skip
+    for key, place in secrets.items():
+        try:
+            TypeAdapter(SecretReference).validate_python(place)
+        except ValidationError:
+            raise InvalidValueError(
+                what=f"config of storage {name}: {_SECRET}{key}", value="(not shown)",
+                expected="env:NAME, file:/path or credential:NAME",
+            ) from None  # fmt: skip
+
+
+def is_secret(key: str, value: str) -> bool:
+    """Whether an option is one, by its name or by what is in it."""
+    return bool(_SECRET_NAMES.search(key) or _CREDENTIALS.search(value))

@@ -6,12 +6,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError
 from pydantic import Field
 
+from dlm_core.catalogue.operations import list_due
 from dlm_core.errors import DlmError
 from dlm_core.lifecycle import expire, rebalance, replicate
 from dlm_core.lifecycle.admit import execute_admit
@@ -34,6 +36,9 @@ from dlm_pipelines.metadata import (
     staging_metadata,
 )
 from dlm_pipelines.resources import Catalogue
+
+#: operations of a kind that a dry run shows
+_PROPOSED = 1000
 
 
 class DrainConfig(dg.Config):
@@ -76,8 +81,20 @@ class Work:
     guard: Guard | None = None
 
 
-def _nothing(_: Context) -> list[Mapping[str, Any]]:
+def _nothing_more(_: Context) -> list[Mapping[str, Any]]:
+    """What it plans is found by looking into watched folders, which is work of its own."""
     return []
+
+
+def _propose(context: Context, work: Work) -> list[Mapping[str, Any]]:
+    """What is queued and due already, and what would be planned; the first of each."""
+    queued: list[Mapping[str, Any]] = []
+    for kind in work.executors:
+        due = partial(list_due, kind=kind, now=context.clock(), limit=_PROPOSED)
+        for one in context.transact(due):
+            what = f"{kind} on {one['storage']}: {one['reason']}"
+            queued.append({"item": one["uri"], "what": what, "bytes": one["bytes"]})
+    return queued + work.propose(context)
 
 
 def _propose_copies(context: Context) -> list[Mapping[str, Any]]:
@@ -123,7 +140,7 @@ def _plan_looks(context: Context) -> int:
 
 WORK: dict[str, Work] = {
     "registration": Work(
-        {OperationKind.ADMIT: execute_admit}, lambda _: plan_registration, _nothing
+        {OperationKind.ADMIT: execute_admit}, lambda _: plan_registration, _nothing_more
     ),
     "replication": Work(
         # what is staged by hand is asked for first: a copy may want the same files
@@ -159,8 +176,8 @@ def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: C
         settings = _stricter(site, site.settings(**overrides))
         core = site.context(f"run:{context.run_id}", settings)
         if config.dry_run:
-            proposals = work.propose(core)
-            context.log.info(f"dry run: {len(proposals)} proposed, nothing changed")
+            proposals = _propose(core, work)
+            context.log.info(f"dry run: {len(proposals)} shown, nothing changed")
             return dg.Output(len(proposals), metadata=proposals_metadata(proposals))
         with _progress(context):
             report = _drain(core, work, settings)

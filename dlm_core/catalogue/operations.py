@@ -102,6 +102,24 @@ def count_due(
     return int(found[0]["n"])
 
 
+def list_due(
+    connection: Connection, kind: OperationKind, now: datetime, limit: int
+) -> list[dict[str, Any]]:
+    """The first operations of a kind that would be claimed now: uri, storage, reason and bytes."""
+    return rows(
+        connection,
+        """SELECT i.uri, s.name AS storage, o.reason, coalesce(r.size, i.size, 0) AS bytes
+             FROM (SELECT * FROM operation
+                    WHERE state = 'QUEUED' AND kind = :kind AND due_at <= :now
+                    ORDER BY priority, due_at LIMIT :limit) o
+             JOIN replica r USING (uid) JOIN storage s USING (storage_id)
+             JOIN data_item i ON i.oid = r.oid ORDER BY o.priority, o.due_at, o.operation_id""",
+        kind=kind.value,
+        now=now,
+        limit=limit,
+    )
+
+
 def release_expired_leases(
     connection: Connection, kinds: Sequence[OperationKind], now: datetime, max_attempts: int
 ) -> list[dict[str, Any]]:

@@ -126,12 +126,13 @@ def test_what_waits_for_staging_is_in_the_runs_numbers(site, instance):
     assert sensor(instance, "replication").skip_message == "nothing is due"
 
 
-@pytest.mark.parametrize("name", ["replication", "expiry", "rebalance"])
+@pytest.mark.parametrize("name", ["registration", "replication", "expiry", "rebalance"])
 def test_a_dry_run_shows_and_changes_nothing(site, instance, name):
-    """Proposals are a table in the run's metadata."""
+    """Proposals are a table in the run's metadata: what is queued, and what would be planned."""
     register(site, {"x": b"one"})
-    execute(instance, "registration")
-    if name != "replication":
+    if name != "registration":
+        execute(instance, "registration")
+    if name in ("expiry", "rebalance"):
         execute(instance, "replication")
         site.set_storage("a", capacity_bytes=3)
         site.add_storage("c", "C")

@@ -39,7 +39,6 @@ from dlm_core.storages.secrets import SecretReference
 PART_SIZE = 8 << 20
 # of an upload; S3's limit is 10,000
 _MAX_PARTS = 9_000
-_PARTS_AT_ONCE = 4
 _MULTIPARTS_AT_ONCE = 4
 _BLOCK = 1 << 20
 _HEADS_INSTEAD_OF_LIST = 16
@@ -155,10 +154,11 @@ class Within:
 class S3Storage:
     """A bucket, or a prefix of one; see :class:`dlm_core.storages.port.Storage`.
 
-    A PUT becomes visible whole or not at all, with a CRC-64/NVME that the server checks;
-    objects up to ``PART_SIZE`` bytes are created with If-None-Match. Larger ones are uploaded in
-    parts, which S3 does not combine with that precondition for every server: the key is looked at
-    just before, and the catalogue gives every path one owner. Names that not every server keeps as
+    An object becomes visible whole or not at all: up to ``PART_SIZE`` bytes by one PUT with a
+    CRC-64/NVME, above in parts with their MD5s, which the server checks. Both are created with
+    If-None-Match; a server that does not know this of parts is asked without, and the key is looked
+    at just before. Renaming and :meth:`copy_from` only look: CopyObject has no such condition on
+    most servers, and the catalogue gives every path one owner. Names that not every server keeps as
     they are (no UTF-8, control characters, backslashes) are refused.
     """
 
@@ -329,7 +329,6 @@ class S3Storage:
                 return obstore.put(
                     self._store, key, body, mode="create", attributes=self._attributes
                 )["e_tag"]
-        self._must_be_free(path)
         return self._upload(path, source, size)
 
     def _must_be_free(self, path: str) -> None:
@@ -351,23 +350,19 @@ class S3Storage:
         return self._parts.forget(before, owned)
 
     def _upload(self, path: str, source: Readable, size: int) -> str | None:
-        part = self.part_size(size)
+        """A new object of several parts; the server makes it only if nothing has its name by then,
+        which obstore cannot ask for."""
+        self._must_be_free(self._key(path))
         with self._large, self._translated_making(path):
-            return obstore.put(
-                self._store,
-                self._key(path),
-                iter(lambda: source.read(_BLOCK), b""),
-                use_multipart=True,
-                attributes=self._attributes,
-                chunk_size=part,
-                # what waits in memory stays within some hundred megabytes
-                max_concurrency=max(1, _PARTS_AT_ONCE * PART_SIZE // part),
-            )["e_tag"]
+            return self._parts.create(
+                path, source, self.part_size(size), lambda: self._must_be_free(path)
+            )
 
     def copy_from(
         self, source: Any, source_path: str, path: str, size: int, moved: Callable[[int], None]
     ) -> bool:
-        """CopyObject within one bucket; the key is looked at just before."""
+        """CopyObject within one bucket. The key is only looked at just before: what comes to it
+        after that is replaced."""
         here, there = self.within, getattr(source, "within", None)
         if here is None or not isinstance(there, Within) or here.bucket != there.bucket:
             return False
@@ -405,6 +400,7 @@ class S3Storage:
         """Nothing to do: S3 answers a PUT once the object is durable."""
 
     def rename(self, source: str, destination: str) -> None:
+        """Copy, check, delete. The destination is only looked at before, see :meth:`copy_from`."""
         entry = self.stat(source)
         if entry is None:
             raise PayloadNotFoundError(storage=self.name, path=source)
@@ -488,7 +484,7 @@ class S3Stream:
         self.opened: Hashable = result.meta["e_tag"]
         self.size: int = result.meta["size"]
         chunks = result.stream(min_chunk_size=_BLOCK)
-        # a large upload reads its source inside the Rust runtime, where none may be entered again
+        # the next block of a large one comes while this one is used
         self._chunks = Prefetched(chunks) if self.size > PART_SIZE else iter(chunks)
         self._rest = memoryview(b"")
 

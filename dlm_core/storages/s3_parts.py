@@ -113,13 +113,35 @@ class Parts:
         with self._s3.translated(path):
             found, findable = self._left_of(key)
             upload = found or self._begun(key)
+        return self._made(upload, path, source, part, sending, must_be_free, kept=findable)
+
+    def create(
+        self, path: str, source: Readable, part: int, must_be_free: Callable[[], None]
+    ) -> str:
+        """As :meth:`write`, but all is sent, and nothing stays of what is interrupted."""
+        with self._s3.translated(path):
+            upload = self._begun(self._s3.prefix + path)
+        return self._made(upload, path, source, part, _unheard, must_be_free, kept=False)
+
+    def _made(
+        self,
+        upload: Upload,
+        path: str,
+        source: Readable,
+        part: int,
+        sending: Callable[[int], None],
+        must_be_free: Callable[[], None],
+        *,
+        kept: bool,
+    ) -> str:
+        """Fill an upload and make an object of it; if it fails the upload stays if it is kept."""
         try:
             with self._s3.translated(path):
                 named, etag = self._pour(upload, source, part, sending)
                 must_be_free()
                 self._complete(upload, named)
         except BaseException as error:
-            if not findable or isinstance(error, PayloadExistsError):
+            if not kept or isinstance(error, PayloadExistsError):
                 self._end_quietly(upload)
             raise
         return etag
@@ -333,6 +355,10 @@ def _first(waiting: deque[Future[tuple[bytes, str]]]) -> tuple[bytes, str]:
         for one in waiting:
             one.cancel()
         raise
+
+
+def _unheard(_: int) -> None:
+    """Who is told that so many bytes are sent if nobody wants to know."""
 
 
 def _progress(upload: Upload) -> tuple[int, float]:

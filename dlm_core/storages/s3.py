@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ from dlm_core.storages.ranges import Slice
 from dlm_core.storages.s3_client import S3Client
 from dlm_core.storages.s3_keys import KeyProvider, from_aws_chain, from_references
 from dlm_core.storages.s3_parts import Owned, Parts
+from dlm_core.storages.s3_versions import Versions
 from dlm_core.storages.secrets import SecretReference
 
 #: objects up to this size are one PUT with If-None-Match; larger ones are uploaded in such parts
@@ -121,10 +122,12 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
         credential_provider=keys,
         **options,
     )
+    client = S3Client(name, root, parsed, keys)
     storage = S3Storage(
         name,
         build(prefix=prefix or None),
-        Parts(S3Client(name, root, parsed, keys), parsed.storage_class),
+        Parts(client, parsed.storage_class),
+        Versions(client),
         storage_class=parsed.storage_class,
     )
     if parsed.storage_class is None:  # a copy by the server has the bucket's own class
@@ -160,6 +163,8 @@ class S3Storage:
     at just before. Renaming and :meth:`copy_from` only look: CopyObject has no such condition on
     most servers, and the catalogue gives every path one owner. Names that not every server keeps as
     they are (no UTF-8, control characters, backslashes) are refused.
+
+    Where the bucket keeps versions, what is removed or renamed goes with all of its versions.
     """
 
     atomic_write = True
@@ -171,11 +176,12 @@ class S3Storage:
         name: str,
         store: S3Store,
         parts: Parts,
+        versions: Versions,
         concurrency: int = 32,
         storage_class: str | None = None,
     ) -> None:
         self.name, self.concurrency = name, concurrency
-        self._parts = parts
+        self._parts, self._versions = parts, versions
         self._attributes: Any = {"Storage-Class": storage_class} if storage_class else None
         self._store = store
         self._large = threading.BoundedSemaphore(_MULTIPARTS_AT_ONCE)
@@ -435,8 +441,8 @@ class S3Storage:
             now = there_now[one.path]
             if now is not None and _version(now) != _version(one):
                 raise self._unavailable(f"{one.path} changed while it was moved")
-        with self._translated(source):
-            obstore.delete(self._store, [one.path for one in entries])
+        by_path = {one.path: one for one in entries}
+        self._delete(source, by_path, moved=by_path)
 
     def _copy(self, entry: Entry, destination: str) -> None:
         if entry.size > _COPY_LIMIT:
@@ -451,13 +457,27 @@ class S3Storage:
         below = [entry.path for entry in self._below(path)]
         if below and self._is_object(path):
             below = []  # to a file belongs nothing whose name goes on where its own ends
-        with self._translated(path):
-            obstore.delete(self._store, [key, *below])
+        # in our own folder what a listing does not show is ours too: an earlier try came so far
+        self._delete(key, {key, *below}, tree=path.startswith(f"{PRIVATE}/"))
 
     def remove_file(self, path: str) -> None:
-        key = self._key(path)
-        with self._translated(path):
-            obstore.delete(self._store, [key])
+        self._delete(self._key(path), {path})
+
+    def _delete(
+        self,
+        root: str,
+        paths: Collection[str],
+        *,
+        tree: bool = False,
+        moved: Mapping[str, Entry] | None = None,
+    ) -> None:
+        """Delete objects, of a bucket that keeps versions with all of these: see
+        :meth:`Versions.remove`."""
+        if self._versions.are_kept():
+            self._versions.remove(root, paths, tree=tree, moved=moved)
+            return
+        with self._translated(root):
+            obstore.delete(self._store, list(paths))
 
     def _is_object(self, path: str) -> bool:
         try:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 #: requests at once, at most
 AT_ONCE = 32
 DENIED = ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
+#: what servers answer that have no such request
+UNKNOWN = ("NotImplemented", "MethodNotAllowed", "501", "405")
 _ABSENT = ("NoSuchKey", "404", "NotFound")
 _TAKEN = ("PreconditionFailed", "412")
 

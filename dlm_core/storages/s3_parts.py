@@ -20,7 +20,7 @@ from typing import Any
 
 from dlm_core.errors import PayloadExistsError, StorageError
 from dlm_core.storages.port import PRIVATE, Readable
-from dlm_core.storages.s3_client import DENIED, S3Client, code_of
+from dlm_core.storages.s3_client import DENIED, UNKNOWN, S3Client, code_of
 
 _MIB = 1 << 20
 # parts in memory, those that are sent and those that are read, of all uploads of a storage
@@ -29,8 +29,6 @@ _SENT_AT_ONCE = 32 * _MIB
 _BLOCK = _MIB
 # uploads whose keys the catalogue is asked for at a time
 _ASKED_AT_ONCE = 1000
-# what servers answer that have no such request
-_UNKNOWN = ("NotImplemented", "MethodNotAllowed", "501", "405")
 
 # why an upload may not be completed as it is
 _NOT_SO = (
@@ -198,7 +196,7 @@ class Parts:
                 if one.key == key and self._is_of_our_class(one) and self._look(one)
             ]
         except ClientError as error:
-            if code_of(error) in (*DENIED, *_UNKNOWN):
+            if code_of(error) in (*DENIED, *UNKNOWN):
                 return None, False
             raise
         return max(left, key=_progress, default=None), True
@@ -311,7 +309,7 @@ class Parts:
             try:
                 self._client.complete_multipart_upload(**whole, **self._conditional)
             except ClientError as error:
-                if not self._conditional or code_of(error) not in _UNKNOWN:
+                if not self._conditional or code_of(error) not in UNKNOWN:
                     raise
                 self._conditional = {}
                 self._client.complete_multipart_upload(**whole)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, Self
 
 import obstore
@@ -30,7 +31,7 @@ from dlm_core.storages.config import read_config
 from dlm_core.storages.port import PRIVATE, Entry, Readable, ReadStream, Usage
 from dlm_core.storages.prefetch import Prefetched
 from dlm_core.storages.ranges import Slice
-from dlm_core.storages.s3_client import S3Client
+from dlm_core.storages.s3_client import S3Client, authorities
 from dlm_core.storages.s3_keys import KeyProvider, from_aws_chain, from_references
 from dlm_core.storages.s3_parts import Owned, Parts
 from dlm_core.storages.s3_versions import Versions
@@ -105,19 +106,21 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
     options: dict[str, Any] = {"region": parsed.region}
     if parsed.endpoint:
         options["endpoint"] = parsed.endpoint
+    plain = bool(parsed.endpoint and parsed.endpoint.startswith("http://"))
+    options["client_options"] = {
+        "allow_http": plain,
+        "connect_timeout": "5s",
+        # a whole request may take long, its silence may not
+        "read_timeout": "120s",
+        "timeout": "86400s",
+        **({} if plain else _trusting(name)),
+    }
     keys = keys_of(name, parsed)
     build = partial(
         S3Store,
         bucket,
         virtual_hosted_style_request=not parsed.path_style,
         checksum_algorithm="crc64nvme",
-        client_options={
-            "allow_http": bool(parsed.endpoint and parsed.endpoint.startswith("http://")),
-            "connect_timeout": "5s",
-            # a whole request may take long, its silence may not
-            "read_timeout": "120s",
-            "timeout": "86400s",
-        },
         retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=20)},
         credential_provider=keys,
         **options,
@@ -136,6 +139,21 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
         whole = cache(lambda: build(prefix=None))
         storage.within = Within(bucket_of, f"{prefix}/" if prefix else "", whole)
     return storage
+
+
+def _trusting(name: str) -> dict[str, str]:
+    """The certificates that boto3 trusts, for obstore, which adds them to the system's."""
+    file = authorities()
+    if file is None or Path(file).is_dir():
+        return {}
+    try:
+        return {"root_certificate": Path(file).read_text("ascii", "replace")}
+    except OSError as error:
+        raise InvalidValueError(
+            what=f"AWS_CA_BUNDLE or SSL_CERT_FILE, for storage {name}",
+            value=file,
+            expected=f"a file of certificates ({error.strerror})",
+        ) from None
 
 
 def keys_of(name: str, config: S3Config) -> KeyProvider:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import posixpath
 import re
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, Self
 
 import obstore
@@ -30,16 +31,16 @@ from dlm_core.storages.config import read_config
 from dlm_core.storages.port import PRIVATE, Entry, Readable, ReadStream, Usage
 from dlm_core.storages.prefetch import Prefetched
 from dlm_core.storages.ranges import Slice
-from dlm_core.storages.s3_client import S3Client
+from dlm_core.storages.s3_client import S3Client, authorities
 from dlm_core.storages.s3_keys import KeyProvider, from_aws_chain, from_references
 from dlm_core.storages.s3_parts import Owned, Parts
+from dlm_core.storages.s3_versions import Versions
 from dlm_core.storages.secrets import SecretReference
 
 #: objects up to this size are one PUT with If-None-Match; larger ones are uploaded in such parts
 PART_SIZE = 8 << 20
 # of an upload; S3's limit is 10,000
 _MAX_PARTS = 9_000
-_PARTS_AT_ONCE = 4
 _MULTIPARTS_AT_ONCE = 4
 _BLOCK = 1 << 20
 _HEADS_INSTEAD_OF_LIST = 16
@@ -105,27 +106,31 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
     options: dict[str, Any] = {"region": parsed.region}
     if parsed.endpoint:
         options["endpoint"] = parsed.endpoint
+    plain = bool(parsed.endpoint and parsed.endpoint.startswith("http://"))
+    options["client_options"] = {
+        "allow_http": plain,
+        "connect_timeout": "5s",
+        # a whole request may take long, its silence may not
+        "read_timeout": "120s",
+        "timeout": "86400s",
+        **({} if plain else _trusting(name)),
+    }
     keys = keys_of(name, parsed)
     build = partial(
         S3Store,
         bucket,
         virtual_hosted_style_request=not parsed.path_style,
         checksum_algorithm="crc64nvme",
-        client_options={
-            "allow_http": bool(parsed.endpoint and parsed.endpoint.startswith("http://")),
-            "connect_timeout": "5s",
-            # a whole request may take long, its silence may not
-            "read_timeout": "120s",
-            "timeout": "86400s",
-        },
         retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=20)},
         credential_provider=keys,
         **options,
     )
+    client = S3Client(name, root, parsed, keys)
     storage = S3Storage(
         name,
         build(prefix=prefix or None),
-        Parts(S3Client(name, root, parsed, keys), parsed.storage_class),
+        Parts(client, parsed.storage_class),
+        Versions(client),
         storage_class=parsed.storage_class,
     )
     if parsed.storage_class is None:  # a copy by the server has the bucket's own class
@@ -134,6 +139,21 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
         whole = cache(lambda: build(prefix=None))
         storage.within = Within(bucket_of, f"{prefix}/" if prefix else "", whole)
     return storage
+
+
+def _trusting(name: str) -> dict[str, str]:
+    """The certificates that boto3 trusts, for obstore, which adds them to the system's."""
+    file = authorities()
+    if file is None or Path(file).is_dir():
+        return {}
+    try:
+        return {"root_certificate": Path(file).read_text("ascii", "replace")}
+    except OSError as error:
+        raise InvalidValueError(
+            what=f"AWS_CA_BUNDLE or SSL_CERT_FILE, for storage {name}",
+            value=file,
+            expected=f"a file of certificates ({error.strerror})",
+        ) from None
 
 
 def keys_of(name: str, config: S3Config) -> KeyProvider:
@@ -155,11 +175,14 @@ class Within:
 class S3Storage:
     """A bucket, or a prefix of one; see :class:`dlm_core.storages.port.Storage`.
 
-    A PUT becomes visible whole or not at all, with a CRC-64/NVME that the server checks;
-    objects up to ``PART_SIZE`` bytes are created with If-None-Match. Larger ones are uploaded in
-    parts, which S3 does not combine with that precondition for every server: the key is looked at
-    just before, and the catalogue gives every path one owner. Names that not every server keeps as
+    An object becomes visible whole or not at all: up to ``PART_SIZE`` bytes by one PUT with a
+    CRC-64/NVME, above in parts with their MD5s, which the server checks. Both are created with
+    If-None-Match; a server that does not know this of parts is asked without, and the key is looked
+    at just before. Renaming and :meth:`copy_from` only look: CopyObject has no such condition on
+    most servers, and the catalogue gives every path one owner. Names that not every server keeps as
     they are (no UTF-8, control characters, backslashes) are refused.
+
+    Where the bucket keeps versions, what is removed or renamed goes with all of its versions.
     """
 
     atomic_write = True
@@ -171,11 +194,12 @@ class S3Storage:
         name: str,
         store: S3Store,
         parts: Parts,
+        versions: Versions,
         concurrency: int = 32,
         storage_class: str | None = None,
     ) -> None:
         self.name, self.concurrency = name, concurrency
-        self._parts = parts
+        self._parts, self._versions = parts, versions
         self._attributes: Any = {"Storage-Class": storage_class} if storage_class else None
         self._store = store
         self._large = threading.BoundedSemaphore(_MULTIPARTS_AT_ONCE)
@@ -329,7 +353,6 @@ class S3Storage:
                 return obstore.put(
                     self._store, key, body, mode="create", attributes=self._attributes
                 )["e_tag"]
-        self._must_be_free(path)
         return self._upload(path, source, size)
 
     def _must_be_free(self, path: str) -> None:
@@ -351,23 +374,19 @@ class S3Storage:
         return self._parts.forget(before, owned)
 
     def _upload(self, path: str, source: Readable, size: int) -> str | None:
-        part = self.part_size(size)
+        """A new object of several parts; the server makes it only if nothing has its name by then,
+        which obstore cannot ask for."""
+        self._must_be_free(self._key(path))
         with self._large, self._translated_making(path):
-            return obstore.put(
-                self._store,
-                self._key(path),
-                iter(lambda: source.read(_BLOCK), b""),
-                use_multipart=True,
-                attributes=self._attributes,
-                chunk_size=part,
-                # what waits in memory stays within some hundred megabytes
-                max_concurrency=max(1, _PARTS_AT_ONCE * PART_SIZE // part),
-            )["e_tag"]
+            return self._parts.create(
+                path, source, self.part_size(size), lambda: self._must_be_free(path)
+            )
 
     def copy_from(
         self, source: Any, source_path: str, path: str, size: int, moved: Callable[[int], None]
     ) -> bool:
-        """CopyObject within one bucket; the key is looked at just before."""
+        """CopyObject within one bucket. The key is only looked at just before: what comes to it
+        after that is replaced."""
         here, there = self.within, getattr(source, "within", None)
         if here is None or not isinstance(there, Within) or here.bucket != there.bucket:
             return False
@@ -405,6 +424,7 @@ class S3Storage:
         """Nothing to do: S3 answers a PUT once the object is durable."""
 
     def rename(self, source: str, destination: str) -> None:
+        """Copy, check, delete. The destination is only looked at before, see :meth:`copy_from`."""
         entry = self.stat(source)
         if entry is None:
             raise PayloadNotFoundError(storage=self.name, path=source)
@@ -439,8 +459,8 @@ class S3Storage:
             now = there_now[one.path]
             if now is not None and _version(now) != _version(one):
                 raise self._unavailable(f"{one.path} changed while it was moved")
-        with self._translated(source):
-            obstore.delete(self._store, [one.path for one in entries])
+        by_path = {one.path: one for one in entries}
+        self._delete(source, by_path, moved=by_path)
 
     def _copy(self, entry: Entry, destination: str) -> None:
         if entry.size > _COPY_LIMIT:
@@ -455,13 +475,27 @@ class S3Storage:
         below = [entry.path for entry in self._below(path)]
         if below and self._is_object(path):
             below = []  # to a file belongs nothing whose name goes on where its own ends
-        with self._translated(path):
-            obstore.delete(self._store, [key, *below])
+        # in our own folder what a listing does not show is ours too: an earlier try came so far
+        self._delete(key, {key, *below}, tree=path.startswith(f"{PRIVATE}/"))
 
     def remove_file(self, path: str) -> None:
-        key = self._key(path)
-        with self._translated(path):
-            obstore.delete(self._store, [key])
+        self._delete(self._key(path), {path})
+
+    def _delete(
+        self,
+        root: str,
+        paths: Collection[str],
+        *,
+        tree: bool = False,
+        moved: Mapping[str, Entry] | None = None,
+    ) -> None:
+        """Delete objects, of a bucket that keeps versions with all of these: see
+        :meth:`Versions.remove`."""
+        if self._versions.are_kept():
+            self._versions.remove(root, paths, tree=tree, moved=moved)
+            return
+        with self._translated(root):
+            obstore.delete(self._store, list(paths))
 
     def _is_object(self, path: str) -> bool:
         try:
@@ -488,7 +522,7 @@ class S3Stream:
         self.opened: Hashable = result.meta["e_tag"]
         self.size: int = result.meta["size"]
         chunks = result.stream(min_chunk_size=_BLOCK)
-        # a large upload reads its source inside the Rust runtime, where none may be entered again
+        # the next block of a large one comes while this one is used
         self._chunks = Prefetched(chunks) if self.size > PART_SIZE else iter(chunks)
         self._rest = memoryview(b"")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 #: requests at once, at most
 AT_ONCE = 32
 DENIED = ("AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
+#: what servers answer that have no such request
+UNKNOWN = ("NotImplemented", "MethodNotAllowed", "501", "405")
 _ABSENT = ("NoSuchKey", "404", "NotFound")
 _TAKEN = ("PreconditionFailed", "412")
 
@@ -74,6 +77,7 @@ class S3Client:
             aws_access_key_id=keys["access_key_id"],
             aws_secret_access_key=keys["secret_access_key"],
             aws_session_token=keys["token"],
+            verify=authorities(),
             config=Config(
                 connect_timeout=5, read_timeout=60, max_pool_connections=AT_ONCE,
                 retries={"mode": "standard", "max_attempts": 4},
@@ -108,6 +112,11 @@ class S3Client:
 
     def unavailable(self, message: str) -> StorageUnavailableError:
         return StorageUnavailableError(storage=self.name, message=message)
+
+
+def authorities() -> str | None:
+    """A file of certificates to trust, if one is named; obstore knows the second variable only."""
+    return os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or None
 
 
 def code_of(error: Any) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from dlm_core.errors import PayloadExistsError, StorageError
 from dlm_core.storages.port import PRIVATE, Readable
-from dlm_core.storages.s3_client import DENIED, S3Client, code_of
+from dlm_core.storages.s3_client import DENIED, UNKNOWN, S3Client, code_of
 
 _MIB = 1 << 20
 # parts in memory, those that are sent and those that are read, of all uploads of a storage
@@ -29,8 +29,6 @@ _SENT_AT_ONCE = 32 * _MIB
 _BLOCK = _MIB
 # uploads whose keys the catalogue is asked for at a time
 _ASKED_AT_ONCE = 1000
-# what servers answer that have no such request
-_UNKNOWN = ("NotImplemented", "MethodNotAllowed", "501", "405")
 
 # why an upload may not be completed as it is
 _NOT_SO = (
@@ -113,13 +111,35 @@ class Parts:
         with self._s3.translated(path):
             found, findable = self._left_of(key)
             upload = found or self._begun(key)
+        return self._made(upload, path, source, part, sending, must_be_free, kept=findable)
+
+    def create(
+        self, path: str, source: Readable, part: int, must_be_free: Callable[[], None]
+    ) -> str:
+        """As :meth:`write`, but all is sent, and nothing stays of what is interrupted."""
+        with self._s3.translated(path):
+            upload = self._begun(self._s3.prefix + path)
+        return self._made(upload, path, source, part, _unheard, must_be_free, kept=False)
+
+    def _made(
+        self,
+        upload: Upload,
+        path: str,
+        source: Readable,
+        part: int,
+        sending: Callable[[int], None],
+        must_be_free: Callable[[], None],
+        *,
+        kept: bool,
+    ) -> str:
+        """Fill an upload and make an object of it; if it fails the upload stays if it is kept."""
         try:
             with self._s3.translated(path):
                 named, etag = self._pour(upload, source, part, sending)
                 must_be_free()
                 self._complete(upload, named)
         except BaseException as error:
-            if not findable or isinstance(error, PayloadExistsError):
+            if not kept or isinstance(error, PayloadExistsError):
                 self._end_quietly(upload)
             raise
         return etag
@@ -176,7 +196,7 @@ class Parts:
                 if one.key == key and self._is_of_our_class(one) and self._look(one)
             ]
         except ClientError as error:
-            if code_of(error) in (*DENIED, *_UNKNOWN):
+            if code_of(error) in (*DENIED, *UNKNOWN):
                 return None, False
             raise
         return max(left, key=_progress, default=None), True
@@ -289,7 +309,7 @@ class Parts:
             try:
                 self._client.complete_multipart_upload(**whole, **self._conditional)
             except ClientError as error:
-                if not self._conditional or code_of(error) not in _UNKNOWN:
+                if not self._conditional or code_of(error) not in UNKNOWN:
                     raise
                 self._conditional = {}
                 self._client.complete_multipart_upload(**whole)
@@ -333,6 +353,10 @@ def _first(waiting: deque[Future[tuple[bytes, str]]]) -> tuple[bytes, str]:
         for one in waiting:
             one.cancel()
         raise
+
+
+def _unheard(_: int) -> None:
+    """Who is told that so many bytes are sent if nobody wants to know."""
 
 
 def _progress(upload: Upload) -> tuple[int, float]:

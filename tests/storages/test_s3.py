@@ -30,6 +30,14 @@ def bucket(s3):
     return open_storage("bucket", "s3", f"{s3.bucket}/{uuid.uuid4().hex}", s3_config(s3))
 
 
+def client(s3):
+    """Somebody else's."""
+    return boto3.client(
+        "s3", endpoint_url=s3.endpoint, region_name="us-east-1",
+        aws_access_key_id=s3.access_key, aws_secret_access_key=s3.secret_key,
+    )  # fmt: skip
+
+
 def paths(storage, below=""):
     return [entry.path for entry in storage.walk(below)]
 
@@ -126,12 +134,39 @@ def test_an_upload_that_breaks_off_leaves_nothing(bucket, s3):
     with pytest.raises(ConnectionResetError):
         bucket.write("x", Broken(), 4 * PART)
     assert bucket.stat("x") is None
-    client = boto3.client(
-        "s3", endpoint_url=s3.endpoint, region_name="us-east-1",
-        aws_access_key_id=s3.access_key, aws_secret_access_key=s3.secret_key,
-    )  # fmt: skip
     prefix = bucket.within.prefix
-    assert client.list_multipart_uploads(Bucket=s3.bucket, Prefix=prefix).get("Uploads", []) == []
+    assert (
+        client(s3).list_multipart_uploads(Bucket=s3.bucket, Prefix=prefix).get("Uploads", []) == []
+    )
+
+
+class Disturbed(io.BytesIO):
+    """Bytes at whose end, before it is told, something happens."""
+
+    def __init__(self, data, happens):
+        super().__init__(data)
+        self.happens = happens
+
+    def read(self, size=-1, /):
+        block = super().read(size)
+        if not block:
+            self.happens()
+        return block
+
+
+@pytest.mark.parametrize("size", [PART, PART + 1, 3 * PART])
+def test_what_came_while_an_object_was_written_stays(bucket, s3, monkeypatch, size):
+    """However many parts it has, the server makes it only if nothing has its name by then, though
+    a look just before found nothing; ours leaves no parts behind."""
+    by_key = {"Bucket": s3.bucket, "Key": f"{bucket.within.prefix}x"}
+    monkeypatch.setattr(type(bucket), "_must_be_free", lambda *_: None)
+    theirs = Disturbed(bytes(size), lambda: client(s3).put_object(**by_key, Body=b"theirs"))
+    with pytest.raises(PayloadExistsError):
+        bucket.write("x", theirs, size)
+    with bucket.open_read("x") as stream:
+        assert stream.read() == b"theirs"
+    left = client(s3).list_multipart_uploads(Bucket=s3.bucket, Prefix=by_key["Key"])
+    assert left.get("Uploads", []) == []
 
 
 def test_many_are_found_among_many_others(bucket, monkeypatch):
@@ -244,12 +279,8 @@ def test_an_object_that_stands_for_a_folder_is_no_file(bucket, s3):
     payload, and within. It is not listed, and in nobody's way."""
     for name in ("tree/sub/one", "tree/empty", "two"):
         put(bucket, name, b"" if name == "tree/empty" else b"payload")
-    client = boto3.client(
-        "s3", endpoint_url=s3.endpoint, region_name="us-east-1",
-        aws_access_key_id=s3.access_key, aws_secret_access_key=s3.secret_key,
-    )  # fmt: skip
     for folder in ("", "tree/", "tree/sub/", "nothing/"):
-        client.put_object(Bucket=s3.bucket, Key=f"{bucket.within.prefix}{folder}", Body=b"")
+        client(s3).put_object(Bucket=s3.bucket, Key=f"{bucket.within.prefix}{folder}", Body=b"")
     assert paths(bucket) == ["tree/empty", "tree/sub/one", "two"]
     assert paths(bucket, "tree") == ["tree/empty", "tree/sub/one"]
     assert bucket.stat("nothing") is None and bucket.stat("tree/sub").kind == "directory"

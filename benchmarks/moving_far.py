@@ -21,7 +21,7 @@ from dlm_core.types import OperationKind
 
 @dataclass(frozen=True)
 class Far:
-    """An empty place on a server, as the catalogue has it."""
+    """A place on a server, as the catalogue has it."""
 
     interface: str
     root: str
@@ -42,9 +42,12 @@ def one_move(
     label: str,
     bare: Callable[[int], Any],
     what: str = "",
+    held: Far | None = None,
 ) -> Result:
     """All files of ``source`` to each of ``fars`` by a catalogue of its own, beside ``bare``, which
-    is given the number of its run."""
+    is given the number of its run. They are taken from the same files at ``held``, if it is given.
+    """
+    held = held or Far("posix", str(source), {})
     files = [path for path in source.rglob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in files)
     value, unit = (len(files), "files/s") if label == "A" else (total / 1e6, "MB/s")
@@ -52,7 +55,7 @@ def one_move(
     def rounds() -> Iterator[Callable[[], Any]]:
         for far in fars:
             with context(home) as core:
-                _sites(core, source, far)
+                _sites(core, held, far)
                 register_tree(core, Source("a", "bench"))
                 drain(core, {OperationKind.ADMIT: execute_admit})
                 _plan(core)
@@ -60,24 +63,20 @@ def one_move(
                 _check(core, 2 * len(files))
 
     ours, limit = beside(bare, rounds())
-    case = f"move posix-{fars[0].interface} {label}{what}"
+    case = f"move {held.interface}-{fars[0].interface} {label}{what}"
     return result(case, value / ours, unit, value / limit)
 
 
-def _sites(core: Context, folder: Path, far: Far) -> None:
+def _sites(core: Context, source: Far, far: Far) -> None:
     now = core.clock()
 
     def make(connection: Any) -> None:
-        for name in ("here", "there"):
-            add_location(connection, name, now=now)
-        add_storage(
-            connection, "a", location="here", interface="posix", root=str(folder), phase="LIQUID",
-            now=now,
-        )  # fmt: skip
-        add_storage(
-            connection, "far", location="there", interface=far.interface, root=far.root,
-            phase="LIQUID", config=far.config, now=now,
-        )  # fmt: skip
+        for name, location, place in (("a", "here", source), ("far", "there", far)):
+            add_location(connection, location, now=now)
+            add_storage(
+                connection, name, location=location, interface=place.interface, root=place.root,
+                phase="LIQUID", config=place.config, now=now,
+            )  # fmt: skip
         run(connection, "UPDATE storage SET mode = 'offline' WHERE name = 'far'")
 
     core.transact(make)

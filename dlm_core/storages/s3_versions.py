@@ -82,7 +82,9 @@ class Versions:
         Parameters
         ----------
         tree : delete also all others below ``root``, those of objects that are deleted among them.
-        moved : what was copied to another place; if the newest is something else, nothing goes.
+        moved : what was copied to another place; if the newest is something else, nothing goes. An
+            older version with other bytes stays behind a marker: what somebody wrote over may be
+            all that is left of the good ones.
 
         Raises
         ------
@@ -96,6 +98,11 @@ class Versions:
         found = set(self._found(root, paths, tree))
         if unlisted := moved.keys() - {self._path(one.key) for one in found}:
             raise self._s3.unavailable(f"no version of {min(unlisted)} is listed")
+        self._compare(found, moved)
+        if older := self._older(found, moved):
+            self._hide(root, older, found)
+            paths = set(paths) - older
+            found = {one for one in found if self._path(one.key) not in older}
         # a listing may be partial (SeaweedFS forgets versions between its pages): looked for again
         while found:
             self._compare(found, moved)
@@ -109,6 +116,33 @@ class Versions:
             self._delete([one for one in new if one.latest])
             deleted |= new
             found = set(self._found(root, paths, tree))
+
+    def _older(self, found: Collection[Version], moved: Mapping[str, Entry]) -> set[str]:
+        """Paths of what was moved that have older versions with other bytes."""
+        return {
+            path
+            for one in found
+            if not (one.latest or one.marker)
+            and (was := moved.get(path := self._path(one.key))) is not None
+            and (one.size, one.etag) != (was.size, was.etag)
+        }
+
+    def _hide(self, root: str, paths: Collection[str], found: Collection[Version]) -> None:
+        """A marker first, so that nothing older comes to light; then what was moved goes."""
+        self._mark(paths)
+        # one without a name of its own is replaced by the marker, which has none either
+        newest = [one for one in found if one.latest and one.version_id != "null"]
+        self._delete([one for one in newest if not one.marker and self._path(one.key) in paths])
+        # SeaweedFS forgets the marker of suspended versioning by this
+        listed = self._found(root, paths, False)
+        self._mark({self._path(one.key) for one in listed if one.latest and not one.marker})
+
+    def _mark(self, paths: Collection[str]) -> None:
+        for path in paths:
+            with self._s3.translated(path):
+                self._s3.connected().delete_object(
+                    Bucket=self._s3.bucket, Key=self._s3.prefix + path
+                )
 
     def _compare(self, found: Collection[Version], moved: Mapping[str, Entry]) -> None:
         for one in found:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import catalogue, moving, moving_dav, moving_xrootd
+from benchmarks import catalogue, moving, moving_dav, moving_pairs, moving_xrootd
 from benchmarks.measure import Result, peaks, scratch, server, show
 
 #: MB that a worker may take at most
@@ -38,7 +38,7 @@ def main() -> None:
             found.append(row)
 
     with server() as home:
-        for cases in (moving, moving_dav, moving_xrootd):
+        for cases in (moving, moving_dav, moving_xrootd, moving_pairs):
             with scratch() as folder:
                 take(cases.each(home, folder, quick))
         take([memory()])

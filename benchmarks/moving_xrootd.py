@@ -66,7 +66,7 @@ def each(home: Path, folder: Path, quick: bool) -> Iterator[Result]:
                 yield one_move(
                     home, source, [Far("xrootd", server.make_root(), server.config)], label,
                     partial(_bare, server, source, check),
-                    ", beside copy and read-back" if check else "",
+                    f", beside its client{' and read-back' if check else ''}",
                 )  # fmt: skip
 
 

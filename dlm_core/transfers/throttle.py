@@ -256,8 +256,9 @@ def _take(paces: Iterable[Taker], size: int) -> None:
 
 
 def _unwrapping(take_many: Callable[..., Any]) -> Callable[..., Any]:
-    """It may look at what the source is: hand over that, not what stands around it."""
-    return lambda source, *rest: take_many(bare(source), *rest)
+    """It may look at what the source is: hand over that, not what stands around it; of a source that
+    is held back it takes none."""
+    return lambda source, *rest: {} if held_back(source) else take_many(bare(source), *rest)
 
 
 def bare(storage: Storage) -> Storage:

@@ -220,6 +220,23 @@ def test_files_that_go_in_one_request_are_at_work_at_once(
     assert max(together, default=1) == 1
 
 
+def test_a_source_that_is_held_back_gives_no_files_in_one_request(
+    site: Site, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """rclone would read them as fast as it can."""
+    taken: list[Any] = []
+    monkeypatch.setattr(RcloneStorage, "take_many", lambda *a: taken.append(a) or {})
+    for other in site.storages:
+        site.set_storage(other, mode="read_only")
+    site.set_storage("a", max_bytes_per_second=10**6)
+    site.add_storage("c", "C")
+    site.set_storage("c", interface="rclone", config=json.dumps({"type": "local"}))
+    for n in range(8):
+        site.add_item(f"{n}", b"x", "a")
+    plan_replication(site.context)
+    assert drain(site.context, _COPY).done["copy"] == 8 and taken == []
+
+
 def test_a_lost_drainers_share_is_the_others(site: Site) -> None:
     """What a drainer that is gone had is free for the others once it has told nothing for long."""
     site.set_storage("b", max_concurrency=1)

@@ -256,8 +256,8 @@ def _take(paces: Iterable[Taker], size: int) -> None:
 
 
 def _unwrapping(take_many: Callable[..., Any]) -> Callable[..., Any]:
-    """It may look at what the source is: hand over that, not what stands around it; of a source that
-    is held back it takes none."""
+    """It may look at what the source is: hand over that, not what stands around it; of one that is
+    held back it takes none."""
     return lambda source, *rest: {} if held_back(source) else take_many(bare(source), *rest)
 
 

@@ -101,6 +101,7 @@ def test_a_config_changes_if_the_place_stays(
     a server that holds something else."""
     (tmp_path / "far").mkdir()
     assert add(dlm, "far", sshd.root(tmp_path / "far"), *by_sftp(sshd)).code == 0
+    assert dlm("storage", "set", "b", "--mode", "read_only").code == 0
     (storages["a"] / "x.dat").write_bytes(b"good bytes")
     assert dlm("register", "a", "--scheme", "t").code == 0
     settle()

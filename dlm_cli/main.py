@@ -163,7 +163,7 @@ def run(
         print(f"dlm: error DLM-600: {launched.error or 'the run failed'}", file=sys.stderr)
         raise SystemExit(1)
     if (wait or dry_run) and launched.status != "SUCCESS":
-        told = f"the run is {launched.status} after {timeout:g} s and goes on: {launched.url}"
+        told = f"the run is {launched.status} and goes on: {launched.url}"
         print(f"dlm: error DLM-601: {told}", file=sys.stderr)
         raise SystemExit(1)
 

@@ -55,11 +55,9 @@ def get_item(connection: Connection, uri: str, version: int | None = None) -> di
 
 def _hint(connection: Connection, uri: str, version: int | None) -> str:
     """The newest version, the first item below the uri, or one below a folder above it."""
-    newest = rows(
-        connection, "SELECT max(version) AS version FROM data_item WHERE uri = :uri", uri=uri
-    )[0]["version"]
-    if version is not None and newest is not None:
-        return f"its newest version is {newest}"
+    newest = "SELECT max(version) AS n FROM data_item WHERE uri = :uri"
+    if version is not None and (n := rows(connection, newest, uri=uri)[0]["n"]) is not None:
+        return f"its newest version is {n}"
     prefix = uri
     while prefix:
         near = rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 import uuid
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -68,9 +69,9 @@ class _ArrayDumper(Dumper):
         head = (1, 0, adapters.types[self.element].oid, len(elements), 1)
         return pack("!iiIii", *head) + b"".join(elements)
 
+    @abstractmethod
     def elements(self, obj: Any) -> list[bytes]:
         """Length and bytes of each element."""
-        raise NotImplementedError
 
 
 class _TextsDumper(_ArrayDumper):

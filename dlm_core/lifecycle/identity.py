@@ -35,14 +35,13 @@ _AT_ONCE = 8
 #: copies that are looked for where a storage is said to be now
 _SAMPLE = 100
 _WRITTEN = (StorageMode.READ_WRITE, StorageMode.DRAINING)
-_LEFT = (StorageMode.RETIRED, StorageMode.LOST)
 
 
 @contextmanager
 def taking_place(
     context: Context, storage: Storage, storage_id: uuid.UUID, *, written: bool
 ) -> Iterator[None]:
-    """Put the mark of a new storage where it is to be; taken away again if the block fails.
+    """Put the mark of a storage where it is to be; taken away again if the block fails.
 
     Storages that have none get theirs by this too. What cannot be reached, and what lies on tape,
     is not looked at.
@@ -64,12 +63,14 @@ def taking_place(
     others = [
         row
         for row in context.transact(context.storages.load).values()
-        if row["mode"] not in _LEFT and row["storage_id"] != storage_id
+        # a lost one may come back
+        if row["mode"] != StorageMode.RETIRED and row["storage_id"] != storage_id
     ]
     with ThreadPoolExecutor(_AT_ONCE, "dlm-mark") as pool:
         list(pool.map(lambda row: _mark_known(context, row), others))
-        there = _mark_of(storage)
+        there, mine = _mark_of(storage), str(storage_id)
         _must_be_nobodys(there, others)
+        written = written and there != mine
         if written:
             if there is not None:
                 remove_file(storage, MARK)  # of a catalogue that was, or a storage that is retired
@@ -78,7 +79,7 @@ def taking_place(
             # those that cannot have a mark of their own show ours if they are the same place
             seen = pool.map(lambda row: (_mark_known(context, row), row), others if written else ())
             for mark, row in seen:
-                if mark == str(storage_id):
+                if mark == mine:
                     raise AlreadyExistsError(noun="this place as storage", key=row["name"])
             yield
         except BaseException:
@@ -131,6 +132,8 @@ def change_config(context: Context, name: str, changes: Mapping[str, str]) -> No
     NotFoundError
     InvalidValueError
         if the storage cannot be opened with what comes out, or is another place then.
+    AlreadyExistsError
+        if it is the place of another storage then.
     StorageError
         if it cannot be reached.
     """
@@ -143,10 +146,16 @@ def change_config(context: Context, name: str, changes: Mapping[str, str]) -> No
             value="without bundle_bytes",
             expected="it kept: nothing would find what was packed",
         )
-    if split_config(changes)[0].keys() - {"mount"}:
-        storage.check()
-        _must_be_the_same(context, row, storage)
-    context.transact(lambda c: set_config(c, row["storage_id"], config))
+    storage_id = row["storage_id"]
+    if not split_config(changes)[0].keys() - {"mount"}:
+        context.transact(lambda c: set_config(c, storage_id, config))
+        return
+    storage.check()
+    written = row["managed"] and row["mode"] in _WRITTEN
+    _must_be_the_same(context, row, storage)
+    # another storage's place may well have copies of the same names and sizes
+    with taking_place(context, storage, storage_id, written=written):
+        context.transact(lambda c: set_config(c, storage_id, config))
 
 
 def _must_be_the_same(context: Context, row: Mapping[str, Any], storage: Storage) -> None:

@@ -131,3 +131,35 @@ def test_a_storage_with_bundles_keeps_them(dlm: Dlm, tmp_path: Path) -> None:
     assert add(dlm, "p", tmp_path / "p", "--config", "bundle_bytes=1MiB").code == 0
     assert dlm("storage", "set", "p", "--config", "bundle_bytes=2MiB").code == 0
     refused(dlm("storage", "set", "p", "--config", "bundle_bytes="), "DLM-101", 2)
+
+
+def test_a_config_does_not_lead_to_another_storages_place(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None], tmp_path: Path
+) -> None:
+    """Even if copies of the same names and sizes lie there, and it has no mark yet: one copy would
+    count as two."""
+    (tmp_path / "one").mkdir()
+    alias = ["--interface", "rclone", "--config", "type=alias"]
+    added = add(dlm, "r", ".", *alias, "--config", f"remote={tmp_path / 'one'}")
+    assert added.code == 0, added.error
+    (storages["a"] / "x.dat").write_bytes(b"good bytes")
+    for root in (storages["b"], tmp_path / "one"):
+        (root / "t").mkdir()
+        (root / "t" / "x.dat").write_bytes(b"good bytes")
+    (storages["b"] / MARK).unlink()
+    change = dlm("storage", "set", "r", "--config", f"remote={storages['b']}")
+    assert "'b'" in refused(change, "DLM-103", 2)
+    config = dlm("storage", "show", "r", "--json").json["config"]
+    assert config["remote"] == str(tmp_path / "one")
+    (tmp_path / "one").rename(tmp_path / "moved")
+    moved = dlm("storage", "set", "r", "--config", f"remote={tmp_path / 'moved'}")
+    assert moved.code == 0, moved.error
+
+
+def test_the_place_of_a_lost_storage_is_taken(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path
+) -> None:
+    """It may come back."""
+    assert dlm("storage", "lost", "b", "--reason", "flood").code == 0
+    (tmp_path / "link").symlink_to(storages["b"])
+    assert "'b'" in refused(add(dlm, "again", tmp_path / "link"), "DLM-103", 2)

@@ -128,53 +128,38 @@ def storage_add(
     ] = None,
 ) -> None:
     """Add a storage; it is looked at first."""
-    from dlm_core.catalogue.places import add_storage, set_storage
-    from dlm_core.lifecycle.identity import taking_place
-    from dlm_core.lifecycle.rules import give_rules
-    from dlm_core.storages.open import open_storage
+    from dlm_core.lifecycle.identity import join_storage
     from dlm_core.storages.posix import mount_point
-    from dlm_core.types import new_id
 
     terms = _verify_options(verify_every, verify_per_second, verify_per_day)
     terms |= limit_options(max_bytes_per_second, max_concurrency)
     own = _options(capacity, high_watermark, low_watermark, trash_grace, concurrency)
     chosen = parse_pairs(config, "--config")
     default_class = "object" if interface == "s3" else "disk"
-    kind = parse_choice("class", storage_class or default_class, ("disk", "object", "tape"))
     # what can only be read from is others' by nature
     managed = not unmanaged and interface != "http"
-    rules = read_rules(path_rules) if path_rules is not None else None
-    storage, storage_id = open_storage(name, interface, root, chosen), new_id()
-    storage.check()
     if interface == "posix" and (mounted := mount_point(root)) != "/":
         # the empty folder that is left when a disk goes is no empty storage
         chosen.setdefault("mount", mounted)
-
-    def add(connection: Any) -> Any:
-        add_storage(
-            connection,
+    with catalogue() as context:
+        trial = join_storage(
+            context,
             name,
             location=location,
             interface=interface,
             root=root,
             phase=parse_choice("phase", phase, _PHASES) or "",
-            storage_class=kind or "",
+            storage_class=parse_choice(
+                "class", storage_class or default_class, ("disk", "object", "tape")
+            ),
             config=chosen,
             managed=managed,
             mode="read_only" if read_only or not managed else "read_write",
             options=own | terms,
-            now=context.clock(),
-            storage_id=storage_id,
+            rules=read_rules(path_rules) if path_rules is not None else None,
+            # never is no default
+            unset=[key for key, value in terms.items() if value is None],
         )
-        # never is no default
-        set_storage(connection, name, {key: None for key in terms if terms[key] is None})
-        # at once: a drainer would not wait for them
-        return give_rules(connection, name, rules) if rules is not None else None
-
-    with catalogue() as context:
-        context.rehearse(add)
-        with taking_place(context, storage, storage_id, written=managed and not read_only):
-            trial = context.transact(add)
     if trial is not None:
         _show_trial(trial)
     print(f"storage {name} added at {location}")

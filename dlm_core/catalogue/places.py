@@ -116,8 +116,8 @@ def add_storage(
     """A new storage; ``options`` are of :data:`CHANGEABLE` (capacity in bytes, watermarks as
     fractions, trash_grace as a timedelta). Its key is ``storage_id``, or a new one.
 
-    That it is no other's place is told by what is written here; see
-    :func:`dlm_core.lifecycle.identity.taking_place` for what lies there.
+    Only what is written here tells whether it is another's place: use
+    :func:`dlm_core.lifecycle.identity.join_storage`, which looks there.
 
     Raises
     ------

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import io
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from sqlalchemy import Connection
+
 from dlm_core.catalogue.engine import rows
-from dlm_core.catalogue.places import get_storage, set_config
+from dlm_core.catalogue.places import add_storage, get_storage, set_config, set_storage
 from dlm_core.errors import (
     AlreadyExistsError,
     DlmError,
@@ -22,19 +24,67 @@ from dlm_core.errors import (
     PathRefusedError,
     PayloadNotFoundError,
 )
+from dlm_core.lifecycle.rules import Trial, give_rules
 from dlm_core.lifecycle.staging import is_cold
 from dlm_core.lifecycle.work import Context
 from dlm_core.storages.bundles import split_bundling
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import PRIVATE, Storage, remove_file
 from dlm_core.storages.staging import split_config
-from dlm_core.types import PayloadKind, StorageMode, decode_path
+from dlm_core.types import PayloadKind, StorageMode, decode_path, new_id
 
 MARK = f"{PRIVATE}/storage-id"
 _AT_ONCE = 8
 #: copies that are looked for where a storage is said to be now
 _SAMPLE = 100
 _WRITTEN = (StorageMode.READ_WRITE, StorageMode.DRAINING)
+
+
+def join_storage(
+    context: Context,
+    name: str,
+    *,
+    interface: str,
+    root: str,
+    config: Mapping[str, Any],
+    managed: bool = True,
+    mode: str = StorageMode.READ_WRITE,
+    rules: object = None,
+    unset: Collection[str] = (),
+    **columns: Any,
+) -> Trial | None:
+    """Add a storage that can be reached, whose place is no other's; how its path rules were tried.
+
+    Parameters
+    ----------
+    rules : for paths, from the first; see :func:`dlm_core.lifecycle.rules.set_rules`.
+    unset : of :data:`dlm_core.catalogue.places.CHANGEABLE`, what is to be empty in place of the
+        default.
+    columns : the others of :func:`dlm_core.catalogue.places.add_storage`.
+
+    Raises
+    ------
+    AlreadyExistsError, NotFoundError, InvalidValueError, CatalogueError
+        as :func:`~dlm_core.catalogue.places.add_storage`.
+    StorageError
+        if it cannot be reached, or its mark not be written.
+    """
+    storage, storage_id = open_storage(name, interface, root, config), new_id()
+    storage.check()
+
+    def add(connection: Connection) -> Trial | None:
+        add_storage(
+            connection, name, interface=interface, root=root, config=config, managed=managed,
+            mode=mode, now=context.clock(), storage_id=storage_id, **columns,
+        )  # fmt: skip
+        set_storage(connection, name, dict.fromkeys(unset))
+        # at once: a drainer would not wait for them
+        return give_rules(connection, name, rules) if rules is not None else None
+
+    context.rehearse(add)
+    with taking_place(context, storage, storage_id, written=managed and mode in _WRITTEN):
+        tried: Trial | None = context.transact(add)
+    return tried
 
 
 @contextmanager

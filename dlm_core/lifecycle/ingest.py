@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Connection
 
@@ -45,13 +45,17 @@ def init_data_item(
 
     Raises
     ------
-    InvalidValueError, CatalogueError
-        if the uri is malformed, or there already.
+    InvalidValueError
+        if the uri is malformed.
+    AlreadyExistsError
+        if there is such an item.
     """
     uri_path(uri)
     oid = new_id()
 
     def insert(connection: Connection) -> None:
+        if rows(connection, "SELECT FROM data_item WHERE uri = :uri LIMIT 1", uri=uri):
+            raise AlreadyExistsError(noun="data item", key=uri)
         run(
             connection,
             """INSERT INTO data_item (oid, uri, uri_bucket, target_phase, collection_id, owner,
@@ -110,7 +114,7 @@ def set_uri(
         )
         for one in taken:
             if (one["oid"], one["path"]) == (oid, place):
-                return uuid.UUID(str(one["uid"]))
+                return cast(uuid.UUID, one["uid"])
             where = f"{storage}:{one['path']}"
             raise AlreadyExistsError(noun=f"the payload of {one['uri']} at", key=where)
         run(

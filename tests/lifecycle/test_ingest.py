@@ -52,3 +52,5 @@ def test_a_place_is_told_once(site):
         set_uri(site.context, other, "in", "x")
     with pytest.raises(NotFoundError):
         set_state(site.context, other, "READY")
+    with pytest.raises(AlreadyExistsError, match="t:x"):
+        init_data_item(site.context, "t:x")

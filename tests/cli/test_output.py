@@ -1,0 +1,32 @@
+"""What is printed, and who reads it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.cli.site import Dlm
+
+
+@pytest.mark.parametrize("more", ["", " --json"])
+def test_a_reader_that_goes_away_is_no_error(dlm: Dlm, storages: Any, more: str) -> None:
+    """dlm … | head -c 0: no traceback, and no failure for a shell that looks at every part."""
+    # so much that it does not fit into the pipe
+    lines = "import sys; sys.argv[1:] = ['storage', 'list'" + (", '--json'" if more else "") + "]"
+    many = "import dlm_core.catalogue.places as p; l = p.list_storages"
+    code = f"{lines}; {many}; p.list_storages = lambda c: l(c) * 5000"
+    code += "; from dlm_cli.main import main; main()"
+    command = f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_what_users_write_is_shown_as_they_wrote_it(dlm: Dlm, storages: Any) -> None:
+    """Brackets are no markup: they neither vanish nor end a listing with an error."""
+    reason = "[ticket 12] keep [/x] :smile:"
+    assert dlm("hold", "add", "--all", "--reason", reason).code == 0
+    listed = dlm("hold", "list")
+    assert listed.code == 0 and reason in listed.out, listed.error

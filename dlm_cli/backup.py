@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dlm_cli.session import catalogue, human_size, plain_errors, show_json
+from dlm_cli.session import catalogue, existing_catalogue, human_size, plain_errors, show_json
 from dlm_core.errors import InvalidValueError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -23,13 +23,13 @@ def backup(
 ) -> None:
     """Write a backup of the catalogue, with a manifest beside it. The services may run."""
     from dlm_core.catalogue.backup import back_up
-    from dlm_core.catalogue.dsn import catalogue_url, dagster_dsn
+    from dlm_core.catalogue.dsn import dagster_dsn
     from dlm_core.clock import utc_now
     from dlm_core.settings import load_settings
 
     settings = load_settings()
     made = back_up(
-        catalogue_url(settings),
+        existing_catalogue(settings),
         target,
         now=utc_now(),
         dagster_url=dagster_dsn(settings) if with_dagster else None,

@@ -1,5 +1,4 @@
-"""``dlm register``, ``item``, ``expire``, ``restore``, ``withdraw``, ``verify``, ``retry``,
-``watch``."""
+"""``dlm register``, ``item``, ``expire``, ``restore``, ``withdraw``, ``verify``, ``retry``."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import re
 import sys
 import time
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,12 +35,11 @@ Priority = Annotated[int | None, typer.Option(help="-9 (first) to 9 (last); unse
 By = Annotated[
     str | None, typer.Option(help="When all copies are needed: 12h, or a time with its zone.")
 ]
-_PHASES = ("PLASMA", "GAS", "LIQUID", "SOLID")
+PHASES = ("PLASMA", "GAS", "LIQUID", "SOLID")
 _KINDS = ", ".join(OperationKind)
 _POLL_SECONDS = 0.5
 
 item_app = typer.Typer(no_args_is_help=True, help="Data items: look, and ask why.")
-watch_app = typer.Typer(no_args_is_help=True, help="Folders whose new files are registered.")
 
 
 @plain_errors
@@ -93,7 +91,7 @@ def register(
     with catalogue() as context:
         now = context.clock()
         terms = Terms(
-            parse_choice("target phase", target_phase, _PHASES) or "",
+            parse_choice("target phase", target_phase, PHASES) or "",
             None,
             owner,
             parse_pairs(tag, "--tag"),
@@ -101,6 +99,7 @@ def register(
             parse_time(replica_expires, now),
             Urgency(priority or 0, parse_time(by, now)),
         )
+        terms.check(now)
         storage_by_name(context, storage)
         if collection is not None:
             # last: what is refused makes none
@@ -306,8 +305,10 @@ def _explain(found: dict[str, Any]) -> None:
     reached = Phase.from_weight(found["reached_weight"])
     print(f"{found['uri']} (version {found['version']}) is {found['state']}", end="")
     print(f", {human(found['size'], 'size')}, {found['digest'] or 'no digest yet'}")
-    print(f"wanted: {found['target_phase']}; reached: {reached}", end="")
-    print(f"; {found['shortfall']}" if found["shortfall"] else "; nothing is missing")
+    missing = found["shortfall"] or "nothing is missing"
+    if found["state"] == "INITIALISED":
+        missing = "it was not let in yet, copies are made after that"
+    print(f"wanted: {found['target_phase']}; reached: {reached}; {missing}")
     if found["expires_at"]:
         print(f"expires {human(found['expires_at'])}: {found['expiry_reason'] or 'as registered'}")
     for replica in found["replicas"]:
@@ -362,7 +363,7 @@ def expire(
         if not reason and not never:
             raise InvalidValueError(what="--reason", value="", expected="why it may go")
         why = reason or ""
-        moment = None if never else parse_time(at, context.clock())
+        moment = None if never else _to_come("--at", at, context.clock())
         # an empty name is a wrong one, not none: else the whole item would go
         if storage is not None:
             context.transact(lambda c: set_replica_expiry(c, uri, storage, moment, why, version))
@@ -370,6 +371,13 @@ def expire(
             context.transact(lambda c: set_item_expiry(c, uri, moment, why, version))
     which = f"the copy of {uri} on {storage}" if storage is not None else uri
     print(f"{which} expires {human(moment) if moment else 'never'}")
+
+
+def _to_come(what: str, told: str, now: datetime) -> datetime | None:
+    moment = parse_time(told, now)
+    if moment is not None and moment < now:
+        raise InvalidValueError(what=what, value=told, expected="now, or a time to come")
+    return moment
 
 
 def _show_proposals(proposals: Any, as_json: bool) -> None:
@@ -483,57 +491,3 @@ def retry(
 
     with catalogue() as context:
         print(f"{context.transact(lambda c: work(c, context.clock()))} queued again")
-
-
-@watch_app.command("add")
-@plain_errors
-def watch_add(
-    storage: Annotated[str, typer.Argument()],
-    path: Annotated[str, typer.Argument(help="Folder below its root.")] = "",
-    scheme: Annotated[str, typer.Option()] = "file",
-    prefix: Annotated[str, typer.Option()] = "",
-    every: Annotated[str, typer.Option(help="e.g. 30s")] = "30s",
-) -> None:
-    """Register what appears in a folder and has stopped growing."""
-    from datetime import timedelta
-
-    from dlm_core.lifecycle.watch import add_watch
-    from dlm_core.types import make_uri
-
-    make_uri(scheme, f"{prefix}x")
-    interval = parse_duration(every) or timedelta(seconds=30)
-    with catalogue() as context:
-        add_watch(
-            context, storage, path.strip("/"), scheme=scheme, uri_prefix=prefix, interval=interval
-        )
-    print(f"watching {storage}:{path or '/'}")
-
-
-@watch_app.command("list")
-@plain_errors
-def watch_list(as_json: Json = False) -> None:
-    """List watched folders."""
-    from dlm_core.catalogue.items import list_watches
-
-    with catalogue() as context:
-        found = context.transact(list_watches)
-    columns = {"storage": "STORAGE", "path": "PATH", "scheme": "SCHEME", "interval": "EVERY",
-               "scan_at": "NEXT LOOK", "waiting": "NOT SETTLED"}  # fmt: skip
-    show_json(found) if as_json else show_table(found, columns)
-
-
-@watch_app.command("remove")
-@plain_errors
-def watch_remove(
-    storage: Annotated[str, typer.Argument()],
-    path: Annotated[str, typer.Argument(help="Folder below its root.")] = "",
-) -> None:
-    """Watch a folder no longer; what was registered stays."""
-    from dlm_core.catalogue.items import remove_watch
-    from dlm_core.types import encode_path
-
-    folder = path.strip("/")
-    encoded = encode_path(folder) if folder else ""
-    with catalogue() as context:
-        context.transact(lambda c: remove_watch(c, storage, encoded))
-    print(f"{storage}:{path or '/'} is watched no longer")

@@ -20,6 +20,7 @@ from dlm_cli import (
     staging,
     transfers,
     verifying,
+    watching,
 )
 from dlm_cli.session import catalogue, fail, human, parse_pairs, plain_errors, show_json, show_table
 from dlm_core.errors import DlmError, InputError, LocalFileError, ServiceUnavailableError
@@ -37,7 +38,7 @@ app.add_typer(places.location_app, name="location")
 app.add_typer(places.storage_app, name="storage")
 app.add_typer(transfers.link_app, name="link")
 app.add_typer(items.item_app, name="item")
-app.add_typer(items.watch_app, name="watch")
+app.add_typer(watching.watch_app, name="watch")
 app.add_typer(holds.hold_app, name="hold")
 app.add_typer(auditing.audit_app, name="audit")
 app.add_typer(plans.plan_app, name="plan")
@@ -229,8 +230,10 @@ def main() -> None:
         fail(InputError(message=f"{error.object!r} is not valid: UTF-8 text"))
     except (KeyboardInterrupt, typer.Abort):
         raise SystemExit(130) from None
+    except SystemExit as end:
+        # rich's, of the help, where the reader went away (dlm … | head): not an error of ours
+        raise SystemExit(0 if isinstance(end.__context__, BrokenPipeError) else end.code) from None
     except BrokenPipeError:
-        # the reader went away (dlm … | head): not an error of ours
         sys.stderr.close()
         raise SystemExit(0) from None
     except OSError as error:

@@ -413,7 +413,9 @@ def storage_set(
     name: Name,
     mode: Annotated[str | None, typer.Option(help="read_write, read_only or offline.")] = None,
     phase: Annotated[str | None, typer.Option()] = None,
-    capacity: Annotated[str | None, typer.Option(help="e.g. 2TB")] = None,
+    capacity: Annotated[
+        str | None, typer.Option(help="e.g. 2TB; none: the storage is asked.")
+    ] = None,
     high_watermark: Annotated[float | None, typer.Option()] = None,
     low_watermark: Annotated[float | None, typer.Option()] = None,
     trash_grace: Annotated[str | None, typer.Option(help="e.g. 7d")] = None,
@@ -435,16 +437,21 @@ def storage_set(
     ] = False,
 ) -> None:
     """Change a storage; what is not named stays."""
-    options = _options(capacity, high_watermark, low_watermark, trash_grace, concurrency)
+    asked = capacity == "none"
+    given = None if asked else capacity
+    options = _options(given, high_watermark, low_watermark, trash_grace, concurrency)
     options["mode"] = parse_choice("mode", mode, ("read_write", "read_only", "offline"))
     options["phase"] = parse_choice("phase", phase, _PHASES)
     changes = {key: value for key, value in options.items() if value is not None}
+    changes |= {"capacity_bytes": None} if asked else {}
     changes |= _verify_options(verify_every, verify_per_second, verify_per_day)
     changes |= limit_options(max_bytes_per_second, max_concurrency)
     if dry_run and (changes or config or path_rules is None):
         raise InvalidValueError(what="--dry-run", value="", expected="--path-rules, and only that")
     if path_rules is not None:
         _set_paths(name, path_rules, dry_run=dry_run)
+    if not (changes or config or path_rules is not None):
+        raise InvalidValueError(what="changes", value="", expected="an option, see --help")
     if config:
         _set_config(name, config)
     _change(name, changes)

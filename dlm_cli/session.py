@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import wraps
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from dlm_core.errors import DlmError, InvalidValueError
+from dlm_core.errors import CatalogueUnavailableError, DlmError, InvalidValueError
+
+if TYPE_CHECKING:
+    from dlm_core.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,6 +57,24 @@ def plain_errors(command: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
+def existing_catalogue(settings: Settings) -> str:
+    """The catalogue's libpq URL; in a home without one none is made, it may be a mistyped home.
+
+    Raises
+    ------
+    CatalogueUnavailableError
+    """
+    from dlm_core.catalogue import embedded
+    from dlm_core.catalogue.dsn import catalogue_url
+
+    if settings.database_url is None and not embedded.is_made(settings.home):
+        raise CatalogueUnavailableError(
+            reason=f"there is none in {settings.home}",
+            hint="is DLM_HOME the right folder? 'dlm up' makes one there",
+        )
+    return catalogue_url(settings)
+
+
 @contextmanager
 def catalogue(person: str | None = None) -> Iterator[Any]:
     """A core context on the catalogue in the name of ``person`` (unset: the user of this process);
@@ -61,13 +82,12 @@ def catalogue(person: str | None = None) -> Iterator[Any]:
     import getpass
 
     from dlm_core.catalogue import schema
-    from dlm_core.catalogue.dsn import catalogue_url
     from dlm_core.catalogue.engine import make_engine
     from dlm_core.lifecycle.work import Context
     from dlm_core.settings import load_settings
 
     settings = load_settings()
-    engine = make_engine(catalogue_url(settings), pool_size=4)
+    engine = make_engine(existing_catalogue(settings), pool_size=4)
     context = Context(engine, settings, f"user:{person or getpass.getuser()}")
     try:
         context.transact(schema.check)

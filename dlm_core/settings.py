@@ -72,7 +72,10 @@ class Settings(BaseSettings):
         30 * 86400, gt=0, description="A survivor checked longer ago is read again before a purge."
     )
     certificate_seconds: float = Field(
-        3600, gt=0, description="How long a proof is good between certificate and effect."
+        3600,
+        gt=0,
+        le=7 * 86400,
+        description="How long a proof is good between certificate and effect; 7 days at most.",
     )
     max_delete_items: int = Field(
         100_000, ge=0, description="One run may trash at most this many replicas."

@@ -6,14 +6,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from typing import Any
 
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError
 from pydantic import Field
+from sqlalchemy import Connection
 
-from dlm_core.catalogue.operations import list_due
+from dlm_core.catalogue.expiring import count_expiry_due
+from dlm_core.catalogue.operations import count_due, list_due
+from dlm_core.catalogue.replicas import count_evaluations_due
 from dlm_core.errors import DlmError
 from dlm_core.lifecycle import expire, rebalance, replicate
 from dlm_core.lifecycle.admit import execute_admit
@@ -79,6 +83,8 @@ class Work:
     planner: Callable[[Settings], Planner] | None
     propose: Callable[[Context], list[Mapping[str, Any]]]
     guard: Guard | None = None
+    #: of how much the proposals are, where they are cut: connection, now, where to stop counting
+    count: Callable[[Connection, datetime, int], int] | None = None
 
 
 def _nothing_more(_: Context) -> list[Mapping[str, Any]]:
@@ -87,7 +93,7 @@ def _nothing_more(_: Context) -> list[Mapping[str, Any]]:
 
 
 def _propose(context: Context, work: Work) -> list[Mapping[str, Any]]:
-    """What is queued and due already, and what would be planned; the first of each."""
+    """What is queued and due already, and what would be planned; the first of each kind."""
     queued: list[Mapping[str, Any]] = []
     for kind in work.executors:
         due = partial(list_due, kind=kind, now=context.clock(), limit=_PROPOSED)
@@ -95,6 +101,19 @@ def _propose(context: Context, work: Work) -> list[Mapping[str, Any]]:
             what = f"{kind} on {one['storage']}: {one['reason']}"
             queued.append({"item": one["uri"], "what": what, "bytes": one["bytes"]})
     return queued + work.propose(context)
+
+
+def _is_cut(context: Context, work: Work) -> bool:
+    """Whether more is due than :func:`_propose` looks at."""
+
+    def look(connection: Connection) -> bool:
+        now, most = context.clock(), _PROPOSED + 1
+        queued = [count_due(connection, [kind], now, most) for kind in work.executors]
+        planned = work.count(connection, now, most) if work.count else 0
+        return max([*queued, planned]) > _PROPOSED
+
+    cut: bool = context.transact(look)
+    return cut
 
 
 def _propose_copies(context: Context) -> list[Mapping[str, Any]]:
@@ -147,6 +166,7 @@ WORK: dict[str, Work] = {
         {OperationKind.STAGE: execute_stage, OperationKind.COPY: execute_copy},
         lambda _: plan_replication,
         _propose_copies,
+        count=count_evaluations_due,
     ),
     "verification": Work(
         {OperationKind.VERIFY: execute_verify}, lambda _: _plan_looks, _propose_checks
@@ -160,6 +180,7 @@ WORK: dict[str, Work] = {
         lambda s: expire.ExpiryPlanner(s.max_delete_items, s.max_delete_bytes),
         _propose_deletions,
         expire.stop_on_errors,
+        lambda c, now, most: count_expiry_due(c, now, most).replicas,
     ),
     "rebalance": Work({}, lambda _: rebalance.plan_rebalance, _propose_leaving),
 }
@@ -178,7 +199,8 @@ def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: C
         if config.dry_run:
             proposals = _propose(core, work)
             context.log.info(f"dry run: {len(proposals)} shown, nothing changed")
-            return dg.Output(len(proposals), metadata=proposals_metadata(proposals))
+            told = proposals_metadata(proposals, cut=_is_cut(core, work))
+            return dg.Output(len(proposals), metadata=told)
         with _progress(context):
             report = _drain(core, work, settings)
         _tell_failures(context, report)

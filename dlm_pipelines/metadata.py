@@ -110,10 +110,14 @@ def verification_metadata(report: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def proposals_metadata(proposals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a dry run would do: totals and the first rows."""
+def proposals_metadata(
+    proposals: Sequence[Mapping[str, Any]], *, cut: bool = False
+) -> dict[str, Any]:
+    """What a dry run would do: totals and the first rows; ``cut``: of the first of what is due."""
+    told = {"more": "more is due: these are the first of each kind, and so are the totals"}
     return {
         "dry_run": True,
+        **(told if cut else {}),
         "proposed": len(proposals),
         "bytes": sum(int(one["bytes"]) for one in proposals),
         "proposals": _table(proposals[:_SHOWN], ["item", "what", "bytes"]),

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.lifecycle.expire import ExpiryPlanner
@@ -100,12 +100,15 @@ class Site:
         )  # fmt: skip
         values: Mapping[str, Any] = {"state": "READY", **columns}
         changes = ", ".join(f"{column} = :{column}" for column in values)
-        self.execute(f"UPDATE data_item SET {changes} WHERE oid = :oid_", oid_=oid, **values)
-        self.execute(
-            "UPDATE replica SET state = 'READY', digest = :digest, checked_at = :now "
-            "WHERE uid = :uid",
-            uid=uid, digest=digest, now=self.now,
-        )  # fmt: skip
+
+        def let_in(connection: Connection) -> None:
+            sql = f"UPDATE data_item SET {changes} WHERE oid = :oid_"
+            run(connection, sql, oid_=oid, **values)
+            sql = """UPDATE replica SET state = 'READY', digest = :digest, checked_at = :now
+                      WHERE uid = :uid"""
+            run(connection, sql, uid=uid, digest=digest, now=self.now)
+
+        self.context.transact(let_in)
         return oid
 
     def work(self, *kinds: OperationKind, plan: Any = None) -> Report:

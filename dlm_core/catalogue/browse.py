@@ -13,6 +13,7 @@ from sqlalchemy import Connection, text
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.catalogue.expiring import item_due
 from dlm_core.errors import IllegalTransitionError, NotFoundError
+from dlm_core.types import uri_path
 
 #: above every character that may follow a prefix, in bytewise order
 _END = "\U0010ffff"
@@ -97,6 +98,8 @@ def list_items(
     ------
     NotFoundError
         no such collection or storage.
+    InvalidValueError
+        ``after`` is no uri.
     """
     conditions, values = _conditions(connection, state, prefix, collection, storage)
     if below_target:
@@ -105,6 +108,7 @@ def list_items(
         conditions.append(_LOST)
     if after:
         uri, _, version = after.partition("#")
+        uri_path(uri)
         conditions.append("(uri, version) > (:after, :after_version)")
         values["after"] = uri
         values["after_version"] = int(version) if version.isdecimal() else _LAST_VERSION

@@ -130,6 +130,11 @@ def running_pid(home: Path) -> int | None:
     return pid if _stands_in(pid, data) else None
 
 
+def is_made(home: Path) -> bool:
+    """Whether a home has a server's data."""
+    return _data(_resolved(home)).is_dir()
+
+
 def database_url(home: Path, database: str = "dlm") -> str:
     """The libpq URL of a database of the server of ``home``, whether it runs or not."""
     folder = quote(str(socket_folder(home)), safe="/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from psycopg.types.json import Jsonb
@@ -15,8 +15,8 @@ from sqlalchemy.exc import IntegrityError
 from dlm_core.catalogue.engine import KEY, copy_rows, rows, run
 from dlm_core.catalogue.replicas import CHECKED
 from dlm_core.catalogue.urgency import STEP, Urgency
-from dlm_core.errors import AlreadyExistsError, IllegalTransitionError, NotFoundError
-from dlm_core.types import Observation, PayloadKind, encode_path, new_id, new_key, uri_bucket
+from dlm_core.errors import IllegalTransitionError, InvalidValueError
+from dlm_core.types import Observation, PayloadKind, encode_path, new_key, uri_bucket
 
 _STAGED = {
     "uri": "text", "uri_bucket": "text", "path": "text", "size": "int8", "mtime": "float8",
@@ -50,6 +50,26 @@ class Terms:
     item_expires_at: datetime | None = None
     replica_expires_at: datetime | None = None
     urgency: Urgency = field(default_factory=Urgency)
+
+    def check(self, now: datetime) -> None:
+        """Refuse what would end before it began.
+
+        Raises
+        ------
+        InvalidValueError
+        """
+        ends = {
+            "expiry of items": self.item_expires_at,
+            "expiry of copies": self.replica_expires_at,
+        }
+        for what, end in ends.items():
+            if end is not None and end < now:
+                told = f"{end:%Y-%m-%dT%H:%M:%SZ}"
+                raise InvalidValueError(what=what, value=told, expected="a time to come")
+
+    def item_end(self, now: datetime) -> datetime | None:
+        """When an item that is announced now expires; a time that came meanwhile is now."""
+        return self.item_expires_at and max(self.item_expires_at, now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +160,7 @@ class _Merging:
             collection=self.terms.collection_id,
             owner=self.terms.owner,
             tags=Jsonb(self.terms.tags or {}),
-            expires=self.terms.item_expires_at,
+            expires=self.terms.item_end(self.now),
             now=self.now,
         )
 
@@ -407,163 +427,3 @@ def item_by_uri(connection: Connection, uri: str, *, lock: bool = False) -> dict
         uri=uri,
     )
     return found[0] if found else None
-
-
-# --- watches --------------------------------------------------------------------------------------
-
-
-# on a storage that is out of use nothing can be registered
-_DUE_WATCHES = """
-  SELECT w.watch_id FROM watch w JOIN storage s USING (storage_id)
-   WHERE w.scan_at <= :now AND s.mode NOT IN ('retired', 'lost')"""
-
-
-def count_watches_due(connection: Connection, now: datetime) -> int:
-    """Watched folders whose next look is due."""
-    found = rows(connection, f"SELECT count(*) AS n FROM ({_DUE_WATCHES}) due", now=now)
-    return int(found[0]["n"])
-
-
-def claim_watches(connection: Connection, now: datetime) -> list[dict[str, Any]]:
-    """Due watches, each put off by its interval: two drainers do not scan one folder at once."""
-    return rows(
-        connection,
-        f"""UPDATE watch w SET scan_at = CAST(:now AS timestamptz) + w.interval
-            WHERE watch_id IN ({_DUE_WATCHES} FOR UPDATE OF w SKIP LOCKED)
-           RETURNING w.*, (SELECT s.name FROM storage s WHERE s.storage_id = w.storage_id) AS storage""",
-        now=now,
-    )
-
-
-def settled_entries(
-    connection: Connection,
-    watch_id: uuid.UUID,
-    storage_id: uuid.UUID,
-    seen: Iterable[tuple[str, int, float]],
-    settle: timedelta,
-    now: datetime,
-) -> list[dict[str, Any]]:
-    """Of what a watched folder shows now (encoded path, bytes, mtime), that which is new to the
-    catalogue and has not changed for ``settle``. The rest is remembered for the next look."""
-    copy_rows(connection, "seen", {"path": "text", "size": "int8", "mtime": "float8"}, iter(seen))
-    run(
-        connection,
-        """DELETE FROM seen s USING replica r WHERE r.storage_id = :storage AND r.path = s.path
-              AND r.owns_path
-              AND (r.mtime IS NULL OR (r.size, r.mtime) IS NOT DISTINCT FROM (s.size, s.mtime))""",
-        storage=storage_id,
-    )
-    run(
-        connection,
-        """DELETE FROM watch_entry e WHERE e.watch_id = :watch
-              AND NOT EXISTS (SELECT FROM seen s WHERE s.path = e.path)""",
-        watch=watch_id,
-    )
-    run(
-        connection,
-        """INSERT INTO watch_entry (watch_id, path, size, mtime, since)
-           SELECT :watch, path, size, mtime, :now FROM seen
-           ON CONFLICT (watch_id, path) DO UPDATE SET size = EXCLUDED.size, mtime = EXCLUDED.mtime,
-                  since = EXCLUDED.since
-            WHERE (watch_entry.size, watch_entry.mtime) IS DISTINCT FROM
-                  (EXCLUDED.size, EXCLUDED.mtime)""",
-        watch=watch_id,
-        now=now,
-    )
-    return rows(
-        connection,
-        """DELETE FROM watch_entry WHERE watch_id = :watch
-              AND since <= CAST(:now AS timestamptz) - CAST(:settle AS interval)
-           RETURNING path, size, mtime""",
-        watch=watch_id,
-        now=now,
-        settle=settle,
-    )
-
-
-def put_off_entries(
-    connection: Connection,
-    watch_id: uuid.UUID,
-    entries: Sequence[Mapping[str, Any]],
-    until: datetime,
-) -> None:
-    """What :func:`settled_entries` gave settles again only after ``until``, unless it changes. Those
-    that became known meanwhile are forgotten by the next look."""
-    run(
-        connection,
-        """INSERT INTO watch_entry (watch_id, path, size, mtime, since)
-           SELECT :watch, path, size, mtime, :until
-             FROM unnest(CAST(:paths AS text[]), CAST(:sizes AS bigint[]),
-                         CAST(:times AS float8[])) AS u(path, size, mtime)
-           ON CONFLICT DO NOTHING""",
-        watch=watch_id,
-        until=until,
-        paths=[entry["path"] for entry in entries],
-        sizes=[entry["size"] for entry in entries],
-        times=[entry["mtime"] for entry in entries],
-    )
-
-
-def add_watch(
-    connection: Connection,
-    storage_id: uuid.UUID,
-    path: str,
-    scheme: str,
-    options: dict[str, Any],
-    interval: timedelta,
-    now: datetime,
-) -> uuid.UUID:
-    """Watch a folder (encoded path, '' for the root) of a storage from now on.
-
-    Raises
-    ------
-    AlreadyExistsError
-        it is watched already.
-    """
-    watch_id = new_id()
-    made = run(
-        connection,
-        """INSERT INTO watch (watch_id, storage_id, path, scheme, options, interval, scan_at,
-                              created_at)
-           VALUES (:id, :storage, :path, :scheme, CAST(:options AS jsonb),
-                   CAST(:interval AS interval), :now, :now)
-           ON CONFLICT (storage_id, path) DO NOTHING""",
-        id=watch_id,
-        storage=storage_id,
-        path=path,
-        scheme=scheme,
-        options=Jsonb(options),
-        interval=interval,
-        now=now,
-    )
-    if not made:
-        raise AlreadyExistsError(noun="watch", key=path or "/")
-    return watch_id
-
-
-def list_watches(connection: Connection) -> list[dict[str, Any]]:
-    """Watched folders (``path`` encoded) with how many entries there have not settled yet."""
-    return rows(
-        connection,
-        """SELECT s.name AS storage, w.path, w.scheme, w.options, w.interval, w.scan_at,
-                  (SELECT count(*) FROM watch_entry e WHERE e.watch_id = w.watch_id) AS waiting
-             FROM watch w JOIN storage s USING (storage_id) ORDER BY s.name, w.path""",
-    )
-
-
-def remove_watch(connection: Connection, storage: str, path: str) -> None:
-    """Watch a folder (encoded path) of a storage no longer; what it brought stays.
-
-    Raises
-    ------
-    NotFoundError
-    """
-    removed = run(
-        connection,
-        """DELETE FROM watch w USING storage s
-            WHERE s.storage_id = w.storage_id AND s.name = :storage AND w.path = :path""",
-        storage=storage,
-        path=path,
-    )
-    if not removed:
-        raise NotFoundError("watch", f"{storage}:{path or '/'}", "see 'dlm watch list'")

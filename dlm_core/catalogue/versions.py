@@ -58,7 +58,7 @@ def add_version(
         oid=oid, uri=announcement.uri, bucket=uri_bucket(announcement.uri),
         kind=announcement.kind.value, size=announcement.size, digest=announcement.digest,
         phase=terms.target_phase, collection=terms.collection_id, owner=terms.owner,
-        tags=Jsonb(terms.tags or {}), expires=terms.item_expires_at, now=now,
+        tags=Jsonb(terms.tags or {}), expires=terms.item_end(now), now=now,
     )[0]["version"]  # fmt: skip
     insert_replica(
         connection, oid, uid, storage_id, announcement.path, announcement.size,

@@ -51,6 +51,7 @@ def init_data_item(
         if there is such an item.
     """
     uri_path(uri)
+    terms.check(context.clock())
     oid = new_id()
 
     def insert(connection: Connection) -> None:
@@ -69,7 +70,7 @@ def init_data_item(
             collection=terms.collection_id,
             owner=terms.owner,
             metadata=catalogue.jsonb(metadata),
-            expires=terms.item_expires_at,
+            expires=terms.item_end(context.clock()),
             now=context.clock(),
         )
 

@@ -50,6 +50,10 @@ from dlm_core.types import (
 _FIRST_CHUNK, _CHUNK = 125, 10_000
 _DEFAULT_TERMS = Terms()
 _MAX_TOLD = 1000
+_SKIPPED = {
+    "directory": "a directory is registered by its files, or as a whole by --as-directory",
+    "symlink": "a symbolic link is not registered",
+}
 
 
 @dataclass(slots=True)
@@ -110,7 +114,15 @@ def storage_by_name(context: Context, name: str) -> Mapping[str, Any]:
 
 
 def collection_id(context: Context, name: str) -> uuid.UUID:
-    """The collection of a name, made if there is none yet."""
+    """The collection of a name, made if there is none yet.
+
+    Raises
+    ------
+    InvalidValueError
+        if the name is empty.
+    """
+    if not name.strip():
+        raise InvalidValueError(what="collection", value=name, expected="a name")
 
     def find(connection: Connection) -> uuid.UUID:
         run(
@@ -144,6 +156,7 @@ def register_tree(
     PayloadNotFoundError, StorageUnavailableError, AccessDeniedError
         what the walk meets; chunks announced before stay announced.
     """
+    source.terms.check(context.clock())
     row = storage_by_name(context, source.storage)
     storage = context.storages.open(row)
     storage.check()
@@ -170,6 +183,7 @@ def register_list(
     progress: Callable[[RegisterReport], None] | None = None,
 ) -> RegisterReport:
     """Announce the payloads at ``paths`` of a storage; those that are not there are refused."""
+    source.terms.check(context.clock())
     row = storage_by_name(context, source.storage)
     storage = context.storages.open(row)
     storage.check()
@@ -199,7 +213,7 @@ def _payloads(
     for entry in entries:
         if inside and entry.path.startswith(inside):
             continue
-        top = _directory_above(entry, as_directory)
+        top = directory_above(entry, as_directory)
         if top is not None:
             inside = f"{top}/"
             yield top, entry, PayloadKind.DIRECTORY
@@ -207,7 +221,7 @@ def _payloads(
             yield entry.path, entry, PayloadKind.FILE
         else:
             # links are never followed: what they point to is registered where it lies
-            report.skip(entry.path, f"a {entry.kind} is not registered")
+            report.skip(entry.path, _SKIPPED.get(entry.kind, "neither file nor directory"))
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
@@ -215,7 +229,7 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, p) or fnmatchcase(path, p) for p in patterns)
 
 
-def _directory_above(entry: Entry, patterns: Sequence[str]) -> str | None:
+def directory_above(entry: Entry, patterns: Sequence[str]) -> str | None:
     if not patterns:
         return None
     parts = entry.path.split("/")

@@ -3,50 +3,126 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection
 
-from dlm_core.catalogue import items as catalogue
-from dlm_core.catalogue.items import count_watches_due
+from dlm_core.catalogue import watches as catalogue
+from dlm_core.catalogue.items import Terms
 from dlm_core.catalogue.operations import count_due
-from dlm_core.errors import InputError, StorageError
-from dlm_core.lifecycle.register import RegisterReport, Source, register_list, storage_by_name
+from dlm_core.catalogue.urgency import Urgency
+from dlm_core.catalogue.watches import count_watches_due
+from dlm_core.errors import InputError, InvalidValueError, StorageError
+from dlm_core.lifecycle.register import (
+    RegisterReport,
+    Source,
+    directory_above,
+    register_list,
+    storage_by_name,
+)
 from dlm_core.lifecycle.work import Context, log
 from dlm_core.storages.port import Storage
-from dlm_core.types import OperationKind, decode_path, encode_path
+from dlm_core.types import OperationKind, decode_path, encode_path, make_uri
 
 #: names of what is still being written
 _UNFINISHED = (".part", ".tmp", ".partial")
 #: what was refused is looked at again after this, or when it changes
 _REFUSED_WAIT = timedelta(hours=1)
+_SHORTEST = timedelta(seconds=1)
 
 
 def add_watch(
     context: Context,
-    storage: str,
+    source: Source,
     path: str = "",
     *,
-    scheme: str = "file",
-    uri_prefix: str = "",
     interval: timedelta = timedelta(seconds=30),
 ) -> uuid.UUID:
     """Watch a folder of a storage from now on; the watch's id.
 
+    ``source`` says how its payloads become items. The folder may come into being later.
+
     Raises
     ------
+    InvalidValueError
+        see :func:`check_watch`.
     NotFoundError, AlreadyExistsError
         no such storage; watched already.
     """
-    row = storage_by_name(context, storage)
+    check_watch(source, interval)
+    options = _options(source)
+    row = storage_by_name(context, source.storage)
     encoded = encode_path(path) if path else ""
-    options = {"uri_prefix": uri_prefix}
     return context.transact(
         lambda c: catalogue.add_watch(
-            c, row["storage_id"], encoded, scheme, options, interval, context.clock()
+            c, row["storage_id"], encoded, source.scheme, options, interval, context.clock()
         )
+    )
+
+
+def check_watch(source: Source, interval: timedelta) -> None:
+    """Refuse what no watch can be.
+
+    Raises
+    ------
+    InvalidValueError
+        if it would be looked at more often than once a second, the uris would be none, or
+        ``source`` has what is of one registration: checksums, or a moment.
+    """
+    if interval < _SHORTEST:
+        raise InvalidValueError(what="interval", value=str(interval), expected="at least 1s")
+    make_uri(source.scheme, f"{source.uri_prefix}x")  # told once, not at every look
+    terms = source.terms
+    once = (source.checksums, terms.item_expires_at, terms.replica_expires_at)
+    if any(once) or terms.urgency.needed_by is not None:
+        raise InvalidValueError(
+            what="watch", value=source.storage, expected="no checksums and no moments: it goes on"
+        )
+
+
+def is_there(context: Context, storage: str, path: str) -> bool:
+    """Whether a storage has a folder, or cannot be asked."""
+    try:
+        return context.storages.open(storage_by_name(context, storage)).stat(path) is not None
+    except StorageError:
+        return True
+
+
+def _options(source: Source) -> dict[str, Any]:
+    terms = source.terms
+    found = {
+        "uri_prefix": source.uri_prefix,
+        "as_directory": list(source.as_directory),
+        "new_version": source.new_version,
+        "target_phase": terms.target_phase,
+        "collection_id": terms.collection_id and str(terms.collection_id),
+        "owner": terms.owner,
+        "tags": terms.tags,
+        "priority": terms.urgency.priority,
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _source(watch: Mapping[str, Any]) -> Source:
+    """What :func:`add_watch` was told."""
+    options = watch["options"]
+    collection = options.get("collection_id")
+    terms = Terms(
+        options.get("target_phase", "SOLID"),
+        uuid.UUID(collection) if collection else None,
+        options.get("owner"),
+        options.get("tags"),
+        urgency=Urgency(options.get("priority", 0)),
+    )
+    return Source(
+        watch["storage"],
+        watch["scheme"],
+        options.get("uri_prefix", ""),
+        tuple(options.get("as_directory", ())),
+        new_version=options.get("new_version", False),
+        terms=terms,
     )
 
 
@@ -79,16 +155,16 @@ def count_registration_due(connection: Connection, now: datetime) -> int:
 
 
 def _scan(context: Context, watch: dict[str, Any]) -> RegisterReport:
+    source = _source(watch)
     storage = context.storages.open(storage_by_name(context, watch["storage"]))
     storage.check()
     settle = timedelta(seconds=context.settings.watch_settle_seconds)
-    seen = list(_finished(storage, decode_path(watch["path"])))
+    seen = list(_finished(storage, decode_path(watch["path"]), source.as_directory))
     settled = context.transact(
         lambda c: catalogue.settled_entries(
             c, watch["watch_id"], watch["storage_id"], seen, settle, context.clock()
         )
     )
-    source = Source(watch["storage"], watch["scheme"], watch["options"].get("uri_prefix", ""))
     report = register_list(context, source, [decode_path(entry["path"]) for entry in settled])
     if report.refused:
         # it may be large, was read to know that it changed, and is no other after the next interval
@@ -97,11 +173,25 @@ def _scan(context: Context, watch: dict[str, Any]) -> RegisterReport:
     return report
 
 
-def _finished(storage: Storage, folder: str) -> Iterator[tuple[str, int, float]]:
+def _finished(
+    storage: Storage, folder: str, as_directory: Sequence[str]
+) -> Iterator[tuple[str, int, float]]:
+    """(encoded path, bytes, time of change) of payloads that nobody seems to write at; of a
+    directory payload the sum and the latest of its files, whatever their names."""
     if folder and storage.stat(folder) is None:
         return
+    directories: dict[str, tuple[int, float]] = {}
     for entry in storage.walk(folder):
-        below = entry.path[len(folder) :].strip("/")
+        top = directory_above(entry, as_directory)
+        payload = entry.path if top is None else top
+        below = payload[len(folder) :].strip("/")
         hidden = any(part.startswith(".") for part in below.split("/"))
-        if entry.kind == "file" and not hidden and not entry.path.endswith(_UNFINISHED):
+        if entry.kind != "file" or hidden or payload.endswith(_UNFINISHED):
+            continue
+        if top is None:
             yield encode_path(entry.path), entry.size, entry.mtime
+        else:
+            size, newest = directories.get(top, (0, 0.0))
+            directories[top] = size + entry.size, max(newest, entry.mtime)
+    for top, (size, newest) in directories.items():
+        yield encode_path(top), size, newest

@@ -118,6 +118,16 @@ def test_a_look_loads_nothing_that_it_does_not_need(dlm: Dlm, command: str) -> N
         (["verify", "--storage", ""], "DLM-102"),
         (["retry", "--item", ""], "DLM-102"),
         (["retry", "--kind", ""], "DLM-101"),
+        (["watch", "add", "a", "--every", "0s"], "DLM-101"),
+        (["watch", "add", "a", "--target-phase", "METAL"], "DLM-101"),
+        (["watch", "add", "a", "--collection", ""], "DLM-101"),
+        (["watch", "add", "nope", "--collection", "typo"], "DLM-102"),
+        (["register", "a", "--expires", "2001-01-01T00:00Z"], "DLM-101"),
+        (["register", "a", "--replica-expires", "2001-01-01T00:00Z"], "DLM-101"),
+        (["register", "a", "--collection", ""], "DLM-101"),
+        (["item", "list", "--after", "junk"], "DLM-101"),
+        (["storage", "set", "a"], "DLM-101"),
+        (["storage", "set", "a", "--capacity", "0"], "DLM-101"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -129,7 +139,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert result.out == ""
 
 
-@pytest.mark.parametrize("more", [["a", "--tag", "novalue"], ["nope"], ["a", "--by", "soon"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["a", "--tag", "novalue"],
+        ["nope"],
+        ["a", "--by", "soon"],
+        ["a", "--expires", "2001-01-01T00:00Z"],
+    ],
+)
 def test_a_refused_registration_makes_no_collection(
     dlm: Dlm, storages: Any, engine: Engine, more: list[str]
 ) -> None:
@@ -212,8 +230,19 @@ def test_a_home_that_cannot_be_used_is_told(
     (tmp_path / "file").touch()
     monkeypatch.delenv("DLM_DATABASE_URL")
     monkeypatch.setenv("DLM_HOME", str(tmp_path / "file" / "home"))
-    told = refused(dlm("status"), "DLM-209", 3)
+    told = refused(dlm("db", "upgrade"), "DLM-209", 3)
     assert str(tmp_path / "file") in told
+
+
+def test_a_mistyped_home_is_told_and_not_made(
+    dlm: Dlm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What only looks or registers starts no second, empty catalogue."""
+    monkeypatch.delenv("DLM_DATABASE_URL")
+    for command in (["status"], ["register", "a"], ["backup", str(tmp_path / "b")]):
+        told = refused(dlm(*command), "DLM-201", 3)
+        assert str(tmp_path / "home") in told and "dlm up" in told
+    assert not (tmp_path / "home").exists()
 
 
 def test_settings_that_make_no_sense_name_the_variable(
@@ -462,6 +491,19 @@ def test_failed_operations_can_be_tried_again(
     assert dlm("item", "show", "file:x", "--json").json["state"] == "READY"
 
 
+def test_a_time_that_has_passed_is_no_time_to_expire_at(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None]
+) -> None:
+    """A year that was mistyped lets nothing go."""
+    (storages["a"] / "x").write_bytes(b"x")
+    dlm("register", "a")
+    settle()
+    late = ["--reason", "r", "--at", "2003-01-01T00:00Z"]
+    refused(dlm("expire", "file:x", *late), "DLM-101", 2)
+    refused(dlm("expire", "file:x", "--storage", "a", *late), "DLM-101", 2)
+    assert dlm("item", "show", "file:x", "--json").json["expires_at"] is None
+
+
 def test_an_item_expires_and_comes_back_from_the_trash(
     dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None]
 ) -> None:
@@ -527,6 +569,17 @@ def test_folders_are_watched_and_no_longer(dlm: Dlm, storages: Any) -> None:
     (watch,) = dlm("watch", "list", "--json").json
     assert (watch["storage"], watch["path"], watch["interval"]) == ("a", "in/coming", 60)
     assert dlm("watch", "add", "a", "in/coming").code != 0
+    assert dlm("watch", "remove", "a", "in/coming").code == 0
+    given = ["--as-directory", "*.ms", "--collection", "eb-1", "--owner", "me", "--tag", "k=v"]
+    more = ["--target-phase", "liquid", "--new-version", "--prefix", "p/"]
+    added = dlm("watch", "add", "a", "in/coming", *given, *more)
+    assert "not there yet" in added.out
+    (watch,) = dlm("watch", "list", "--json").json
+    assert watch["collection"] == "eb-1"
+    assert watch["options"] == {
+        "uri_prefix": "p/", "as_directory": ["*.ms"], "new_version": True,
+        "target_phase": "LIQUID", "owner": "me", "tags": {"k": "v"},
+    }  # fmt: skip
     assert dlm("watch", "remove", "a", "in/coming").code == 0
     assert dlm("watch", "list", "--json").json == []
 

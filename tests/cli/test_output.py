@@ -24,6 +24,15 @@ def test_a_reader_that_goes_away_is_no_error(dlm: Dlm, storages: Any, more: str)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def test_a_reader_of_the_help_that_goes_away_is_no_error() -> None:
+    """dlm --help | head -1, as everybody tries it."""
+    code = "import sys; sys.argv[1:] = ['storage', 'set', '--help']"
+    code += "; from dlm_cli.main import main; main()"
+    command = f'{sys.executable} -c "{code}" | true; exit ${{PIPESTATUS[0]}}'
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_what_users_write_is_shown_as_they_wrote_it(dlm: Dlm, storages: Any) -> None:
     """Brackets are no markup: they neither vanish nor end a listing with an error."""
     reason = "[ticket 12] keep [/x] :smile:"

@@ -374,7 +374,7 @@ def test_letting_in_touches_no_index(site):
 
 def test_watched_folders_register_what_has_settled(site):
     """New files wait until they stop growing; *.part and dotfiles are left alone."""
-    add_watch(site.context, "in", "drop", scheme="test")
+    add_watch(site.context, Source("in", "test"), "drop")
     write(site, {"drop/x": b"1", "drop/y.part": b"1", "drop/.hidden": b"1"})
     assert scan_watches(site.context).created == 0
     site.advance(seconds=31)
@@ -396,7 +396,7 @@ def test_a_watch_on_a_storage_out_of_use_holds_nothing_up(site):
     """The other folders are looked at, and what was announced is let in."""
     site.add_storage("gone", "B")
     for storage in ("gone", "in"):
-        add_watch(site.context, storage, scheme="test")
+        add_watch(site.context, Source(storage, "test"))
         write(site, {storage: b"1"}, storage)
     scan_watches(site.context)
     site.set_storage("gone", mode="lost")

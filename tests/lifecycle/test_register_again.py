@@ -175,7 +175,7 @@ def test_a_name_that_the_catalogue_cannot_keep_stops_no_other(site):
 
 def test_a_changed_file_in_a_watched_folder_is_not_read_at_each_look(site):
     """It is refused once an hour, and at once when it changes again."""
-    add_watch(site.context, "in", scheme="test")
+    add_watch(site.context, Source("in", "test"))
     write(site, {"x": b"1"})
     again(site)
     admit(site)

@@ -148,6 +148,24 @@ def test_a_dry_run_shows_and_changes_nothing(site, instance, name):
     assert after == before
 
 
+@pytest.mark.parametrize("name", ["registration", "replication", "expiry"])
+def test_a_dry_run_says_that_more_is_due_than_it_shows(site, instance, name, monkeypatch):
+    """Totals of the first of what is due are not told as totals of all."""
+    monkeypatch.setattr(jobs, "_PROPOSED", 1)
+    register(site, {"x": b"one"})
+    if name != "registration":
+        execute(instance, "registration")
+    if name == "expiry":
+        site.execute("UPDATE data_item SET expires_at = :now", now=site.context.clock())
+    assert "more" not in metadata(execute(instance, name, dry_run=True), name)
+    register(site, {"y": b"two"})
+    if name != "registration":
+        execute(instance, "registration")
+    if name == "expiry":
+        site.execute("UPDATE data_item SET expires_at = :now", now=site.context.clock())
+    assert "more is due" in metadata(execute(instance, name, dry_run=True), name)["more"]
+
+
 def test_sensors_ask_for_runs_only_when_work_is_due(site, instance):
     """Nothing due: skipped, in words. Work due: a run. Runs at it already: none more."""
     for name in JOBS:

@@ -27,8 +27,8 @@ from dlm_core.catalogue import (
     replicas,
     traffic,
     urgency,
+    watches,
 )
-from dlm_core.catalogue import items as catalogue_items
 from dlm_core.catalogue import plans as approval
 from dlm_core.catalogue.engine import begin, make_engine, rows, run
 from dlm_core.catalogue.status import status
@@ -319,7 +319,7 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         lambda c: browse.item_events(c, browse.get_item(c, "test:folder-7/item-7")["oid"]),
         {"event_oid"},
     ),
-    "watches are counted": (lambda c: catalogue_items.count_watches_due(c, LATER), set()),
+    "watches are counted": (lambda c: watches.count_watches_due(c, LATER), set()),
 }  # fmt: skip
 
 

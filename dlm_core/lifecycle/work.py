@@ -108,7 +108,7 @@ class _Unavailable:
     tells_content = False
     part_size = None
     stager = None
-    digest_many = write_many = rename_many = take_many = copy_from = write_on = None
+    digest_many = read_many = write_many = rename_many = take_many = copy_from = write_on = None
 
     def __init__(self, name: str, error: DlmError) -> None:
         self.name, self._error = name, error

@@ -33,6 +33,8 @@ class ColdStorage:
         self.renames_read = bool(getattr(stager, "renames_read", False))
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute == "read_many":
+            raise AttributeError(attribute)  # one by one, each if it is online
         found = getattr(self.inner, attribute)
         if attribute == "write_in_parts":
             return self._remembering_one(found)

@@ -187,6 +187,20 @@ def many_are_written_as_one(storage: Storage, folder: str) -> None:
     _want(storage, there == kept, f"after them there are {there}")
 
 
+def many_are_read_as_one(storage: Storage, folder: str) -> None:
+    """Where a storage gives many small files at once, what is as large as was said comes back as it
+    was written, and nothing else is an error."""
+    read_many = getattr(storage, "read_many", None)
+    if read_many is None:
+        return
+    data = {f"{folder}/{n}": os.urandom(n) for n in (0, 1, 10_000, 1 << 20)}
+    for path, one in data.items():
+        put(storage, path, one)
+    found = read_many([(path, len(one)) for path, one in data.items()], None)
+    _want(storage, found == data, "files that were read at once have other bytes")
+    read_many([(f"{folder}/1", 1), (f"{folder}/nothing", 1), (f"{folder}/10000", 7)], None)
+
+
 def what_is_not_there_is_said_so(storage: Storage, folder: str) -> None:
     """Reading or renaming nothing is an error of its own; removing nothing is fine."""
     path = f"{folder}/nothing"
@@ -334,6 +348,7 @@ CHECKS: tuple[Check, ...] = (
     rename_moves_files_and_trees,
     many_are_renamed_as_one,
     many_are_written_as_one,
+    many_are_read_as_one,
     what_is_not_there_is_said_so,
     a_failing_source_leaves_nothing_visible,
     paths_that_leave_the_root_are_refused,

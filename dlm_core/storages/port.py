@@ -97,6 +97,11 @@ class Storage(Protocol):
     ``write_many([(path, bytes), …])`` and ``rename_many([(source, destination), …])``
         as :meth:`write` of small files and :meth:`rename`, many at once; for each the error that
         the single call would raise, or None. Handing over each by itself costs more than it does.
+    ``read_many([(path, size), …], stop) -> dict[path, bytes]``
+        what may be the contents of small files, many in one request; ``size`` (bytes) is what the
+        caller takes them for, who compares them with the digest that they are to have. Nothing is
+        concluded from other bytes, nor from what is left out (all is once ``stop`` is set): it is
+        read by :meth:`open_read`.
     ``digest_many(paths, stop) -> dict[path, 'sha256:…']``
         digests that the far side computes from the bytes as they lie there, in one request; paths
         of which nothing is told are left out, and so are all once ``stop`` is set. It may prove a

@@ -13,7 +13,6 @@ import stat as stat_module
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import TimeoutError as StillRunning
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -41,8 +40,6 @@ from dlm_core.storages.sftp_files import (
     BLOCK,
     LARGE_WEIGHT,
     SILENCE_SECONDS,
-    SftpStream,
-    digests_there,
     entry_of,
     every,
     pour,
@@ -52,6 +49,7 @@ from dlm_core.storages.sftp_files import (
     take,
     writes,
 )
+from dlm_core.storages.sftp_reading import SftpStream, digests_there, read_together
 from dlm_core.storages.ssh import Session
 
 _T = TypeVar("_T")
@@ -214,10 +212,10 @@ class SftpStorage:
         found: dict[str, Entry | None] = {}
         for n in range(0, len(wanted), _LOOKED_IN_ONE_CALL):
             some = wanted[n : n + _LOOKED_IN_ONE_CALL]
-            found.update(self._run(some[0], partial(self._look, paths=some)))
+            found.update(self._run(some[0], partial(self.look, paths=some)))
         return found
 
-    async def _look(self, session: Session, paths: Sequence[str]) -> dict[str, Entry | None]:
+    async def look(self, session: Session, paths: Sequence[str]) -> dict[str, Entry | None]:
         folders = sorted({posixpath.dirname(path) for path in paths})
         free = asyncio.Semaphore(_LOOKED_AT_ONCE)
 
@@ -238,7 +236,7 @@ class SftpStorage:
 
     async def _lstat(self, session: Session, path: str) -> Entry | None:
         try:
-            return entry_of(path, await session.sftp.lstat(self._full(session, path)))
+            return entry_of(path, await session.sftp.lstat(self.full(session, path)))
         except _ABSENT:
             return None
 
@@ -247,13 +245,13 @@ class SftpStorage:
 
         OpenSSH resolves what is not there too if what is above it is.
         """
-        full = self._full(session, folder)
+        full = self.full(session, folder)
         try:
             return await session.sftp.realpath(full) != full
         except _ABSENT:
             return False
 
-    def _full(self, session: Session, path: str) -> bytes:
+    def full(self, session: Session, path: str) -> bytes:
         octets = self._octets(path) if path else b""
         return posixpath.join(session.root, octets) if octets else session.root
 
@@ -278,7 +276,7 @@ class SftpStorage:
             return []  # removed since its parent was listed
 
     async def _list(self, session: Session, path: str) -> list[Entry]:
-        full = self._full(session, path)
+        full = self.full(session, path)
         linked, names = await every(self._linked(session, path), session.sftp.readdir(full))
         if linked:
             raise self._refused(path, "a symbolic link stands in the way")
@@ -302,13 +300,24 @@ class SftpStorage:
         return Slice(stream, max(0, min(size, stream.size - offset)))
 
     async def open_file(self, session: Session, path: str) -> tuple[Entry, SFTPClientFile]:
-        entry = (await self._look(session, [path]))[path]
+        entry = (await self.look(session, [path]))[path]
         if entry is None:
             raise PayloadNotFoundError(storage=self.name, path=path)
         if entry.kind != "file":
             raise self._refused(path, "not a regular file")
-        full = self._full(session, path)
-        return entry, await session.sftp.open(full, _READ, encoding=None, block_size=None)
+        return entry, await self.open_looked_at(session, path)
+
+    async def open_looked_at(self, session: Session, path: str) -> SFTPClientFile:
+        """Open for reading what :meth:`look` found to be a file."""
+        full = self.full(session, path)
+        return await session.sftp.open(full, _READ, encoding=None, block_size=None)
+
+    def read_many(
+        self, files: Sequence[tuple[str, int]], stop: threading.Event | None = None
+    ) -> dict[str, bytes]:
+        for path, _ in files:
+            self._octets(path)
+        return read_together(self, files, stop) if files else {}
 
     # --- changing --------------------------------------------------------------------------------
 
@@ -383,7 +392,7 @@ class SftpStorage:
         """Open a new file for writing; ``looked``: see :meth:`_enter`."""
         try:
             return await self._in_folder(
-                session, path, looked, partial(self._create_in, session, self._full(session, path))
+                session, path, looked, partial(self._create_in, session, self.full(session, path))
             )
         except asyncssh.SFTPFailure:
             if await self._lstat(session, path) is not None:
@@ -392,7 +401,7 @@ class SftpStorage:
 
     async def reopen(self, session: Session, path: str, looked: set[str]) -> SFTPClientFile:
         """Open a file that is there for writing."""
-        full = self._full(session, path)
+        full = self.full(session, path)
         again = partial(session.sftp.open, full, asyncssh.FXF_WRITE, encoding=None, block_size=None)
         return await self._in_folder(session, path, looked, again)
 
@@ -434,7 +443,7 @@ class SftpStorage:
         """Make a folder, and what is missing above it."""
         if not folder:
             raise await self._root_is_gone(session) or self._unavailable("its root changes")
-        full, attributes = self._full(session, folder), SFTPAttrs(permissions=0o755)
+        full, attributes = self.full(session, folder), SFTPAttrs(permissions=0o755)
         try:
             await self._in_folder(
                 session, folder, looked, lambda: session.sftp.mkdir(full, attributes)
@@ -450,7 +459,7 @@ class SftpStorage:
         """Clearing up after an error that is being told; the sweep finds what stays."""
         with suppress(asyncssh.Error, OSError, TimeoutError):
             async with asyncio.timeout(SILENCE_SECONDS):
-                await session.sftp.remove(self._full(session, path))
+                await session.sftp.remove(self.full(session, path))
 
     def flush(self) -> None:
         if self.shell:
@@ -476,7 +485,7 @@ class SftpStorage:
     async def _sync_folders(self, session: Session, folders: Iterable[str]) -> None:
         for folder in sorted(folders):
             with suppress(*_ABSENT):  # removed since
-                file = await session.sftp.open(self._full(session, folder), _READ, encoding=None)
+                file = await session.sftp.open(self.full(session, folder), _READ, encoding=None)
                 await every(synced(file), file.close())
 
     def rename(self, source: str, destination: str) -> None:
@@ -490,7 +499,7 @@ class SftpStorage:
     ) -> None:
         """Plain rename of SFTP 3: OpenSSH links and unlinks, and so replaces nothing."""
         old = posixpath.dirname(source)
-        full = self._full(session, source), self._full(session, destination)
+        full = self.full(session, source), self.full(session, destination)
         self._touch(old)
 
         async def move() -> None:
@@ -537,14 +546,14 @@ class SftpStorage:
 
         async def remove_folder(session: Session) -> None:
             with suppress(*_ABSENT):
-                await session.sftp.rmdir(self._full(session, path))
+                await session.sftp.rmdir(self.full(session, path))
 
         self._run(path, remove_folder)
 
     async def _remove_files(self, session: Session, paths: Sequence[str]) -> None:
         async def remove_one(path: str) -> None:
             with suppress(*_ABSENT):
-                await session.sftp.remove(self._full(session, path))
+                await session.sftp.remove(self.full(session, path))
 
         for n in range(0, len(paths), _LOOKED_AT_ONCE):
             await every(*map(remove_one, paths[n : n + _LOOKED_AT_ONCE]))
@@ -577,23 +586,6 @@ class SftpStorage:
     def digest_many(
         self, paths: Sequence[str], stop: threading.Event | None = None
     ) -> dict[str, str]:
-        if not self.shell or not paths:
-            return {}
-        names = {self._octets(path): path for path in paths}
-        future = ssh.submit(self._hash(list(names)))
-        while True:
-            try:
-                told = future.result(timeout=0.5)
-                break
-            except StillRunning:
-                if stop is not None and stop.is_set():
-                    future.cancel()
-                    return {}
+        names = {self._octets(path): path for path in paths} if self.shell else {}
+        told = digests_there(self, list(names), stop) if names else {}
         return {names[name]: f"sha256:{digest}" for name, digest in told.items() if name in names}
-
-    async def _hash(self, names: Sequence[bytes]) -> dict[bytes, str]:
-        async with self.connections.session(LARGE_WEIGHT) as session:
-            try:
-                return await digests_there(session, names)
-            except (asyncssh.Error, OSError) as error:
-                raise self._unavailable(f"sha256sum there: {ssh.one_line(error)}") from error

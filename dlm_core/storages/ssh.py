@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as StillRunning
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +134,20 @@ def run(work: Coroutine[Any, Any, _T]) -> _T:
     future = submit(work)
     try:
         return future.result()
+    finally:
+        future.cancel()
+
+
+def run_unless(stop: threading.Event | None, work: Coroutine[Any, Any, _T]) -> _T | None:
+    """As :func:`run`, but None once ``stop`` is set. ``work`` ends in no TimeoutError."""
+    future = submit(work)
+    try:
+        while stop is None or not stop.is_set():
+            try:
+                return future.result(timeout=0.5)
+            except StillRunning:
+                continue
+        return None
     finally:
         future.cancel()
 

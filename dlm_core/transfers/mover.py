@@ -40,7 +40,9 @@ from dlm_core.transfers.reading import HashingReader, Interrupted, Progress, rea
 from dlm_core.transfers.resuming import Resuming, write_in_parts
 from dlm_core.transfers.tasks import (
     AT_ONCE,
+    FEW,
     SMALL,
+    TOGETHER,
     Copy,
     CopyResult,
     CopyTask,
@@ -58,6 +60,7 @@ __all__ = ["CopyResult", "CopyTask", "Lane", "copy_batch", "last_at_work"]
 
 # folders for temporary files: threads that make files in one folder wait for each other
 _SLOTS = 16
+_NOTHING: Mapping[str, bytes] = {}
 
 
 def copy_batch(
@@ -118,11 +121,14 @@ class _Mover:
         self.progress, self.stop = progress, stop or threading.Event()
         self.atomic = bool(getattr(destination, "atomic_write", False))
         self.part_size: Callable[[int], int] | None = getattr(destination, "part_size", None)
+        self.read_many = getattr(source, "read_many", None)
         self.write_many = getattr(destination, "write_many", None)
         self.rename_many = getattr(destination, "rename_many", None)
         self.copy_from = getattr(destination, "copy_from", None)
         self.write_on = getattr(destination, "write_on", None)
         self.write_in_parts = getattr(destination, "write_in_parts", None)
+        # what is not written together is written one after the other: few, where each takes long
+        self.together = TOGETHER if self.write_many or near(destination) else FEW
         self.resumed_above = sys.maxsize
         self.outage: DlmError | None = None
         self.prover = Prover(source, destination, self.stop, lane, self._turn)
@@ -151,9 +157,9 @@ class _Mover:
             taken = [file for file in files if file.written.startswith(folder)]
             self._take_together(take_many, folder, taken)
             files = [file for file in files if not file.made]
-        if self.write_many is not None and not limited:
+        if (self.read_many or self.write_many) is not None and not limited:
             small = [file for file in files if file.size <= SMALL]
-            list(pool.map(self._write_together, groups(small)))
+            list(pool.map(self._write_together, groups(small, self.together)))
             files = [file for file in files if file.size > SMALL]
         in_chunks(pool, self._write_chunk, files)
         return copies
@@ -315,15 +321,19 @@ class _Mover:
             self._look_for_outage()
 
     def _write_together(self, files: Sequence[File]) -> None:
-        """Small files that the destination takes many of at once."""
+        """Small files that the source gives, or the destination takes, many of at once."""
+        given = self._read_together(files)
+        if self.write_many is None:
+            self._each_tiny(files, partial(self._write_small, given=given), False)
+            return
         data: dict[str, bytes] = {}
 
         def read_in(file: File) -> None:
-            data[file.written] = self._read(file)
+            data[file.written] = self._read(file, given)
 
         self._each_tiny(files, read_in, near(self.source))
         read = [file for file in files if file.written in data]
-        if not read or self.write_many is None:
+        if not read:
             return
         begun = time.monotonic()
         try:
@@ -349,7 +359,21 @@ class _Mover:
         except DlmError as error:
             return [error] * len(things)
 
-    def _read(self, file: File) -> bytes:
+    def _read_together(self, files: Sequence[File]) -> dict[str, bytes]:
+        """What the source gives in one request; anything amiss is told by reading one by one."""
+        if self.read_many is None or self.outage is not None or self.stop.is_set():
+            return {}
+        try:
+            with self.lane.places(False, SMALL):
+                wanted = [(file.source, file.size) for file in files]
+                return cast(dict[str, bytes], self.read_many(wanted, self.stop))
+        except (DlmError, Interrupted):
+            return {}
+
+    def _read(self, file: File, given: Mapping[str, bytes]) -> bytes:
+        data = given.get(file.source, b"")
+        if len(data) == file.size and f"sha256:{sha256(data).hexdigest()}" == file.digest:
+            return data
         with self.source.open_read(file.source) as stream:
             data = read_up_to(stream, file.size + 1)
         found = f"sha256:{sha256(data).hexdigest()}"
@@ -361,8 +385,8 @@ class _Mover:
             )
         return data
 
-    def _write_small(self, file: File) -> None:
-        data = self._read(file)
+    def _write_small(self, file: File, given: Mapping[str, bytes] = _NOTHING) -> None:
+        data = self._read(file, given)
         if self.part_size is not None:
             file.etag = md5(data, usedforsecurity=False).hexdigest()
         self.destination.write(file.written, io.BytesIO(data), file.size)

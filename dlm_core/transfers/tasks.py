@@ -13,8 +13,8 @@ from dlm_core.types import ManifestEntry, PayloadKind
 
 #: files up to this size are read whole: one read, one hash, one write
 SMALL = 1 << 20
-# small files that are written in one call, where the destination has one
-_TOGETHER_FILES = 64
+#: small files that are read or written in one call, where a storage has one
+TOGETHER, FEW = 64, 16
 _TOGETHER_BYTES = 4 << 20
 _SUB_BATCH_FILES = 512
 _SUB_BATCH_BYTES = 256 << 20
@@ -185,12 +185,12 @@ def can_be_listed(task: CopyTask) -> bool:
     return all(name.isprintable() and "\\" not in name for name in names)
 
 
-def groups(files: Sequence[File]) -> Iterator[list[File]]:
-    """In order, few enough at once to be held in memory by every thread."""
+def groups(files: Sequence[File], most: int = TOGETHER) -> Iterator[list[File]]:
+    """In order, ``most`` at once and few enough to be held in memory by every thread."""
     group: list[File] = []
     size = 0
     for file in files:
-        if group and (len(group) == _TOGETHER_FILES or size + file.size > _TOGETHER_BYTES):
+        if group and (len(group) == most or size + file.size > _TOGETHER_BYTES):
             yield group
             group, size = [], 0
         group.append(file)

@@ -184,6 +184,8 @@ class _Paced:
             return found and partial(self._write_in_parts, found)
         if attribute == "write_many" and found is not None:
             return lambda files: self._write_many(found, files)
+        if attribute == "read_many" and found is not None:
+            return partial(self._read_many, found)
         return found
 
     def open_read(self, path: str) -> ReadStream:
@@ -199,6 +201,12 @@ class _Paced:
         if size > _BLOCK or _any_limited(self._writing):
             source = _PacedReader(source, self._write)
         return self._inner.write(path, source, size)
+
+    def _read_many(
+        self, read_many: Callable[..., Any], files: Sequence[tuple[str, int]], *rest: Any
+    ) -> Any:
+        self._read(sum(size for _, size in files))
+        return read_many(files, *rest)
 
     def _write_many(
         self, write_many: Callable[..., Any], files: Sequence[tuple[str, bytes]]

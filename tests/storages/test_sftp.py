@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,8 +26,10 @@ from dlm_core.errors import (
     StorageFullError,
     StorageUnavailableError,
 )
-from dlm_core.storages import sftp_clone, ssh
+from dlm_core.storages import sftp_clone, sftp_reading, ssh
 from dlm_core.storages.open import open_storage
+from dlm_core.transfers.mover import CopyTask, copy_batch
+from dlm_core.types import PayloadKind
 from tests.payloads import put
 from tests.sshd import SshServer, make_key, ssh_server
 
@@ -392,6 +395,8 @@ def test_any_name_that_the_far_side_takes(sshd, root, shell):
     told = storage.digest_many([f"d/{name}" for name in ODD])
     wanted = {f"d/{n}": "sha256:" + hashlib.sha256(os.fsencode(n)).hexdigest() for n in ODD}
     assert told == (wanted if shell else {})
+    asked = [(f"d/{name}", len(os.fsencode(name))) for name in ODD]
+    assert storage.read_many(asked) == {f"d/{name}": os.fsencode(name) for name in ODD}
     for name in ODD:
         with storage.open_read(f"d/{name}") as stream:
             assert stream.read() == os.fsencode(name)
@@ -446,6 +451,76 @@ def test_a_hashing_that_is_stopped_ends(sshd, root):
 
 
 # --- reading ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", [False, True])
+def test_of_many_that_are_read_at_once_each_is_told_by_itself_what_it_lacks(
+    sshd, root, tmp_path, shell
+):
+    """Gone, grown, shrunk by as much, changed, a link, a pipe: good ones are copied whatever lies
+    beside them, and no other bytes are."""
+    storage, data = at(sshd, root, shell=shell), {f"{n:02}": os.urandom(1000) for n in range(70)}
+    for name, one in data.items():
+        put(storage, name, one)
+    (root / "00").unlink()
+    (root / "10").write_bytes(data["10"] + b"more")
+    (root / "11").write_bytes(data["11"][:-4])
+    (root / "20").write_bytes(bytes(1000))
+    (root / "30").rename(tmp_path / "elsewhere")
+    (root / "30").symlink_to(tmp_path / "elsewhere" / "nothing")
+    (tmp_path / "copies").mkdir()
+    copies = open_storage("copies", "posix", str(tmp_path / "copies"), {})
+    tasks = [
+        CopyTask(
+            uuid.uuid4(), name, name, PayloadKind.FILE, 1000,
+            f"sha256:{hashlib.sha256(one).hexdigest()}", (), uuid.uuid4().hex,
+        )
+        for name, one in data.items()
+    ]  # fmt: skip
+    results = list(copy_batch(storage, copies, tasks))
+    ended = {result.task.source_path: result.error and result.error.code for result in results}
+    wrong = {"00": "DLM-303", "10": "DLM-401", "11": "DLM-401", "20": "DLM-401", "30": "DLM-305"}
+    assert {name: code for name, code in ended.items() if code} == wrong
+    for name in set(data) - set(wrong):
+        assert (tmp_path / "copies" / name).read_bytes() == data[name]
+    assert {entry.path for entry in copies.walk()} == set(data) - set(wrong)
+
+
+@pytest.mark.parametrize("shell", [False, True])
+def test_many_that_are_read_at_once_are_one_request_for_all(sshd, root, shell):
+    """Not a stream for each: that costs several times what the bytes do."""
+    storage = at(sshd, root, shell=shell)
+    for n in range(5):
+        put(storage, f"{n}", bytes([n]) * 300_000)
+    storage.open_read = None
+    found = storage.read_many([(f"{n}", 300_000) for n in range(5)])
+    assert found == {f"{n}": bytes([n]) * 300_000 for n in range(5)}
+    assert storage.read_many([]) == {}
+
+
+def test_a_pipe_in_a_files_place_holds_the_reading_up_for_a_while_only(sshd, root, monkeypatch):
+    """cat waits for somebody to write; the others are then read one by one."""
+    monkeypatch.setattr(sftp_reading, "SILENCE_SECONDS", 1)
+    storage = at(sshd, root, shell=True)
+    put(storage, "x")
+    os.mkfifo(root / "pipe")
+    try:
+        assert storage.read_many([("x", 7), ("pipe", 7)]) == {}
+        assert storage.read_many([("x", 7)]) == {"x": b"payload"}
+    finally:
+        os.close(os.open(root / "pipe", os.O_RDWR | os.O_NONBLOCK))
+
+
+def test_a_reading_of_many_that_is_stopped_ends(sshd, root):
+    """Soon, and gives nothing."""
+    storage = at(sshd, root, shell=True)
+    with (root / "big").open("wb") as file:
+        file.truncate(8 << 30)
+    stop = threading.Event()
+    stop.set()
+    begun = time.monotonic()
+    assert storage.read_many([("big", 8 << 30)], stop) == {}
+    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize("size", [100, 5 << 20])

@@ -84,6 +84,8 @@ def register(
     from dlm_core.types import make_uri
 
     make_uri(scheme, f"{prefix}x")  # told once, not for every payload
+    if path and list_file:
+        raise InvalidValueError(what="--list", value=path, expected="a path, or a list of them")
     sums = parse_checksums(_read(checksums)) if checksums else {}
     paths = _lines(_read(list_file)) if list_file else None
     if paths == []:
@@ -345,7 +347,9 @@ def expire(
         str | None, typer.Option(help="Only the copy there, once the others suffice.")
     ] = None,
     version: Version = None,
-    at: Annotated[str, typer.Option(help="now, 30d, or a time with its zone.")] = "now",
+    at: Annotated[
+        str | None, typer.Option(help="now (unless told), 30d, or a time with its zone.")
+    ] = None,
     never: Annotated[bool, typer.Option("--never", help="It is not to expire after all.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="What expiry would do now.")] = False,
     as_json: Json = False,
@@ -356,6 +360,10 @@ def expire(
 
     with catalogue() as context:
         if dry_run:
+            if uri or reason or storage is not None or never or at is not None:
+                raise InvalidValueError(
+                    what="--dry-run", value="", expected="it alone: it shows what is due of all"
+                )
             _show_proposals(propose_expiry(context), as_json)
             return
         if not uri:
@@ -363,13 +371,18 @@ def expire(
         if not reason and not never:
             raise InvalidValueError(what="--reason", value="", expected="why it may go")
         why = reason or ""
-        moment = None if never else _to_come("--at", at, context.clock())
+        if never and at is not None:
+            raise InvalidValueError(what="--at", value=at, expected="it, or --never")
+        moment = None if never else _to_come("--at", at or "now", context.clock())
         # an empty name is a wrong one, not none: else the whole item would go
         if storage is not None:
             context.transact(lambda c: set_replica_expiry(c, uri, storage, moment, why, version))
         else:
             context.transact(lambda c: set_item_expiry(c, uri, moment, why, version))
     which = f"the copy of {uri} on {storage}" if storage is not None else uri
+    if as_json:
+        show_json({"uri": uri, "version": version, "storage": storage, "expires_at": moment})
+        return
     print(f"{which} expires {human(moment) if moment else 'never'}")
 
 
@@ -449,6 +462,8 @@ def verify(
 
     if uri is None and storage is None and not everything:
         raise EmptySelectorError(expected="name an item or --storage, or say --all")
+    if everything and (uri is not None or storage is not None):
+        raise InvalidValueError(what="--all", value="", expected="it alone")
 
     def ask(connection: Any) -> int:
         return request_verification(

@@ -23,7 +23,13 @@ from dlm_cli import (
     watching,
 )
 from dlm_cli.session import catalogue, fail, human, parse_pairs, plain_errors, show_json, show_table
-from dlm_core.errors import DlmError, InputError, LocalFileError, ServiceUnavailableError
+from dlm_core.errors import (
+    DlmError,
+    InputError,
+    InvalidValueError,
+    LocalFileError,
+    ServiceUnavailableError,
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -144,6 +150,8 @@ def run(
     from dlm_core.settings import load_settings
     from dlm_pipelines.launch import launch_job
 
+    if timeout is not None and not (wait or dry_run):
+        raise InvalidValueError(what="--timeout", value=timeout, expected="--wait as well")
     found = read_services(load_settings().home)
     if found is None:
         raise ServiceUnavailableError(service="the Dagster UI", reason="no 'dlm up' on this home")
@@ -172,22 +180,28 @@ def run(
 @app.command()
 @plain_errors
 def env() -> None:
-    """Print the variables with which Dagster's own commands find this home."""
+    """Print the variables with which Dagster's own commands find this home, which is laid out."""
     import shlex
 
+    from dlm_cli.services import lay_dagster_home
     from dlm_core.settings import load_settings
 
     settings = load_settings()
+    lay_dagster_home(settings)
     print(f"export DLM_HOME={shlex.quote(str(settings.home))}")
     print(f"export DAGSTER_HOME={shlex.quote(str(settings.home / 'dagster'))}")
 
 
 @app.command()
 @plain_errors
-def doctor() -> None:
+def doctor(as_json: Json = False) -> None:
     """Look at everything that has to work, and tell what to do where it does not."""
     from dlm_cli.doctor import examine
 
+    if as_json:
+        found = [{"what": name, "problem": problem} for name, problem in examine()]
+        show_json(found)
+        raise SystemExit(1 if any(one["problem"] for one in found) else 0)
     problems = 0
     for name, problem in examine():
         print(f"{'PROBLEM' if problem else 'ok':8} {name}{': ' + problem if problem else ''}")

@@ -438,8 +438,8 @@ def storage_set(
 ) -> None:
     """Change a storage; what is not named stays."""
     asked = capacity == "none"
-    given = None if asked else capacity
-    options = _options(given, high_watermark, low_watermark, trash_grace, concurrency)
+    size = None if asked else capacity
+    options = _options(size, high_watermark, low_watermark, trash_grace, concurrency)
     options["mode"] = parse_choice("mode", mode, ("read_write", "read_only", "offline"))
     options["phase"] = parse_choice("phase", phase, _PHASES)
     changes = {key: value for key, value in options.items() if value is not None}
@@ -448,10 +448,14 @@ def storage_set(
     changes |= limit_options(max_bytes_per_second, max_concurrency)
     if dry_run and (changes or config or path_rules is None):
         raise InvalidValueError(what="--dry-run", value="", expected="--path-rules, and only that")
+    given = [name for name, one in (("--path-rules", path_rules), ("--config", config)) if one]
+    if not (changes or given):
+        raise InvalidValueError(what="changes", value="", expected="an option, see --help")
+    if len(given) + bool(changes) > 1:
+        # each is tried at the storage first: of two the second may be refused
+        raise InvalidValueError(what=given[0], value="", expected="a command of its own")
     if path_rules is not None:
         _set_paths(name, path_rules, dry_run=dry_run)
-    if not (changes or config or path_rules is not None):
-        raise InvalidValueError(what="changes", value="", expected="an option, see --help")
     if config:
         _set_config(name, config)
     _change(name, changes)

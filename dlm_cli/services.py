@@ -30,7 +30,9 @@ from pydantic import SecretStr
 
 from dlm_core.catalogue import embedded, schema
 from dlm_core.catalogue.dsn import catalogue_url
+from dlm_core.catalogue.engine import make_engine
 from dlm_core.errors import AlreadyRunningError, CatalogueUnavailableError, ServiceUnavailableError
+from dlm_core.lifecycle.work import Context, end_lost_leases
 from dlm_core.settings import Settings
 
 log = logging.getLogger("dlm.services")
@@ -93,7 +95,8 @@ def run_services(
         try:
             end_processes(settings.home)
             schema.upgrade(catalogue_url(settings))
-            workspace = _lay_dagster_home(settings, workspace)
+            _end_lost_leases(settings)
+            workspace = lay_dagster_home(settings, workspace)
             _prepare_dagster(settings)
             port = _free_port(settings.webserver_host, settings.webserver_port)
             ui_url = _url(settings.webserver_host, port)
@@ -118,6 +121,16 @@ def stop_on_signals(stop: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_lost_leases(settings: Settings) -> None:
+    engine = make_engine(catalogue_url(settings), pool_size=1)
+    try:
+        ended = end_lost_leases(Context(engine, settings, "system:up"))
+    finally:
+        engine.dispose()
+    if ended:
+        log.info("%d operations of workers that are gone are due again", ended)
 
 
 def read_services(home: Path) -> dict[str, Any] | None:
@@ -204,10 +217,10 @@ def _locked(descriptor: int) -> bool:
     return False
 
 
-def _lay_dagster_home(settings: Settings, workspace: Path | None) -> Path:
+def lay_dagster_home(settings: Settings, workspace: Path | None = None) -> Path:
     """Put the instance's configuration where ``DAGSTER_HOME`` will point; returns a workspace."""
     folder = settings.home / "dagster"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     shutil.copyfile(_shipped("dagster.yaml"), folder / "dagster.yaml")
     shutil.copyfile(workspace or _shipped("workspace.yaml"), folder / "workspace.yaml")
     return folder / "workspace.yaml"

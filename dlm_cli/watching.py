@@ -74,8 +74,14 @@ def watch_list(as_json: Json = False) -> None:
         found = context.transact(list_watches)
     columns = {"storage": "STORAGE", "path": "PATH", "scheme": "SCHEME", "interval": "EVERY",
                "collection": "COLLECTION", "options": "OPTIONS", "scan_at": "NEXT LOOK",
-               "waiting": "NOT SETTLED"}  # fmt: skip
-    show_json(found) if as_json else show_table(found, columns)
+               "waiting": "NOT SETTLED", "refused": "REFUSED"}  # fmt: skip
+    if as_json:
+        show_json(found)
+        return
+    show_table(found, columns)
+    for watch in found:
+        for path, why in (watch["refusals"] or {}).items():
+            print(f"refused {watch['storage']}:{path}: {why}")
 
 
 @watch_app.command("remove")

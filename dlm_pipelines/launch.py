@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dlm_core.errors import InvalidValueError, NotFoundError, ServiceUnavailableError
+from dlm_core.errors import InvalidValueError, ServiceUnavailableError
 
 _LAUNCH = """
 mutation($params: ExecutionParams!) { launchRun(executionParams: $params) { __typename
@@ -77,14 +77,14 @@ def launch_job(
     ------
     ServiceUnavailableError
         if the UI does not answer.
-    NotFoundError, InvalidValueError
+    InvalidValueError
         if there is no such job, or the config does not fit it.
     """
     location, repository, jobs = _where(ui_url)
     name = f"{job}_job"
     if name not in jobs:
         known = ", ".join(sorted(one.removesuffix("_job") for one in jobs))
-        raise NotFoundError("job", job, f"there are {known}")
+        raise InvalidValueError(what="job", value=job, expected=f"one of {known}")
     ops = {} if not config else {"ops": {f"drain_{job}": {"config": dict(config)}}}
     params = {
         "selector": {

@@ -18,6 +18,7 @@ from dlm_core.catalogue import embedded, schema
 from dlm_core.catalogue.engine import make_engine
 from tests.leftovers import ended_with_us
 from tests.memory import fast_folder
+from tests.schema.rules import let_time_be_told
 
 # once, here: a fixture that is imported into several places is one of each, servers and all
 pytest_plugins = ["tests.backends"]
@@ -87,7 +88,9 @@ def postgres_home(run_folder: Path) -> Iterator[Path]:
 def template_database(postgres_home: Path) -> str:
     """The name of a database with the newest schema, which every test gets a copy of."""
     _execute(postgres_home, f"CREATE DATABASE {_TEMPLATE}")
-    schema.upgrade(embedded.database_url(postgres_home, _TEMPLATE))
+    url = embedded.database_url(postgres_home, _TEMPLATE)
+    schema.upgrade(url)
+    let_time_be_told(url)
     return _TEMPLATE
 
 

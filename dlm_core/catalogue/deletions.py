@@ -407,7 +407,8 @@ def survivor_details(connection: Connection, uids: Sequence[uuid.UUID]) -> list[
     """Where the replicas that a proof names lie, to be looked at on their storages."""
     return rows(
         connection,
-        """SELECT r.uid, r.oid, r.storage_id, r.path, r.checked_at, i.kind, i.size, i.digest
+        """SELECT r.uid, r.oid, r.storage_id, r.path, r.checked_at, r.mtime, r.told_stamp, i.kind,
+                  i.size, i.digest
              FROM replica r JOIN data_item i USING (oid) WHERE r.uid = ANY(:uids)""",
         uids=list(uids),
     )

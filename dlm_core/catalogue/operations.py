@@ -120,6 +120,26 @@ def list_due(
     )
 
 
+def workers(connection: Connection) -> list[str]:
+    """Who has RUNNING operations: host and process, as :func:`claim_operations` was told."""
+    found = rows(
+        connection,
+        "SELECT DISTINCT worker FROM operation WHERE state = 'RUNNING' AND worker IS NOT NULL",
+    )
+    return [row["worker"] for row in found]
+
+
+def end_leases(connection: Connection, lost: Sequence[str], now: datetime) -> int:
+    """Let the leases of workers that are lost run out now; how many."""
+    return run(
+        connection,
+        """UPDATE operation SET lease_until = CAST(:now AS timestamptz) - interval '1 second'
+            WHERE state = 'RUNNING' AND worker = ANY(:lost)""",
+        lost=list(lost),
+        now=now,
+    )
+
+
 def release_expired_leases(
     connection: Connection, kinds: Sequence[OperationKind], now: datetime, max_attempts: int
 ) -> list[dict[str, Any]]:

@@ -127,6 +127,8 @@ def add_storage(
         a value makes no sense.
     """
     _must_be_new(connection, "storage", name)
+    if interface == "posix":
+        root = _folder(root)
     found = rows(connection, "SELECT location_id FROM location WHERE name = :name", name=location)
     if not found:
         raise NotFoundError("location", location, "add it with 'dlm location add'")
@@ -192,6 +194,14 @@ def _place(root: str) -> str:
     # a URL has slashes of its own; and POSIX keeps two at the beginning
     path = f"/{posixpath.normpath(root).lstrip('/')}" if root.startswith("/") else root
     return path.rstrip("/")
+
+
+def _folder(root: str) -> str:
+    """A root of POSIX as the catalogue keeps it: one spelling for one folder."""
+    if not root.startswith("/") or "/../" in f"{root}/":
+        # what a link is followed by '..' leads elsewhere than it says
+        raise InvalidValueError(what="root", value=root, expected="an absolute path without '..'")
+    return _place(root) or "/"
 
 
 def _kind(interface: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -498,6 +498,7 @@ watch_entry = Table(
     _required("size", BigInteger),
     _required("mtime", Double),
     _required("since", Moment),
+    Column("refusal", Text),
 )
 
 state_transition = Table(

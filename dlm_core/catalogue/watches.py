@@ -14,6 +14,8 @@ from dlm_core.catalogue.engine import copy_rows, rows, run
 from dlm_core.errors import AlreadyExistsError, NotFoundError
 from dlm_core.types import new_id
 
+_TOLD = 20
+
 # on a storage that is out of use nothing can be registered
 _DUE_WATCHES = """
   SELECT w.watch_id FROM watch w JOIN storage s USING (storage_id)
@@ -66,7 +68,7 @@ def settled_entries(
         """INSERT INTO watch_entry (watch_id, path, size, mtime, since)
            SELECT :watch, path, size, mtime, :now FROM seen
            ON CONFLICT (watch_id, path) DO UPDATE SET size = EXCLUDED.size, mtime = EXCLUDED.mtime,
-                  since = EXCLUDED.since
+                  since = EXCLUDED.since, refusal = NULL
             WHERE (watch_entry.size, watch_entry.mtime) IS DISTINCT FROM
                   (EXCLUDED.size, EXCLUDED.mtime)""",
         watch=watch_id,
@@ -89,20 +91,22 @@ def put_off_entries(
     entries: Sequence[Mapping[str, Any]],
     until: datetime,
 ) -> None:
-    """What :func:`settled_entries` gave settles again only after ``until``, unless it changes. Those
-    that became known meanwhile are forgotten by the next look."""
+    """What :func:`settled_entries` gave, each with its ``refusal``, settles again only after
+    ``until``, unless it changes. Those that became known meanwhile are forgotten by the next look."""
     run(
         connection,
-        """INSERT INTO watch_entry (watch_id, path, size, mtime, since)
-           SELECT :watch, path, size, mtime, :until
+        """INSERT INTO watch_entry (watch_id, path, size, mtime, since, refusal)
+           SELECT :watch, path, size, mtime, :until, refusal
              FROM unnest(CAST(:paths AS text[]), CAST(:sizes AS bigint[]),
-                         CAST(:times AS float8[])) AS u(path, size, mtime)
+                         CAST(:times AS float8[]), CAST(:refusals AS text[]))
+                  AS u(path, size, mtime, refusal)
            ON CONFLICT DO NOTHING""",
         watch=watch_id,
         until=until,
         paths=[entry["path"] for entry in entries],
         sizes=[entry["size"] for entry in entries],
         times=[entry["mtime"] for entry in entries],
+        refusals=[entry["refusal"] for entry in entries],
     )
 
 
@@ -144,15 +148,24 @@ def add_watch(
 
 
 def list_watches(connection: Connection) -> list[dict[str, Any]]:
-    """Watched folders (``path`` encoded) with how many entries there have not settled yet."""
+    """Watched folders (``path`` encoded) with how many entries there have not settled yet, how many
+    were refused, and of the first of these why, by encoded path."""
     return rows(
         connection,
         """SELECT s.name AS storage, w.path, w.scheme, c.name AS collection,
                   w.options - 'collection_id' AS options, w.interval, w.scan_at,
-                  (SELECT count(*) FROM watch_entry e WHERE e.watch_id = w.watch_id) AS waiting
+                  (SELECT count(*) FROM watch_entry e
+                    WHERE e.watch_id = w.watch_id AND e.refusal IS NULL) AS waiting,
+                  (SELECT count(*) FROM watch_entry e
+                    WHERE e.watch_id = w.watch_id AND e.refusal IS NOT NULL) AS refused,
+                  (SELECT json_object_agg(path, refusal) FROM (
+                     SELECT e.path, e.refusal FROM watch_entry e
+                      WHERE e.watch_id = w.watch_id AND e.refusal IS NOT NULL
+                      ORDER BY e.path LIMIT :told) f) AS refusals
              FROM watch w JOIN storage s USING (storage_id)
              LEFT JOIN collection c ON c.collection_id = CAST(w.options->>'collection_id' AS uuid)
             ORDER BY s.name, w.path""",
+        told=_TOLD,
     )
 
 

@@ -197,7 +197,11 @@ def change_config(context: Context, name: str, changes: Mapping[str, str]) -> No
             expected="it kept: nothing would find what was packed",
         )
     storage_id = row["storage_id"]
-    if not split_config(changes)[0].keys() - {"mount"}:
+    if not split_config(changes)[0]:
+        context.transact(lambda c: set_config(c, storage_id, config))
+        return
+    if split_config(changes)[0].keys() == {"mount"} and not config.get("mount"):
+        # where a disk was mounted that is a folder now: nothing more is asked for than before
         context.transact(lambda c: set_config(c, storage_id, config))
         return
     storage.check()

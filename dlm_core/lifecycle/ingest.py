@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, cast
 
 from sqlalchemy import Connection
@@ -12,6 +15,7 @@ from dlm_core.catalogue import items as catalogue
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.catalogue.items import Terms
+from dlm_core.catalogue.urgency import Urgency, set_urgency
 from dlm_core.errors import (
     AlreadyExistsError,
     IllegalTransitionError,
@@ -46,35 +50,71 @@ def init_data_item(
     Raises
     ------
     InvalidValueError
-        if the uri is malformed.
+        if the uri is malformed, the metadata is no JSON object, or ``terms`` say when the copy
+        expires, which :func:`set_uri` is told.
     AlreadyExistsError
         if there is such an item.
     """
-    uri_path(uri)
-    terms.check(context.clock())
-    oid = new_id()
-
-    def insert(connection: Connection) -> None:
-        if rows(connection, "SELECT FROM data_item WHERE uri = :uri LIMIT 1", uri=uri):
-            raise AlreadyExistsError(noun="data item", key=uri)
-        run(
-            connection,
-            """INSERT INTO data_item (oid, uri, uri_bucket, target_phase, collection_id, owner,
-                                      metadata, expires_at, created_at)
-               VALUES (:oid, :uri, :bucket, :phase, CAST(:collection AS uuid), :owner,
-                       CAST(:metadata AS jsonb), CAST(:expires AS timestamptz), :now)""",
-            oid=oid,
-            uri=uri,
-            bucket=uri_bucket(uri),
-            phase=terms.target_phase,
-            collection=terms.collection_id,
-            owner=terms.owner,
-            metadata=catalogue.jsonb(metadata),
-            expires=terms.item_end(context.clock()),
-            now=context.clock(),
+    if terms.replica_expires_at is not None:
+        raise InvalidValueError(
+            what="terms", value="expiry of copies", expected="it given to set_uri, with the place"
         )
+    _check_item(uri, metadata, terms, context.clock())
+    oid: uuid.UUID = context.transact(
+        lambda c: _insert_item(c, uri, metadata, terms, context.clock())
+    )
+    return oid
 
-    context.transact(insert)
+
+def _check_item(uri: str, metadata: Mapping[str, Any] | None, terms: Terms, now: datetime) -> None:
+    uri_path(uri)
+    terms.check(now)
+    _check_metadata(metadata or {})
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """What is no JSON object of PostgreSQL's is told before it gets there."""
+    try:
+        text = json.dumps(dict(metadata), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidValueError(
+            what="metadata", value=str(error), expected="a mapping that JSON can tell"
+        ) from None
+    if "\\u0000" in text.replace("\\\\", ""):
+        raise InvalidValueError(what="metadata", value="a NUL", expected="text without it")
+
+
+def _insert_item(
+    connection: Connection,
+    uri: str,
+    metadata: Mapping[str, Any] | None,
+    terms: Terms,
+    now: datetime,
+) -> uuid.UUID:
+    if rows(connection, "SELECT FROM data_item WHERE uri = :uri LIMIT 1", uri=uri):
+        raise AlreadyExistsError(noun="data item", key=uri)
+    oid = new_id()
+    run(
+        connection,
+        """INSERT INTO data_item (oid, uri, uri_bucket, target_phase, collection_id, owner,
+                                  metadata, tags, expires_at, created_at)
+           VALUES (:oid, :uri, :bucket, :phase, CAST(:collection AS uuid), :owner,
+                   CAST(:metadata AS jsonb), CAST(:tags AS jsonb), CAST(:expires AS timestamptz),
+                   :now)""",
+        oid=oid,
+        uri=uri,
+        bucket=uri_bucket(uri),
+        phase=terms.target_phase,
+        collection=terms.collection_id,
+        owner=terms.owner,
+        metadata=catalogue.jsonb(metadata),
+        tags=catalogue.jsonb(terms.tags),
+        expires=terms.item_end(now),
+        now=now,
+    )
+    if terms.urgency != Urgency():
+        given = {"priority": terms.urgency.priority, "needed_by": terms.urgency.needed_by}
+        set_urgency(connection, [oid], given)
     return oid
 
 
@@ -84,9 +124,11 @@ def set_uri(
     storage: str,
     path: str,
     kind: PayloadKind = PayloadKind.FILE,
+    *,
+    expires_at: datetime | None = None,
 ) -> uuid.UUID:
-    """Tell where the payload of an INITIALISED item lies, or will; the uid of its replica. Telling
-    the same place again changes nothing.
+    """Tell where the payload of an INITIALISED item lies, or will; the uid of its replica, which
+    expires at ``expires_at``. Telling the same place again changes nothing.
 
     Raises
     ------
@@ -94,43 +136,62 @@ def set_uri(
     AlreadyExistsError
         if the item has another place on the storage, or the place is another item's.
     """
-    place = _place(path)
-    row = storage_by_name(context, storage)
+    where = _Where(storage_by_name(context, storage), _place(path), _kind(kind), expires_at)
+    Terms(replica_expires_at=expires_at).check(context.clock())
+    uid: uuid.UUID = context.transact(lambda c: _tell_place(c, oid, where, context.clock()))
+    return uid
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """Where a payload lies: a storage's row and an encoded path."""
+
+    storage: Mapping[str, Any]
+    path: str
+    kind: PayloadKind
+    expires_at: datetime | None
+
+
+def _tell_place(connection: Connection, oid: uuid.UUID, where: _Where, now: datetime) -> uuid.UUID:
+    item = _item(connection, oid)
+    if item["state"] != ItemState.INITIALISED:
+        raise IllegalTransitionError(
+            noun="item", key=item["uri"], old=item["state"], new="a first payload"
+        )
+    taken = rows(
+        connection,
+        """SELECT r.uid, r.oid, r.path, i.uri FROM replica r JOIN data_item i USING (oid)
+            WHERE r.storage_id = :storage
+              AND ((r.oid = :oid AND r.live) OR (r.path = :path AND r.owns_path))""",
+        storage=where.storage["storage_id"],
+        oid=oid,
+        path=where.path,
+    )
+    for one in taken:
+        if (one["oid"], one["path"]) == (oid, where.path):
+            return cast(uuid.UUID, one["uid"])
+        place = f"{where.storage['name']}:{one['path']}"
+        raise AlreadyExistsError(noun=f"the payload of {one['uri']} at", key=place)
+    run(
+        connection,
+        "UPDATE data_item SET kind = :kind WHERE oid = :oid AND kind <> :kind",
+        kind=where.kind.value,
+        oid=oid,
+    )
     uid = new_id()
+    catalogue.insert_replica(
+        connection, oid, uid, where.storage["storage_id"], where.path, 0, None,
+        where.expires_at, now,
+    )  # fmt: skip
+    return uid
 
-    def insert(connection: Connection) -> uuid.UUID:
-        item = _item(connection, oid)
-        if item["state"] != ItemState.INITIALISED:
-            raise IllegalTransitionError(
-                noun="item", key=item["uri"], old=item["state"], new="a first payload"
-            )
-        taken = rows(
-            connection,
-            """SELECT r.uid, r.oid, r.path, i.uri FROM replica r JOIN data_item i USING (oid)
-                WHERE r.storage_id = :storage
-                  AND ((r.oid = :oid AND r.live) OR (r.path = :path AND r.owns_path))""",
-            storage=row["storage_id"],
-            oid=oid,
-            path=place,
-        )
-        for one in taken:
-            if (one["oid"], one["path"]) == (oid, place):
-                return cast(uuid.UUID, one["uid"])
-            where = f"{storage}:{one['path']}"
-            raise AlreadyExistsError(noun=f"the payload of {one['uri']} at", key=where)
-        run(
-            connection,
-            "UPDATE data_item SET kind = :kind WHERE oid = :oid AND kind <> :kind",
-            kind=kind.value,
-            oid=oid,
-        )
-        catalogue.insert_replica(
-            connection, oid, uid, row["storage_id"], place, 0, None, None, context.clock()
-        )
-        return uid
 
-    told: uuid.UUID = context.transact(insert)
-    return told
+def _kind(kind: str) -> PayloadKind:
+    try:
+        return PayloadKind(kind)
+    except ValueError:
+        known = " or ".join(PayloadKind)
+        raise InvalidValueError(what="kind", value=kind, expected=known) from None
 
 
 def _place(path: str) -> str:
@@ -152,30 +213,30 @@ def set_state(context: Context, oid: uuid.UUID, state: str) -> None:
     IllegalTransitionError
         for any other state or from any state but INITIALISED.
     """
+    context.transact(lambda c: _queue_admission(c, context, oid, state))
 
-    def queue_admission(connection: Connection) -> None:
-        item = _item(connection, oid)
-        if state != ItemState.READY or item["state"] != ItemState.INITIALISED:
-            raise IllegalTransitionError(noun="item", key=item["uri"], old=item["state"], new=state)
-        pending = rows(
-            connection,
-            """SELECT r.uid, EXISTS (
-                      SELECT FROM operation o WHERE o.uid = r.uid AND o.kind = 'admit'
-                         AND o.state IN ('QUEUED', 'RUNNING')) AS asked
-                 FROM replica r WHERE r.oid = :oid AND r.state = 'PENDING' ORDER BY r.uid""",
-            oid=oid,
-        )
-        if not pending:
-            raise NotFoundError("payload of", item["uri"], "tell its place with set_uri first")
-        now, why = context.clock(), "said to be written"
-        admissions = [
-            queue.NewOperation(OperationKind.ADMIT, oid, one["uid"], why, now)
-            for one in pending
-            if not one["asked"]
-        ]
-        queue.insert_operations(connection, admissions, context.actor, now)
 
-    context.transact(queue_admission)
+def _queue_admission(connection: Connection, context: Context, oid: uuid.UUID, state: str) -> None:
+    item = _item(connection, oid)
+    if state != ItemState.READY or item["state"] != ItemState.INITIALISED:
+        raise IllegalTransitionError(noun="item", key=item["uri"], old=item["state"], new=state)
+    pending = rows(
+        connection,
+        """SELECT r.uid, EXISTS (
+                  SELECT FROM operation o WHERE o.uid = r.uid AND o.kind = 'admit'
+                     AND o.state IN ('QUEUED', 'RUNNING')) AS asked
+             FROM replica r WHERE r.oid = :oid AND r.state = 'PENDING' ORDER BY r.uid""",
+        oid=oid,
+    )
+    if not pending:
+        raise NotFoundError("payload of", item["uri"], "tell its place with set_uri first")
+    now, why = context.clock(), "said to be written"
+    admissions = [
+        queue.NewOperation(OperationKind.ADMIT, oid, one["uid"], why, now)
+        for one in pending
+        if not one["asked"]
+    ]
+    queue.insert_operations(connection, admissions, context.actor, now)
 
 
 def ingest_data_item(
@@ -188,21 +249,25 @@ def ingest_data_item(
     metadata: Mapping[str, Any] | None = None,
     terms: Terms = _DEFAULT_TERMS,
 ) -> uuid.UUID:
-    """Both steps for a payload that is there already: the item's oid.
+    """Both steps for a payload that is there already, in one transaction: the item's oid.
 
     Raises
     ------
-    NotFoundError, InvalidValueError
-        no item was made.
-    AlreadyExistsError, CatalogueError
-        as the steps raise.
+    NotFoundError, InvalidValueError, AlreadyExistsError, IllegalTransitionError
+        as the steps raise; no item was made.
     """
-    storage_by_name(context, storage)
-    _place(path)
-    oid = init_data_item(context, uri, metadata=metadata, terms=terms)
-    set_uri(context, oid, storage, path, kind)
-    set_state(context, oid, ItemState.READY)
-    return oid
+    _check_item(uri, metadata, terms, context.clock())
+    row = storage_by_name(context, storage)
+    where = _Where(row, _place(path), _kind(kind), terms.replica_expires_at)
+
+    def ingest(connection: Connection) -> uuid.UUID:
+        oid = _insert_item(connection, uri, metadata, terms, context.clock())
+        _tell_place(connection, oid, where, context.clock())
+        _queue_admission(connection, context, oid, ItemState.READY)
+        return oid
+
+    made: uuid.UUID = context.transact(ingest)
+    return made
 
 
 def set_metadata(context: Context, oid: uuid.UUID, metadata: Mapping[str, Any]) -> None:
@@ -210,8 +275,9 @@ def set_metadata(context: Context, oid: uuid.UUID, metadata: Mapping[str, Any]) 
 
     Raises
     ------
-    NotFoundError
+    NotFoundError, InvalidValueError
     """
+    _check_metadata(metadata)
 
     def merge(connection: Connection) -> None:
         _item(connection, oid)

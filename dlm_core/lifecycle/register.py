@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import timedelta
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import islice
@@ -31,6 +32,7 @@ from dlm_core.errors import (
     PayloadNotFoundError,
     TooLongError,
 )
+from dlm_core.lifecycle.survivors import doubt
 from dlm_core.lifecycle.work import Context
 from dlm_core.storages.port import PRIVATE, Entry, Storage
 from dlm_core.storages.prefetch import Prefetched
@@ -50,6 +52,10 @@ from dlm_core.types import (
 _FIRST_CHUNK, _CHUNK = 125, 10_000
 _DEFAULT_TERMS = Terms()
 _MAX_TOLD = 1000
+#: who changed a payload may put it right, or register it as a new version, before it is set aside
+_TIME_TO_MEND = timedelta(hours=1)
+_READ = (ReplicaState.READY, ReplicaState.SUSPECT, ReplicaState.CORRUPTED)
+_OTHER_BYTES = "it had other bytes when it was registered again"
 _SKIPPED = {
     "directory": "a directory is registered by its files, or as a whole by --as-directory",
     "symlink": "a symbolic link is not registered",
@@ -402,7 +408,7 @@ def _looks_changed(context: Context, storage: Storage, one: Mapping[str, Any]) -
     """Whether a known payload is worth reading: by size and time, of a directory by its files'."""
     if one["kind"] == PayloadKind.FILE:
         return (one["size"], one["mtime"]) != (one["announced_size"], one["announced_mtime"])
-    if one["state"] != ReplicaState.READY or one["item_kind"] != PayloadKind.DIRECTORY:
+    if one["state"] not in _READ or one["item_kind"] != PayloadKind.DIRECTORY:
         return False
     top = decode_path(one["path"])
     found, newest = {}, 0.0
@@ -454,6 +460,9 @@ def _changed(
     if not source.new_version:
         conflict = DigestConflictError(uri=one["uri"], registered=one["digest"], found=seen.digest)
         report.refuse(one["uri"], str(conflict))
+        # what was read is what counts: it is no copy of its item, until a look finds it one again
+        later = context.clock() + _TIME_TO_MEND
+        context.transact(lambda c: doubt(c, context, [one], _OTHER_BYTES, later))
         return True
     announcement = Announcement(
         one["uri"], one["path"], one["announced_size"], one["announced_mtime"],

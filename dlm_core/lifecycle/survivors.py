@@ -21,7 +21,7 @@ from dlm_core.errors import DlmError, IntegrityError, PathRefusedError, PayloadN
 from dlm_core.lifecycle.staging import is_cold
 from dlm_core.lifecycle.work import Context
 from dlm_core.storages.cold import ColdStorage
-from dlm_core.storages.port import Storage
+from dlm_core.storages.port import Entry, Storage
 from dlm_core.transfers.checksums import observe
 from dlm_core.types import OperationKind, PayloadKind, ReplicaState, decode_path
 
@@ -32,10 +32,11 @@ Manifests = Mapping[uuid.UUID, Sequence[Row]]
 def look_at_survivors(context: Context, proofs: Sequence[catalogue.Proof]) -> set[uuid.UUID]:
     """Look on their storages at the survivors that ``proofs`` name.
 
-    A survivor whose last check is older than ``proof_max_age_seconds`` is read whole. Of the others
-    a file must be told of and open with its size, a directory have the files of its manifest. One
-    that is not becomes SUSPECT, with a second look queued. Returns the uids that could not be seen,
-    an outage included: they prove nothing now.
+    A survivor whose last check is older than ``proof_max_age_seconds``, or of which the storage
+    tells another time of change or other content than then, is read whole. Of the others a file
+    must be told of and open with its size, a directory have the files of its manifest. One that is
+    not becomes SUSPECT, with a second look queued. Returns the uids that could not be seen, an
+    outage included: they prove nothing now.
     """
     wanted = {uid for p in proofs for uid in p.survivors}
     if not wanted:
@@ -58,7 +59,8 @@ def look_at_survivors(context: Context, proofs: Sequence[catalogue.Proof]) -> se
         unseen |= unproven
         absent.extend(wrong)
     if absent:
-        context.transact(lambda c: _suspect(c, context, absent))
+        reason = "not found as catalogued when a purge looked at its survivors"
+        context.transact(lambda c: doubt(c, context, absent, reason, context.clock()))
     return unseen | {row["uid"] for row in absent}
 
 
@@ -99,15 +101,20 @@ def _not_as_catalogued(
     def good(row: Row) -> bool:
         path = decode_path(row["path"])
         if row["kind"] == PayloadKind.DIRECTORY:
-            told = _listed_whole(storage, path, manifests.get(row["oid"], ()))
+            found = _listed(storage, path)
+            told = {entry.path: entry.size for entry in found} == {
+                f"{path}/{decode_path(one['path'])}": one["size"]
+                for one in manifests.get(row["oid"], ())
+            }
         else:
             entry = entries.get(path)
+            found = [] if entry is None else [entry]
             told = entry is not None and entry.kind == "file" and entry.size == row["size"]
-        if row["uid"] in away:
+        if not told or row["uid"] in away:
             return told
-        if told and row["checked_at"] < oldest:
+        if row["checked_at"] < oldest or any(_is_another(entry, row) for entry in found):
             return _reads_well(storage, row)
-        return told and (row["kind"] == PayloadKind.DIRECTORY or _opens(storage, path, row["size"]))
+        return row["kind"] == PayloadKind.DIRECTORY or _opens(storage, path, row["size"])
 
     with ThreadPoolExecutor(storage.concurrency, "dlm-look") as pool:
         return [row for row, is_good in zip(rows, pool.map(good, rows), strict=True) if not is_good]
@@ -122,13 +129,22 @@ def _opens(storage: Storage, path: str, size: int) -> bool:
         return False
 
 
-def _listed_whole(storage: Storage, path: str, manifest: Sequence[Row]) -> bool:
-    """True if a directory payload has all files of its manifest with their sizes, and no others."""
+def _listed(storage: Storage, path: str) -> list[Entry]:
     try:
-        found = {entry.path: entry.size for entry in storage.walk(path)}
+        return list(storage.walk(path))
     except (PayloadNotFoundError, PathRefusedError):
-        return False
-    return found == {f"{path}/{decode_path(one['path'])}": one["size"] for one in manifest}
+        return []
+
+
+def _is_another(entry: Entry, row: Row) -> bool:
+    """Whether a file was changed since its bytes were read, by what the storage says of it: it has
+    another time than at its registration, was written later if it was not registered there, or has
+    another content."""
+    if row["mtime"] is None and entry.mtime > row["checked_at"].timestamp():
+        return True
+    if row["mtime"] is not None and entry.mtime != row["mtime"]:
+        return True
+    return None not in (entry.etag, row["told_stamp"]) and entry.etag != row["told_stamp"]
 
 
 def _reads_well(storage: Storage, row: Row) -> bool:
@@ -139,28 +155,25 @@ def _reads_well(storage: Storage, row: Row) -> bool:
     return (seen.digest, seen.size) == (row["digest"], row["size"])
 
 
-def _suspect(connection: Connection, context: Context, rows: Sequence[Row]) -> None:
+def doubt(
+    connection: Connection, context: Context, rows: Sequence[Row], reason: str, when: datetime
+) -> None:
+    """READY replicas of ``rows`` (uid, oid) become SUSPECT, and are looked at from ``when`` on."""
     turned = replicas.mark_state(
         connection,
         [row["uid"] for row in rows],
         ReplicaState.SUSPECT,
         only_from=[ReplicaState.READY],
     )
-    reason = "not found as catalogued when a purge looked at its survivors"
-    suspects = [row for row in rows if row["uid"] in turned]
-    look_again(connection, context, suspects, reason, context.clock())
+    look_again(connection, context, [row for row in rows if row["uid"] in turned], reason, when)
 
 
 def look_again(
-    connection: Connection, context: Context, rows: Sequence[Row], reason: str, now: datetime
+    connection: Connection, context: Context, rows: Sequence[Row], reason: str, when: datetime
 ) -> None:
-    """Queue a look at doubted replicas, before everything else."""
-    queue.insert_operations(
-        connection,
-        [
-            queue.NewOperation(OperationKind.VERIFY, row["oid"], row["uid"], reason, now, None, -1)
-            for row in rows
-        ],
-        context.actor,
-        now,
-    )
+    """Queue a look at doubted replicas, before everything else that is due ``when`` it is."""
+    looks = [
+        queue.NewOperation(OperationKind.VERIFY, row["oid"], row["uid"], reason, when, None, -1)
+        for row in rows
+    ]
+    queue.insert_operations(connection, looks, context.actor, context.clock())

@@ -31,6 +31,8 @@ _UNFINISHED = (".part", ".tmp", ".partial")
 #: what was refused is looked at again after this, or when it changes
 _REFUSED_WAIT = timedelta(hours=1)
 _SHORTEST = timedelta(seconds=1)
+#: refusals of a look that are logged; the watch has all
+_TOLD = 20
 
 
 def add_watch(
@@ -166,11 +168,26 @@ def _scan(context: Context, watch: dict[str, Any]) -> RegisterReport:
         )
     )
     report = register_list(context, source, [decode_path(entry["path"]) for entry in settled])
+    for what, why in report.reasons[:_TOLD]:
+        log.warning("watched folder %s:%s: %s: %s", watch["storage"], watch["path"], what, why)
     if report.refused:
         # it may be large, was read to know that it changed, and is no other after the next interval
         later = context.clock() + _REFUSED_WAIT
-        context.transact(lambda c: catalogue.put_off_entries(c, watch["watch_id"], settled, later))
+        told = dict(report.reasons)
+        refused = [
+            {**entry, "refusal": told.get(path) or told.get(_uri(source, path))}
+            for entry in settled
+            for path in [decode_path(entry["path"])]
+        ]
+        context.transact(lambda c: catalogue.put_off_entries(c, watch["watch_id"], refused, later))
     return report
+
+
+def _uri(source: Source, path: str) -> str:
+    try:
+        return make_uri(source.scheme, source.uri_prefix + path)
+    except InvalidValueError:
+        return ""
 
 
 def _finished(

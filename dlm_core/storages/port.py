@@ -101,7 +101,8 @@ class Storage(Protocol):
         what may be the contents of small files, many in one request; ``size`` (bytes) is what the
         caller takes them for, who compares them with the digest that they are to have. Nothing is
         concluded from other bytes, nor from what is left out (all is once ``stop`` is set): it is
-        read by :meth:`open_read`.
+        read by :meth:`open_read`. ``reads_at_once`` are the files that one call is good for, 64
+        unless told: more are spread over several.
     ``digest_many(paths, stop) -> dict[path, 'sha256:…']``
         digests that the far side computes from the bytes as they lie there, in one request; paths
         of which nothing is told are left out, and so are all once ``stop`` is set. It may prove a

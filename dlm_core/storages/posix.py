@@ -93,7 +93,7 @@ class PosixStorage:
         if self._mount is not None and not os.path.ismount(self._mount):
             raise self._unavailable(f"nothing is mounted at {self._mount}")
         if not os.path.isdir(self.root):
-            raise self._unavailable(f"its root {self.root} is not there")
+            raise self._unavailable(f"its root {self.root} is not there, or is no folder")
 
     def _translate(self, error: OSError, path: str) -> StorageError:
         reason = error.strerror or str(error)

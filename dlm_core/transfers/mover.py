@@ -128,7 +128,10 @@ class _Mover:
         self.write_on = getattr(destination, "write_on", None)
         self.write_in_parts = getattr(destination, "write_in_parts", None)
         # what is not written together is written one after the other: few, where each takes long
-        self.together = TOGETHER if self.write_many or near(destination) else FEW
+        self.together = TOGETHER
+        if self.write_many is None:
+            most = TOGETHER if near(destination) else FEW
+            self.together = min(most, getattr(source, "reads_at_once", TOGETHER))
         self.resumed_above = sys.maxsize
         self.outage: DlmError | None = None
         self.prover = Prover(source, destination, self.stop, lane, self._turn)

@@ -75,7 +75,7 @@ S3 = {"interface": "s3", "config": {"endpoint": "http://here"}}
     ("first", "second"),
     [
         ({"root": "/a"}, {"root": "/a/"}),
-        ({"root": "/a"}, {"root": "//x/.././a", "config": {"mount": "/"}}),
+        ({"root": "/a"}, {"root": "//./a", "config": {"mount": "/"}}),
         ({"root": "/a"}, {"root": "/a/inside"}),
         ({"root": "/a/inside"}, {"root": "/a"}),
         ({"root": "/"}, {"root": "/a", "managed": False}),

@@ -44,6 +44,8 @@ def log(engine: Engine) -> Engine:
             first=datetime(2024, 2, 27, tzinfo=UTC),
             last=datetime(2024, 3, 3, tzinfo=UTC),
         )
+        # of replicas that there are not
+        run(c, "SET LOCAL session_replication_role = replica")
         run(
             c,
             """INSERT INTO deletion (deletion_id, step, basis, uid, oid, storage_id, from_state,

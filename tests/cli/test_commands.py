@@ -128,6 +128,15 @@ def test_a_look_loads_nothing_that_it_does_not_need(dlm: Dlm, command: str) -> N
         (["item", "list", "--after", "junk"], "DLM-101"),
         (["storage", "set", "a"], "DLM-101"),
         (["storage", "set", "a", "--capacity", "0"], "DLM-101"),
+        (["storage", "set", "a", "--config", "mount=", "--phase", "GAS"], "DLM-101"),
+        (["storage", "set", "a", "--path-rules", "none", "--capacity", "1TB"], "DLM-101"),
+        (["storage", "set", "a", "--path-rules", "none", "--config", "mount="], "DLM-101"),
+        (["expire", "file:x", "--at", "now", "--never"], "DLM-101"),
+        (["expire", "file:x", "--dry-run"], "DLM-101"),
+        (["expire", "--dry-run", "--storage", "a"], "DLM-101"),
+        (["verify", "file:x", "--all"], "DLM-101"),
+        (["register", "a", "x", "--list", "-"], "DLM-101"),
+        (["run", "replication", "--timeout", "5"], "DLM-101"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -613,6 +622,7 @@ def test_env_prints_what_a_shell_takes(dlm: Dlm, tmp_path: Path) -> None:
     ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     home = tmp_path / "home"
     assert ended.stdout == f"{home}|{home / 'dagster'}"
+    assert {"dagster.yaml", "workspace.yaml"} <= {f.name for f in (home / "dagster").iterdir()}
 
 
 def test_the_doctor_names_each_problem_and_fails(
@@ -628,6 +638,9 @@ def test_the_doctor_names_each_problem_and_fails(
     assert lines["storage b"] == "PROBLEM"
     assert lines["the catalogue and its schema"] == "ok"
     assert lines["services"] == "PROBLEM"
+    told = dlm("doctor", "--json")
+    found = {one["what"]: one["problem"] for one in told.json}
+    assert told.code == 1 and found["storage a"] is None and "DLM-301" in found["storage b"]
 
 
 # --- values ---------------------------------------------------------------------------------------

@@ -163,3 +163,12 @@ def test_the_place_of_a_lost_storage_is_taken(
     assert dlm("storage", "lost", "b", "--reason", "flood").code == 0
     (tmp_path / "link").symlink_to(storages["b"])
     assert "'b'" in refused(add(dlm, "again", tmp_path / "link"), "DLM-103", 2)
+
+
+def test_a_mount_is_looked_at_before_it_is_kept(dlm: Dlm, storages: dict[str, Path]) -> None:
+    """A mistyped one would make the storage one that cannot be reached."""
+    refused(dlm("storage", "set", "a", "--config", "mount=/nope"), "DLM-301", 4)
+    assert "mount" not in dlm("storage", "show", "a", "--json").json["config"]
+    assert dlm("storage", "set", "a", "--config", "mount=/").code == 0
+    assert dlm("storage", "set", "a", "--config", "mount=").code == 0
+    assert "mount" not in dlm("storage", "show", "a", "--json").json["config"]

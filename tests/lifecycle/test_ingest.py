@@ -1,10 +1,20 @@
 """The two-step ingest in its corners: nothing is left half there."""
 
+from datetime import timedelta
+
 import pytest
 
+from dlm_core.catalogue.items import Terms
+from dlm_core.catalogue.urgency import Urgency
 from dlm_core.errors import AlreadyExistsError, InvalidValueError, NotFoundError
 from dlm_core.lifecycle.admit import execute_admit
-from dlm_core.lifecycle.ingest import ingest_data_item, init_data_item, set_state, set_uri
+from dlm_core.lifecycle.ingest import (
+    ingest_data_item,
+    init_data_item,
+    set_metadata,
+    set_state,
+    set_uri,
+)
 from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind, PayloadKind
 from tests.site import make_site
@@ -54,3 +64,58 @@ def test_a_place_is_told_once(site):
         set_state(site.context, other, "READY")
     with pytest.raises(AlreadyExistsError, match="t:x"):
         init_data_item(site.context, "t:x")
+
+
+def test_all_terms_are_kept(site):
+    """Tags, urgency and the copy's own end too, as registration keeps them."""
+    (site.folder / "in" / "x").write_bytes(b"data")
+    end, by = site.now + timedelta(days=9), site.now + timedelta(days=1)
+    terms = Terms("GAS", None, "me", {"k": "v"}, end, by, Urgency(-3, by))
+    oid = ingest_data_item(site.context, "t:x", "in", "x", terms=terms, metadata={"m": [1]})
+    found = site.query(
+        """SELECT i.target_phase, i.owner, i.tags, i.metadata, i.expires_at, u.priority,
+                  u.needed_by, r.expires_at AS leaves
+             FROM data_item i JOIN urgency u USING (oid) JOIN replica r USING (oid)
+            WHERE oid = :oid""",
+        oid=oid,
+    )
+    assert found == [
+        {"target_phase": "GAS", "owner": "me", "tags": {"k": "v"}, "metadata": {"m": [1]},
+         "expires_at": end, "priority": -3, "needed_by": by, "leaves": by}
+    ]  # fmt: skip
+    with pytest.raises(InvalidValueError, match="set_uri"):
+        init_data_item(site.context, "t:y", terms=terms)
+    oid = init_data_item(site.context, "t:y")
+    set_uri(site.context, oid, "in", "y", expires_at=by)
+    assert site.query("SELECT expires_at AS e FROM replica WHERE oid = :o", o=oid) == [{"e": by}]
+
+
+def test_a_refusal_by_a_later_step_leaves_no_item(site):
+    """One transaction for all of them: the place is another's."""
+    (site.folder / "in" / "x").write_bytes(b"data")
+    ingest_data_item(site.context, "t:x", "in", "x")
+    with pytest.raises(AlreadyExistsError, match="t:x"):
+        ingest_data_item(site.context, "t:y", "in", "x")
+    assert site.query("SELECT uri FROM data_item") == [{"uri": "t:x"}]
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"t": object()}, {"n": float("nan")}, {"s": "a\0b"}, [1], {1: {2, 3}}]
+)
+def test_metadata_that_json_cannot_tell_are_refused(site, metadata):
+    """In words, before anything is written."""
+    with pytest.raises(InvalidValueError, match="metadata"):
+        init_data_item(site.context, "t:x", metadata=metadata)
+    oid = init_data_item(site.context, "t:x", metadata={"s": "a\\u0000b"})
+    with pytest.raises(InvalidValueError, match="metadata"):
+        set_metadata(site.context, oid, metadata)
+    assert site.item(oid)["metadata"] == {"s": "a\\u0000b"}
+
+
+def test_a_kind_is_one_of_two(site):
+    """And may be told as text."""
+    oid = init_data_item(site.context, "t:x")
+    with pytest.raises(InvalidValueError, match="file or directory"):
+        set_uri(site.context, oid, "in", "x", "dir")
+    set_uri(site.context, oid, "in", "x", "directory")
+    assert site.item(oid)["kind"] == "directory"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 import time
 import uuid
 from collections.abc import Callable
@@ -18,7 +21,7 @@ from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
-from dlm_core.lifecycle.work import StoragePool, _open_row, drain
+from dlm_core.lifecycle.work import StoragePool, _open_row, drain, end_lost_leases
 from dlm_core.storages.open import open_storage
 from dlm_core.types import OperationKind
 from tests.backends import s3_config
@@ -312,3 +315,30 @@ def test_a_late_copy_does_not_take_back_files_that_another_found_there(site, s3)
     assert not left and site.query("SELECT state FROM replica WHERE state <> 'READY'") == []
     found = {e.path: get(bucket, e.path) for e in bucket.walk("test")}
     assert found == {"test/d.ms/one": b"1", "test/d.ms/two": b"22"}
+
+
+def test_the_leases_of_a_process_that_is_gone_end_when_services_start_again(site):
+    """Those of others, on another machine or at work here, run out by themselves only."""
+    two_copies(site)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    host = socket.gethostname()
+    workers = [f"{host}:{gone.pid}", f"{host}:{os.getpid()}", f"elsewhere:{gone.pid}", f"{host}:x"]
+    for worker in workers:
+        site.execute(
+            """INSERT INTO operation (operation_id, kind, state, oid, uid, reason, actor, due_at,
+                                      lease_token, lease_until, worker)
+               SELECT gen_random_uuid(), 'verify', 'RUNNING', oid, uid, 'r', 'a', :now,
+                      gen_random_uuid(), CAST(:now AS timestamptz) + interval '300 s', :worker
+                 FROM replica LIMIT 1""",
+            now=site.now,
+            worker=worker,
+        )
+    assert end_lost_leases(site.context) == 2
+    found = site.query(
+        "SELECT worker FROM operation WHERE lease_until < :now ORDER BY worker", now=site.now
+    )
+    assert {row["worker"] for row in found} == {workers[0], workers[3]}
+    assert end_lost_leases(site.context) == 2  # until somebody claims them
+    site.work(OperationKind.VERIFY)
+    assert end_lost_leases(site.context) == 0

@@ -10,6 +10,7 @@ import pytest
 from dlm_core.catalogue.browse import set_item_expiry
 from dlm_core.catalogue.items import Announcement, Terms
 from dlm_core.catalogue.versions import add_version
+from dlm_core.catalogue.watches import list_watches
 from dlm_core.lifecycle import ingest
 from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.watch import add_watch, scan_watches
@@ -235,3 +236,62 @@ def test_a_directory_payload_that_was_touched_is_read_and_unchanged(site):
     os.utime(site.folder / "in" / "s.ms" / "t1", (later, later))
     report = again(site, as_directory=["*.ms"])
     assert (report.refused, report.unchanged) == (0, 1)
+
+
+def test_what_has_other_bytes_is_no_copy_of_its_item_any_more(site):
+    """The registration that read them says so: it is SUSPECT, no survivor, and looked at again once
+    its owner had an hour to put it right, or to say that it is a new version."""
+    site.add_storage("b", "B")
+    site.execute("UPDATE storage SET phase = 'LIQUID'")
+    registered(site, {"x": b"first"})
+    site.settle()
+    write(site, {"x": b"other"})
+    os.utime(site.folder / "in" / "x", (1, 1))
+    assert again(site).refused == 1
+    (oid,) = [row["oid"] for row in site.query("SELECT oid FROM data_item")]
+    assert site.replicas(oid) == {"in": "SUSPECT", "b": "READY"}
+    site.settle()
+    assert (site.folder / "in" / "x").read_bytes() == b"other"
+    assert again(site).refused == 1  # said again, and no second look queued
+    looks = site.query("SELECT due_at FROM operation WHERE kind = 'verify' AND state = 'QUEUED'")
+    assert len(looks) == 1
+    site.advance(hours=1, seconds=1)
+    site.settle()
+    assert site.replicas(oid) == {"in": "READY", "b": "READY"}
+    assert (site.folder / "in" / "x").read_bytes() == b"first"
+    kept = [f.read_bytes() for f in (site.folder / "in").rglob("*") if f.is_file()]
+    assert sorted(kept) == [b"first", b"other"]  # in quarantine
+
+
+def test_an_owner_who_puts_the_bytes_right_has_a_copy_again(site):
+    """Within the hour, without anything moved."""
+    registered(site, {"x": b"first"})
+    write(site, {"x": b"other"})
+    os.utime(site.folder / "in" / "x", (1, 1))
+    assert again(site).refused == 1
+    write(site, {"x": b"first"})
+    site.advance(hours=1, seconds=1)
+    site.settle()
+    assert site.query("SELECT state FROM replica") == [{"state": "READY"}]
+
+
+def test_a_watch_says_what_it_refused_and_why(site, caplog):
+    """In the log of its run, and in its listing, until the file is known or changes."""
+    add_watch(site.context, Source("in", "test"))
+    write(site, {"x": b"first"})
+    for _ in range(2):
+        scan_watches(site.context)
+        site.advance(seconds=31)
+    admit(site)
+    write(site, {"x": b"other one"})
+    for _ in range(2):
+        scan_watches(site.context)
+        site.advance(seconds=31)
+    assert "in:: test:x: test:x is registered with digest" in caplog.text
+    (watch,) = site.context.transact(list_watches)
+    assert (watch["waiting"], watch["refused"]) == (0, 1)
+    assert "--new-version" in watch["refusals"]["x"]
+    write(site, {"x": b"yet another"})
+    scan_watches(site.context)
+    (watch,) = site.context.transact(list_watches)
+    assert (watch["waiting"], watch["refused"], watch["refusals"]) == (1, 0, None)

@@ -1,5 +1,6 @@
 """What counts as a survivor when a copy is to go."""
 
+import os
 from datetime import timedelta
 
 import pytest
@@ -92,3 +93,34 @@ def test_two_volumes_of_one_location_are_one_survivor(site):
     assert proof.refusal is not None and "give 2 of the 4" in proof.refusal
     also_on(site, oid, "c")
     assert proof_of(site, oid, "a").refusal is None
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_survivor_that_was_changed_since_its_last_look_is_read_before_a_purge(site, registered):
+    """Its size and its name are as they were: the storage's time of change says that it was
+    written to, be it the owner's file or a copy that was made there."""
+    oid = site.add_item("x", b"first", "a", target_phase="LIQUID")
+    early = (site.now - timedelta(hours=1)).timestamp()
+    for path in ("a/x", "b/copy"):
+        (site.folder / path).write_bytes(b"first")
+        os.utime(site.folder / path, (early, early))
+    also_on(site, oid, "b")
+    if registered:
+        site.execute("UPDATE replica SET mtime = :m", m=early)
+    (site.folder / "a" / "x").write_bytes(b"other")
+    later = (site.now + timedelta(minutes=1)).timestamp()
+    os.utime(site.folder / "a" / "x", (later, later))
+    trash_copy(site, oid, "b")
+    site.execute("UPDATE storage SET trash_grace = '0 s'")
+    site.execute(
+        """INSERT INTO operation (operation_id, kind, oid, uid, reason, actor, due_at)
+           SELECT gen_random_uuid(), 'trash', oid, uid, 'test', 'test', :now FROM replica
+            WHERE state = 'TRASHED'""",
+        now=site.now,
+    )
+    site.advance(hours=1)
+    site.settle()
+    states = site.replicas(oid)
+    assert states["a"] in ("READY", "SUSPECT", "CORRUPTED") and states["b"] == "READY", states
+    held = [f.read_bytes() for f in site.folder.rglob("*") if f.is_file()]
+    assert b"first" in held

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import uuid
 from collections import deque
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import psycopg
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
@@ -34,6 +36,15 @@ _numbers = itertools.count()
 def set_clock(connection: Connection, now: datetime = NOW) -> None:
     """What the catalogue takes for the present in this transaction."""
     run(connection, "SELECT set_config('dlm.now', :now, true)", now=now.isoformat())
+
+
+def let_time_be_told(url: str) -> None:
+    """Make a catalogue one whose present is what a test says, by as many years as it likes."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            "CREATE OR REPLACE FUNCTION dlm_is_simulation() RETURNS boolean "
+            "LANGUAGE sql IMMUTABLE AS 'SELECT true'"
+        )
 
 
 def insert(connection: Connection, table: str, **values: Any) -> None:
@@ -86,10 +97,21 @@ def ready_item(connection: Connection, storages: int = 2, **values: Any) -> Any:
 
 
 def certify(connection: Connection, uid: uuid.UUID, step: str, **values: Any) -> uuid.UUID:
-    """A certificate for a step of a replica's deletion."""
+    """A certificate for a step of a replica's deletion, true unless ``values`` say otherwise: its
+    item has expired, or its other good copies survive."""
     deletion_id = new_id()
-    found = rows(connection, "SELECT * FROM replica WHERE uid = :uid", uid=uid)[0]
-    row = {"basis": "item_expired", "from_state": found["state"], "survivors": "[]",
+    found = rows(
+        connection,
+        """SELECT r.*, i.state AS item_state, (
+                  SELECT json_agg(json_build_object('uid', x.uid)) FROM replica x
+                   WHERE x.oid = r.oid AND x.uid <> r.uid AND x.state = 'READY') AS others
+             FROM replica r JOIN data_item i USING (oid) WHERE r.uid = :uid""",
+        uid=uid,
+    )[0]
+    expired = found["item_state"] == "EXPIRED" or not found["others"]
+    row = {"basis": "item_expired" if expired else "replica_expired",
+           "from_state": found["state"],
+           "survivors": json.dumps([] if expired else found["others"]),
            "survivor_weight": 4, "target_phase": "SOLID", "holds_examined": 0, "reason": "test",
            "actor": "user:test", "proved_at": NOW,
            "valid_until": NOW + timedelta(hours=1)}  # fmt: skip

@@ -146,9 +146,11 @@ def test_no_certificate_is_written_for_what_is_held(db: Connection) -> None:
     set_replica(db, uid, "TRASHED")
     _hold(db, oid=oid)
     assert "under a hold" in refusal(db, certify, uid, "purge")
-    direct = """INSERT INTO deletion_default SELECT gen_random_uuid(), 'purge', basis, uid, oid,
-                storage_id, from_state, survivors, survivor_weight, target_phase, holds_examined,
-                reason, plan_id, actor, proved_at, valid_until FROM deletion"""
+    (month,) = rows(db, "SELECT to_char(now() AT TIME ZONE 'UTC', 'YYYYMM') AS name")
+    direct = f"""INSERT INTO deletion_{month["name"]} SELECT uuid7_floor(clock_timestamp()),
+                'purge', basis, uid, oid, storage_id, 'TRASHED', survivors, survivor_weight,
+                target_phase, holds_examined, reason, plan_id, actor, proved_at, valid_until
+                FROM deletion"""
     assert "under a hold" in refusal(db, run, direct)
     unruled = """SELECT inhrelid::regclass::text AS name FROM pg_inherits
                   WHERE inhparent = 'deletion'::regclass AND 2 <> (

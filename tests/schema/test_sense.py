@@ -83,6 +83,8 @@ def test_a_copy_of_an_item_that_was_not_let_in_is_not_ready(db: Connection) -> N
 def test_nothing_was_looked_at_in_the_future(db: Connection, column: str) -> None:
     """An hour is the clocks' own; more is refused, and a row that has it already may be mended."""
     _, (uid, _) = ready_item(db)
+    if column == "trashed_at":
+        set_replica(db, uid, "TRASHED")
     change = f"UPDATE replica SET {column} = :at WHERE uid = :uid"
     assert refusal(db, run, change, at=NOW + timedelta(minutes=50), uid=uid) == ""
     assert "in the future" in refusal(db, run, change, at=NOW + YEARS, uid=uid)

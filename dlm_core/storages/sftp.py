@@ -290,8 +290,11 @@ class SftpStorage:
         return [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
 
     def open_read(self, path: str) -> SftpStream:
+        return self.open_read_at(path, 0)
+
+    def open_read_at(self, path: str, offset: int) -> SftpStream:
         self._octets(path)
-        return ssh.run(SftpStream.begun(self, path))
+        return ssh.run(SftpStream.begun(self, path, offset))
 
     def open_range(self, path: str, offset: int, size: int) -> ReadStream:
         """Up to ``size`` bytes of a file from ``offset`` on."""

@@ -319,17 +319,24 @@ class XrootdStorage(Listed):
     def write(self, path: str, source: Readable, size: int) -> str | None:
         file = self._create(self._new_path(path))
         try:
-            self._fill(file, path, source, size)
-            self._ask(path, file.sync, seconds=_BYTES_SECONDS)
-            self._ask(path, file.close, seconds=_BYTES_SECONDS)
-        except BaseException as error:
-            file.close(timeout=_LOOK_SECONDS)
+            written = self._written(file, path, source, 0)
+            if written < size:
+                raise self._unavailable(f"its source ended after {written} bytes of {size}")
+        except BaseException:
             with suppress(StorageError):
                 self.remove(path)
-            if isinstance(error, PayloadNotFoundError):
-                raise self._unavailable(f"{path} went while it was written") from None
             raise
         return None
+
+    def write_on(self, path: str, source: Readable, begun: int) -> None:
+        path = self._new_path(path)
+        file = self._open(path, _OPEN_UPDATE) if begun else self._create(path)
+        self._written(file, path, source, begun)
+
+    def left_of(self, path: str) -> int:
+        """Each block was answered for before the next one was sent."""
+        entry = self.stat(path)
+        return entry.size if entry is not None and entry.kind == "file" else 0
 
     def _create(self, path: str) -> Any:
         """Open a new file. The server makes its folders, and a root that is gone too: looked at
@@ -340,14 +347,20 @@ class XrootdStorage(Listed):
         except PayloadNotFoundError:
             raise self._unavailable(f"the folder of {path} went while it was used") from None
 
-    def _fill(self, file: Any, path: str, source: Readable, size: int) -> None:
-        offset = 0
-        while offset < size:
-            block = source.read(min(_BLOCK, size - offset))
-            if not block:
-                raise self._unavailable(f"its source ended after {offset} bytes of {size}")
-            self._ask(path, file.write, block, offset, len(block), seconds=_BYTES_SECONDS)
-            offset += len(block)
+    def _written(self, file: Any, path: str, source: Readable, offset: int) -> int:
+        """Where an open file ends when it has all of ``source`` from ``offset`` on; closed."""
+        try:
+            while block := source.read(_BLOCK):
+                self._ask(path, file.write, block, offset, len(block), seconds=_BYTES_SECONDS)
+                offset += len(block)
+            self._ask(path, file.sync, seconds=_BYTES_SECONDS)
+            self._ask(path, file.close, seconds=_BYTES_SECONDS)
+        except BaseException as error:
+            file.close(timeout=_LOOK_SECONDS)
+            if isinstance(error, PayloadNotFoundError):
+                raise self._unavailable(f"{path} went while it was written") from None
+            raise
+        return offset
 
     def flush(self) -> None:
         """Nothing to do: each file is synced before it is closed."""

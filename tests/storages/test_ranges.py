@@ -34,6 +34,10 @@ def test_a_part_is_the_same_from_every_storage(storage):
         assert stream.size == 17
     with pytest.raises(PayloadNotFoundError):
         open_range(storage, "nothing", 1, 1)
+    if hasattr(storage, "open_read_at"):
+        with storage.open_read_at("file", 1 << 20) as stream:
+            assert stream.read(-1) == _DATA[1 << 20 :]
+            assert stream.size == len(_DATA) and stream.stamp() == stream.opened
 
 
 def test_a_part_behind_http_costs_no_more_than_itself(storage, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import rows, run
+from dlm_core.catalogue.places import MOST_BYTES
 
 _EFFECTIVE = """
   SELECT s.storage_id, s.name, s.mode, s.managed, s.high_watermark, s.low_watermark,
@@ -97,8 +98,8 @@ def note_usage(
         connection,
         """UPDATE storage SET observed_total_bytes = :total, observed_used_bytes = :used,
                   observed_at = :now WHERE storage_id = :storage""",
-        total=total,
-        used=used,
+        total=total if total is None else min(total, MOST_BYTES),
+        used=used if used is None else min(used, MOST_BYTES),
         now=now,
         storage=storage_id,
     )

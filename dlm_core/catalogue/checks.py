@@ -34,6 +34,53 @@ _DUE = """
    ORDER BY r.check_from LIMIT :window"""
 
 
+def put_looks_off(
+    connection: Connection, uids: Sequence[uuid.UUID], when: datetime
+) -> set[uuid.UUID]:
+    """Of some replicas those of which a look is queued; it does not come before ``when``."""
+    found = rows(
+        connection,
+        """UPDATE operation SET due_at = greatest(due_at, :at)
+            WHERE uid = ANY(:uids) AND kind = 'verify' AND state = 'QUEUED' RETURNING uid""",
+        uids=list(uids),
+        at=when,
+    )
+    return {row["uid"] for row in found}
+
+
+def hasten_looks(connection: Connection, uids: Sequence[uuid.UUID], now: datetime) -> int:
+    """Let looks at replicas that are queued for later come now; how many."""
+    return run(
+        connection,
+        """UPDATE operation SET due_at = :now
+            WHERE uid = ANY(:uids) AND kind = 'verify' AND state = 'QUEUED' AND due_at > :now""",
+        uids=list(uids),
+        now=now,
+    )
+
+
+def select_put_off(
+    connection: Connection,
+    storage_id: uuid.UUID | None,
+    oids: Sequence[uuid.UUID] | None,
+    now: datetime,
+) -> list[uuid.UUID]:
+    """Replicas on a storage and of items, None for all, of which a look is queued for later."""
+    on_storage = " AND r.storage_id = :storage" if storage_id is not None else ""
+    of_items = " AND r.oid = ANY(:oids)" if oids is not None else ""
+    values: dict[str, Any] = {"storage": storage_id} if storage_id is not None else {}
+    if oids is not None:
+        values["oids"] = list(oids)
+    found = rows(
+        connection,
+        f"""SELECT o.uid FROM operation o JOIN replica r USING (uid)
+             WHERE o.kind = 'verify' AND o.state = 'QUEUED' AND o.due_at > :now{on_storage}{of_items}""",
+        now=now,
+        **values,
+    )
+    return [row["uid"] for row in found]
+
+
 def select_unasked(
     connection: Connection, storage_id: uuid.UUID | None, oids: Sequence[uuid.UUID] | None
 ) -> list[dict[str, Any]]:

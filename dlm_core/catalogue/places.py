@@ -31,6 +31,8 @@ _NEVER = 3e9
 _TELLING: Mapping[str, Sequence[str]] = {
     "posix": (), "sftp": (), "webdav": (), "xrootd": (), "s3": ("endpoint",),
 }  # fmt: skip
+#: of a storage, as the database bounds it: an exbibyte
+MOST_BYTES = 2**60 - 1
 #: what 'dlm storage set' may change
 CHANGEABLE = (
     "mode",
@@ -127,8 +129,7 @@ def add_storage(
         a value makes no sense.
     """
     _must_be_new(connection, "storage", name)
-    if interface == "posix":
-        root = _folder(root)
+    root = root_of(interface, root)
     found = rows(connection, "SELECT location_id FROM location WHERE name = :name", name=location)
     if not found:
         raise NotFoundError("location", location, "add it with 'dlm location add'")
@@ -196,8 +197,15 @@ def _place(root: str) -> str:
     return path.rstrip("/")
 
 
-def _folder(root: str) -> str:
-    """A root of POSIX as the catalogue keeps it: one spelling for one folder."""
+def root_of(interface: str, root: str) -> str:
+    """A root as the catalogue keeps it: of POSIX one spelling for one folder.
+
+    Raises
+    ------
+    InvalidValueError
+    """
+    if interface != "posix":
+        return root
     if not root.startswith("/") or "/../" in f"{root}/":
         # what a link is followed by '..' leads elsewhere than it says
         raise InvalidValueError(what="root", value=root, expected="an absolute path without '..'")
@@ -219,7 +227,7 @@ def _check(row: Mapping[str, Any]) -> None:
             what="watermarks (low, high)", value=(low, high), expected="0 < low < high <= 1"
         )
     for key, lowest, highest in (
-        ("capacity_bytes", 1, 2**63 - 1),
+        ("capacity_bytes", 1, MOST_BYTES),
         ("concurrency", 1, 1024),
         ("verify_every_days", 1, 36500),
         ("verify_bytes_per_second", 1, 2**63 - 1),

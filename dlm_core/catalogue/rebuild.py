@@ -140,7 +140,7 @@ def merge_lines(
     """Take over a chunk of what a storage tells of its replicas.
 
     What is there already was told by a newer description and stays. A replica whose digest is not
-    its item's, or whose place is taken, is refused.
+    its item's, or whose place is taken, is refused; an item that has no other is left INITIALISED.
     """
     copy_rows(connection, "line", {"line": "text"}, ((line,) for line in lines))
     run(connection, "DROP TABLE IF EXISTS pg_temp.told")
@@ -157,6 +157,12 @@ def merge_lines(
     _insert_replicas(connection, storage_id, now)
     merged.refused += _refuse_taken(connection)
     merged.replicas = _suspect_and_look(connection, actor, now)
+    # the database lets no item begin as READY, nor be it without a copy that may be good
+    run(
+        connection,
+        """UPDATE data_item SET state = 'READY' WHERE state = 'INITIALISED'
+              AND oid IN (SELECT oid FROM told)""",
+    )
     return merged
 
 
@@ -189,12 +195,6 @@ def _insert_items(connection: Connection) -> int:
              FROM told t LEFT JOIN collection c ON c.name = t.collection
             ORDER BY t.uri, t.version, t.uid
            ON CONFLICT DO NOTHING""",
-    )
-    # the database lets no item begin as READY
-    run(
-        connection,
-        """UPDATE data_item SET state = 'READY' WHERE state = 'INITIALISED'
-              AND oid IN (SELECT oid FROM told)""",
     )
     run(
         connection,

@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 
 from dlm_core.catalogue import rebuild as catalogue
 from dlm_core.catalogue import recovery
+from dlm_core.catalogue.places import root_of
 from dlm_core.errors import DlmError, InvalidValueError
 from dlm_core.lifecycle.description import FOLDER, SITE, Index, newest_index, opened
 from dlm_core.lifecycle.work import Context
@@ -124,7 +125,8 @@ def _fill(connection: Connection, context: Context, sources: Sequence[_Source]) 
         place = source.place
         catalogue.insert_storage(
             connection, source.index.storage, source.index.location,
-            {"interface": place.interface, "root": place.root, "config": dict(place.config)},
+            {"interface": place.interface, "config": dict(place.config),
+             "root": root_of(place.interface, place.root)},
         )  # fmt: skip
         report.storages.append(source.index.storage["name"])
     holds = _collections(connection, sources, report)

@@ -20,6 +20,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from dlm_core.catalogue import items as catalogue
+from dlm_core.catalogue.checks import hasten_looks
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.catalogue.items import Announcement, Terms
 from dlm_core.catalogue.replicas import manifests_of
@@ -52,6 +53,8 @@ from dlm_core.types import (
 _FIRST_CHUNK, _CHUNK = 125, 10_000
 _DEFAULT_TERMS = Terms()
 _MAX_TOLD = 1000
+#: bytes; the catalogue keeps fewer of one payload
+_LARGEST = 1 << 53
 #: who changed a payload may put it right, or register it as a new version, before it is set aside
 _TIME_TO_MEND = timedelta(hours=1)
 _READ = (ReplicaState.READY, ReplicaState.SUSPECT, ReplicaState.CORRUPTED)
@@ -360,6 +363,9 @@ def _announcements(
         if path.split("/", 1)[0] == PRIVATE:
             report.refuse(path, f"{PRIVATE} is the DLM's own")
             continue
+        if entry.size >= _LARGEST:
+            report.refuse(path, f"{entry.size} bytes are more than a file has")
+            continue
         is_file = kind is PayloadKind.FILE
         yield Announcement(
             uri,
@@ -456,6 +462,9 @@ def _changed(
         report.refuse(one["uri"], str(error))
         return True
     if seen.digest == one["digest"]:
+        if one["state"] == ReplicaState.SUSPECT:
+            # put right: the look that was put off for that may come now
+            context.transact(lambda c: hasten_looks(c, [one["uid"]], context.clock()))
         return False
     if not source.new_version:
         conflict = DigestConflictError(uri=one["uri"], registered=one["digest"], found=seen.digest)

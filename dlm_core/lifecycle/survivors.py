@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from sqlalchemy import Connection
 from dlm_core.catalogue import deletions as catalogue
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import replicas
+from dlm_core.catalogue.checks import put_looks_off
+from dlm_core.catalogue.items import update_mtimes
 from dlm_core.errors import DlmError, IntegrityError, PathRefusedError, PayloadNotFoundError
 from dlm_core.lifecycle.staging import is_cold
 from dlm_core.lifecycle.work import Context
@@ -47,17 +50,20 @@ def look_at_survivors(context: Context, proofs: Sequence[catalogue.Proof]) -> se
     manifests = context.transact(lambda c: replicas.manifests_of(c, trees)) if trees else {}
     unseen: set[uuid.UUID] = set()
     absent: list[Row] = []
+    read: list[_Read] = []
     for storage_id in {row["storage_id"] for row in rows}:
         mine = [row for row in rows if row["storage_id"] == storage_id]
         storage = context.storages.open(storages[storage_id])
         try:
             away, unproven = _offline(context, storage, mine, manifests)
-            wrong = _not_as_catalogued(context, storage, mine, manifests, away)
+            wrong = _not_as_catalogued(context, storage, mine, manifests, away, read)
         except DlmError:
             unseen.update(row["uid"] for row in mine)
             continue
         unseen |= unproven
         absent.extend(wrong)
+    if read:
+        context.transact(lambda c: _note(c, read, context.clock()))
     if absent:
         reason = "not found as catalogued when a purge looked at its survivors"
         context.transact(lambda c: doubt(c, context, absent, reason, context.clock()))
@@ -92,8 +98,10 @@ def _not_as_catalogued(
     rows: Sequence[Row],
     manifests: Manifests,
     away: Collection[uuid.UUID],
+    read: list[_Read],
 ) -> list[Row]:
-    """Those that do not look, or read, as they should; of those ``away`` nothing is read."""
+    """Those that do not look, or read, as they should; of those ``away`` nothing is read. Those
+    that read well are added to ``read``."""
     oldest = context.clock() - timedelta(seconds=context.settings.proof_max_age_seconds)
     files = [row for row in rows if row["kind"] == PayloadKind.FILE]
     entries = storage.stat_many([decode_path(row["path"]) for row in files])
@@ -113,7 +121,11 @@ def _not_as_catalogued(
         if not told or row["uid"] in away:
             return told
         if row["checked_at"] < oldest or any(_is_another(entry, row) for entry in found):
-            return _reads_well(storage, row)
+            well = _reads_well(storage, row)
+            if well:
+                mtime = None if row["mtime"] is None else found[0].mtime
+                read.append(_Read(row, mtime))
+            return well
         return row["kind"] == PayloadKind.DIRECTORY or _opens(storage, path, row["size"])
 
     with ThreadPoolExecutor(storage.concurrency, "dlm-look") as pool:
@@ -142,9 +154,37 @@ def _is_another(entry: Entry, row: Row) -> bool:
     another content."""
     if row["mtime"] is None and entry.mtime > row["checked_at"].timestamp():
         return True
-    if row["mtime"] is not None and entry.mtime != row["mtime"]:
+    if row["mtime"] is not None and not _same_time(entry.mtime, row["mtime"]):
         return True
-    return None not in (entry.etag, row["told_stamp"]) and entry.etag != row["told_stamp"]
+    stamp = content_stamp(entry)
+    return None not in (stamp, row["told_stamp"]) and stamp != row["told_stamp"]
+
+
+def _same_time(one: float, other: float) -> bool:
+    """Some servers tell whole seconds where they are asked for one file."""
+    whole = one.is_integer() or other.is_integer()
+    return int(one) == int(other) if whole else one == other
+
+
+def content_stamp(entry: Entry) -> str | None:
+    """What a storage says of a file's content without its being read; None if it says nothing."""
+    return None if entry.etag is None else f"{entry.size} {entry.etag}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A survivor that was read and matched; ``mtime`` is the file's, if it was registered there."""
+
+    row: Row
+    mtime: float | None
+
+
+def _note(connection: Connection, read: Sequence[_Read], now: datetime) -> None:
+    """They were read: the next purge need not, unless they change again."""
+    seen = [replicas.Seen(r.row["uid"], r.row["size"], r.row["digest"]) for r in read]
+    replicas.mark_ready(connection, seen, now, only_from=[ReplicaState.READY])
+    touched = [(r.row["uid"], r.mtime) for r in read if r.mtime is not None]
+    update_mtimes(connection, touched)
 
 
 def _reads_well(storage: Storage, row: Row) -> bool:
@@ -165,7 +205,10 @@ def doubt(
         ReplicaState.SUSPECT,
         only_from=[ReplicaState.READY],
     )
-    look_again(connection, context, [row for row in rows if row["uid"] in turned], reason, when)
+    # one that is queued may come sooner than who has to put it right
+    queued = put_looks_off(connection, list(turned), when)
+    left = [row for row in rows if row["uid"] in turned - queued]
+    look_again(connection, context, left, reason, when)
 
 
 def look_again(

@@ -41,7 +41,7 @@ from dlm_core.lifecycle.staging import (
     hold_back,
     is_cold,
 )
-from dlm_core.lifecycle.survivors import look_again
+from dlm_core.lifecycle.survivors import content_stamp, look_again
 from dlm_core.lifecycle.traffic import looking_at, reading_from
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
 from dlm_core.storages.port import Storage
@@ -83,8 +83,8 @@ def request_verification(
     """Queue a look at every replica of an item, on a storage, or both narrowed; how many.
 
     ``oids`` names several items. Those that are CORRUPTED are looked for in quarantine. Replicas
-    that wait for a look already are not queued twice. With nothing given, all replicas.
-    ``priority`` is from -9 (first) to 9 (last).
+    that wait for a look already are not queued twice; one that was put off comes now. With nothing
+    given, all replicas. ``priority`` is from -9 (first) to 9 (last).
 
     Raises
     ------
@@ -93,7 +93,8 @@ def request_verification(
     chosen = STEP * Urgency(priority).priority
     items = oids if oids is not None else [oid] if oid else None
     found = checks.select_unasked(connection, storage_id, items)
-    return queue.insert_operations(
+    put_off = checks.select_put_off(connection, storage_id, items, now)
+    return checks.hasten_looks(connection, put_off, now) + queue.insert_operations(
         connection,
         [
             queue.NewOperation(
@@ -235,9 +236,7 @@ def _stamp(storage: Storage, target: Mapping[str, Any]) -> str | None:
     if not getattr(storage, "tells_content", False) or target["kind"] != PayloadKind.FILE:
         return None
     entry = storage.stat(decode_path(target["path"]))
-    if entry is None or entry.etag is None:
-        return None
-    return f"{entry.size} {entry.etag}"
+    return None if entry is None else content_stamp(entry)
 
 
 def execute_verify(context: Context, claim: Claim) -> Report:

@@ -14,7 +14,13 @@ from dlm_core.catalogue.items import Terms
 from dlm_core.catalogue.operations import count_due
 from dlm_core.catalogue.urgency import Urgency
 from dlm_core.catalogue.watches import count_watches_due
-from dlm_core.errors import InputError, InvalidValueError, StorageError
+from dlm_core.errors import (
+    CatalogueError,
+    CatalogueUnavailableError,
+    InputError,
+    InvalidValueError,
+    StorageError,
+)
 from dlm_core.lifecycle.register import (
     RegisterReport,
     Source,
@@ -78,6 +84,10 @@ def check_watch(source: Source, interval: timedelta) -> None:
     make_uri(source.scheme, f"{source.uri_prefix}x")  # told once, not at every look
     terms = source.terms
     once = (source.checksums, terms.item_expires_at, terms.replica_expires_at)
+    if source.as_directory and source.new_version:
+        raise InvalidValueError(
+            what="watch", value="new versions", expected="files: known directories are not read"
+        )
     if any(once) or terms.urgency.needed_by is not None:
         raise InvalidValueError(
             what="watch", value=source.storage, expected="no checksums and no moments: it goes on"
@@ -134,7 +144,9 @@ def scan_watches(context: Context) -> RegisterReport:
     for watch in context.transact(lambda c: catalogue.claim_watches(c, context.clock())):
         try:
             report = _scan(context, watch)
-        except (StorageError, InputError) as error:
+        except CatalogueUnavailableError:
+            raise
+        except (StorageError, InputError, CatalogueError) as error:
             # it is down, or out of use; it is looked at again after its interval, and neither the
             # other folders are held up nor the admissions
             log.warning("watched folder %s:%s: %s", watch["storage"], watch["path"], error)

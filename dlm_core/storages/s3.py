@@ -134,10 +134,10 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
         storage_class=parsed.storage_class,
     )
     if parsed.storage_class is None:  # a copy by the server has the bucket's own class
-        # who says the same of these reaches the same bucket with the same rights
-        bucket_of = (bucket, parsed.model_dump_json())
+        # who says the same of these reaches the same server with the same rights
         whole = cache(lambda: build(prefix=None))
-        storage.within = Within(bucket_of, f"{prefix}/" if prefix else "", whole)
+        place = bucket, f"{prefix}/" if prefix else ""
+        storage.within = Within(parsed.model_dump_json(), *place, whole)
     return storage
 
 
@@ -167,7 +167,8 @@ def keys_of(name: str, config: S3Config) -> KeyProvider:
 class Within:
     """Where in which bucket a storage lies, and how to reach all of it."""
 
-    bucket: tuple[str, str]
+    server: str
+    bucket: str
     prefix: str
     whole: Callable[[], S3Store]
 
@@ -385,21 +386,24 @@ class S3Storage:
     def copy_from(
         self, source: Any, source_path: str, path: str, size: int, moved: Callable[[int], None]
     ) -> bool:
-        """CopyObject within one bucket. The key is only looked at just before: what comes to it
-        after that is replaced."""
+        """By a server that has both, and takes the same keys for both. Within a bucket it is one
+        CopyObject, which replaces what comes to the key after a look; from another one, and above
+        5 GiB, it is in parts, and creates."""
         here, there = self.within, getattr(source, "within", None)
-        if here is None or not isinstance(there, Within) or here.bucket != there.bucket:
-            return False
-        if size > _COPY_LIMIT:
+        if here is None or not isinstance(there, Within) or here.server != there.server:
             return False
         self._must_be_free(path)
         keys = there.prefix + source._key(source_path), here.prefix + self._key(path)
+        free = partial(self._must_be_free, path)
         try:
-            with self._translated(path):
-                obstore.copy(here.whole(), *keys)
-        except PayloadNotFoundError:
-            return False  # the source is gone: reading it tells so
-        moved(size)
+            if here.bucket == there.bucket and size <= _COPY_LIMIT:
+                with self._translated(path):
+                    obstore.copy(here.whole(), *keys)
+                moved(size)
+            else:
+                self._parts.copy(there.bucket, keys[0], path, size, moved, free)
+        except (PayloadNotFoundError, AccessDeniedError):
+            return False  # of the source: reading it tells so
         return True
 
     @contextmanager
@@ -464,8 +468,8 @@ class S3Storage:
 
     def _copy(self, entry: Entry, destination: str) -> None:
         if entry.size > _COPY_LIMIT:
-            with self.open_read(entry.path) as stream:
-                self._upload(destination, stream, entry.size)
+            free = partial(self._must_be_free, destination)
+            self._parts.copy_within(entry.path, self._key(destination), entry.size, free)
             return
         with self._translated(entry.path):
             obstore.copy(self._store, entry.path, self._key(destination))

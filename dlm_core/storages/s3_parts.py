@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import md5
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from dlm_core.errors import PayloadExistsError, StorageError
 from dlm_core.storages.port import PRIVATE, Readable
@@ -27,6 +27,10 @@ _MIB = 1 << 20
 _ROOM = 160
 _SENT_AT_ONCE = 32 * _MIB
 _BLOCK = _MIB
+#: what the server copies by one request, in bytes; it takes 5 GiB at most
+COPIED_PART = 1 << 30
+_COPIED_AT_ONCE = 4
+_MAX_PARTS = 10_000
 # uploads whose keys the catalogue is asked for at a time
 _ASKED_AT_ONCE = 1000
 
@@ -36,6 +40,7 @@ _NOT_SO = (
     "ConditionalRequestConflict",
 )  # fmt: skip
 
+_T = TypeVar("_T")
 #: of some paths those that are the catalogue's, and whether a copy to it is still to be made
 Owned = Callable[[Sequence[str]], Mapping[str, bool]]
 
@@ -143,6 +148,62 @@ class Parts:
                 self._end_quietly(upload)
             raise
         return etag
+
+    def copy(
+        self,
+        bucket: str,
+        key: str,
+        path: str,
+        size: int,
+        moved: Callable[[int], None],
+        must_be_free: Callable[[], None],
+    ) -> None:
+        """Have the server make an object of another one, of ``size`` bytes, in any bucket of it.
+
+        ``moved`` is called with the bytes of each part that it has copied; it may raise.
+
+        Raises
+        ------
+        PayloadNotFoundError, AccessDeniedError
+            of the source: it is not there, or not for these keys.
+        StorageUnavailableError, PayloadExistsError
+        """
+        with self._s3.translated(path):
+            upload = self._begun(self._s3.prefix + path)
+        try:
+            with self._s3.translated(path):
+                named = self._copied(upload, {"Bucket": bucket, "Key": key}, size, moved)
+                must_be_free()
+                self._complete(upload, named)
+        except BaseException:
+            self._end_quietly(upload)
+            raise
+
+    def copy_within(
+        self, source: str, path: str, size: int, must_be_free: Callable[[], None]
+    ) -> None:
+        """As :meth:`copy`, of the object at another path of this storage."""
+        key = self._s3.prefix + source
+        self.copy(self._s3.bucket, key, path, size, _unheard, must_be_free)
+
+    def _copied(
+        self, upload: Upload, source: dict[str, str], size: int, moved: Callable[[int], None]
+    ) -> list[str]:
+        part = max(COPIED_PART, -(-size // _MAX_PARTS))
+
+        def copy(begin: int) -> str:
+            end = min(begin + part, size)
+            answer = self._client.upload_part_copy(
+                **self._named(upload), PartNumber=begin // part + 1, CopySource=source,
+                CopySourceRange=f"bytes={begin}-{end - 1}",
+            )  # fmt: skip
+            moved(end - begin)
+            etag: str = answer["CopyPartResult"]["ETag"].strip('"')
+            return etag
+
+        with ThreadPoolExecutor(_COPIED_AT_ONCE, "dlm-part") as pool:
+            waiting = deque(pool.submit(copy, begin) for begin in range(0, size, part))
+            return [_first(waiting) for _ in range(len(waiting))]
 
     def forget(self, before: float, owned: Owned) -> int:
         """End what nobody has touched since ``before`` (seconds since 1970); how many uploads.
@@ -345,7 +406,7 @@ class Parts:
             self._end(upload)
 
 
-def _first(waiting: deque[Future[tuple[bytes, str]]]) -> tuple[bytes, str]:
+def _first(waiting: deque[Future[_T]]) -> _T:
     """The result of the first; if it failed, those that are not at work shall not begin."""
     try:
         return waiting.popleft().result()

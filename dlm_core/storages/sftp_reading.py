@@ -32,7 +32,11 @@ _HASH_SECONDS = 86_400
 _SLOWEST = 32 << 10
 # no name stands on a command line: no shell looks at any, and csh and sh read this alike
 _HASH = "xargs -0 sha256sum -z --"
-_PRINT = "xargs -0 cat --"
+# nothing but files, for a pipe would be waited for; and no more of them than there should be
+_PRINT = (
+    """xargs -0 sh -c 'for f; do test -f "$f" && ! test -L "$f" || exit 1; done; """
+    """exec cat -- "$@"' sh | head -c {most}"""
+)
 
 
 class SftpStream:
@@ -200,8 +204,9 @@ async def _printed(
     """Where one begins is told by the sizes of those before it: if one has another, all are lost,
     which digests show."""
     names = b"".join(storage.full(session, path) + b"\0" for path, _ in files)
-    status, printed, _ = await session.command(_PRINT, names)
-    if status != 0 or len(printed) != sum(size for _, size in files):
+    total = sum(size for _, size in files)
+    status, printed, _ = await session.command(_PRINT.format(most=total + 1), names)
+    if status != 0 or len(printed) != total:
         return {}
     found, begin = {}, 0
     for path, size in files:

@@ -66,7 +66,9 @@ BEGIN
   IF v_any.leaving THEN
     LOCK TABLE hold IN SHARE MODE;
     -- of two who trash one copy each the second one waits, and then sees that the first is gone
-    PERFORM FROM data_item WHERE oid = ANY(ARRAY(SELECT oid FROM new_rows)) ORDER BY oid FOR NO KEY UPDATE;
+    PERFORM FROM data_item WHERE oid = ANY(ARRAY(
+      SELECT n.oid FROM new_rows n JOIN old_rows o USING (uid) WHERE n.state = 'TRASHED' AND o.state <> 'TRASHED'))
+     ORDER BY oid FOR NO KEY UPDATE;
     -- the lock may have been waited for: a certificate that ran out meanwhile is none
     v_held := EXISTS (SELECT FROM hold);
     SELECT l.uid, l.refusal INTO bad FROM (
@@ -302,7 +304,26 @@ BEGIN
 END $$;
 
 -- --- values --------------------------------------------------------------------------------------
--- What is there already is looked through: a catalogue that has such rows is not upgraded.
+-- What is there already is looked through, and put right where what is meant is plain: roots were kept
+-- as they were typed.
+UPDATE replica SET mtime = NULL WHERE mtime IN ('NaN', 'Infinity', '-Infinity');
+UPDATE watch_entry SET mtime = 0 WHERE mtime IN ('NaN', 'Infinity', '-Infinity');
+UPDATE collection SET name = 'collection-' || collection_id WHERE name !~ '\S';
+UPDATE storage SET root = coalesce(nullif(rtrim(regexp_replace(root || '/', '/(\.?/)+', '/', 'g'), '/'), ''), '/')
+ WHERE interface = 'posix' AND root LIKE '/%' AND root ~ '/\.?(/|$)' AND root <> '/';
+UPDATE storage SET capacity_bytes = least(capacity_bytes, 1152921504606846975),
+                   observed_total_bytes = least(observed_total_bytes, 1152921504606846975),
+                   observed_used_bytes = least(observed_used_bytes, 1152921504606846975)
+ WHERE greatest(capacity_bytes, observed_total_bytes, observed_used_bytes) > 1152921504606846975;
+DO $$
+DECLARE bad record;
+BEGIN
+  SELECT name, root INTO bad FROM storage
+   WHERE interface = 'posix' AND (root !~ '^/' OR root ~ '/\.\.(/|$)') LIMIT 1;
+  IF FOUND THEN
+    PERFORM dlm_refuse(format('storage %s: its root %s is not an absolute path without two dots; mend it by UPDATE storage SET root = (another) WHERE name = %L', bad.name, bad.root, bad.name));
+  END IF;
+END $$;
 
 -- The one form of a relative path (types.encode_path): two spellings would be two replicas of one file.
 CREATE FUNCTION dlm_is_encoded(p text) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
@@ -320,8 +341,8 @@ ALTER TABLE replica DROP CONSTRAINT replica_path_check;
 ALTER TABLE replica
   ADD CONSTRAINT replica_path_check CHECK (dlm_is_encoded(path) AND NOT starts_with(path, '.dlm/') AND path <> '.dlm'),
   ADD CONSTRAINT replica_size_limit CHECK (size < 9007199254740992),
-  -- NaN is equal to itself here, and so to no file's
-  ADD CONSTRAINT replica_mtime_check CHECK (mtime BETWEEN -1e12 AND 1e12),
+  -- NaN is equal to itself here, and so to no file's; it is above infinity
+  ADD CONSTRAINT replica_mtime_check CHECK (mtime > '-Infinity' AND mtime < 'Infinity'),
   ADD CONSTRAINT replica_trashed_check CHECK (trashed_at IS NULL OR state IN ('TRASHED', 'DELETED')),
   ADD CONSTRAINT replica_gone_check CHECK (state = 'DELETED' OR (absent_at IS NULL AND released_at IS NULL)),
   ADD CONSTRAINT replica_delete_after_check
@@ -334,7 +355,7 @@ ALTER TABLE watch_entry ADD COLUMN refusal text;
 COMMENT ON COLUMN watch_entry.refusal IS 'Why it was not registered when it had settled; it is tried again later, or when it changes.';
 ALTER TABLE watch_entry
   ADD CONSTRAINT watch_entry_size_check CHECK (size >= 0),
-  ADD CONSTRAINT watch_entry_mtime_check CHECK (mtime BETWEEN -1e12 AND 1e12);
+  ADD CONSTRAINT watch_entry_mtime_check CHECK (mtime > '-Infinity' AND mtime < 'Infinity');
 ALTER TABLE operation ADD CONSTRAINT operation_partial_check CHECK (starts_with(partial, '.dlm/'));
 ALTER TABLE collection ADD CONSTRAINT collection_name_told CHECK (name ~ '\S');
 ALTER TABLE recovery ADD CONSTRAINT recovery_numbers

@@ -24,7 +24,6 @@ from dlm_core.clock import utc_now
 from dlm_core.errors import (
     CatalogueUnavailableError,
     InvalidValueError,
-    NotFoundError,
 )
 from dlm_core.lifecycle.register import Source, register_tree
 from dlm_pipelines.launch import LaunchedRun, _ask, launch_job
@@ -200,7 +199,7 @@ def test_a_job_is_launched_from_outside(up: Up) -> None:
     run = launch_job(url, "replication", {"batch_size": 0}, wait=True, timeout=_PATIENCE)
     assert run.status == "FAILURE"
     assert run.error and run.error.startswith("DLM-101: DLM_BATCH_SIZE 0 is not valid")
-    with pytest.raises(NotFoundError, match="there are expiry, maintenance, rebalance"):
+    with pytest.raises(InvalidValueError, match="one of expiry, maintenance, rebalance"):
         launch_job(url, "nonsense")
 
 

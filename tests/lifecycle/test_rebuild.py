@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from datetime import timedelta
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from dlm_cli.s3_server import S3Server
+from dlm_core.catalogue import rebuild as rebuilding
 from dlm_core.catalogue import recovery, schema
 from dlm_core.catalogue.engine import make_engine
 from dlm_core.catalogue.holds import Target, insert_hold
@@ -26,7 +28,7 @@ from dlm_core.lifecycle.register import Source, collection_id, register_tree
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import drain
 from dlm_core.storages.open import open_storage
-from dlm_core.types import OperationKind
+from dlm_core.types import OperationKind, new_id
 from tests.backends import s3_config
 from tests.site import Site, make_site
 
@@ -403,3 +405,34 @@ def test_collections_are_known_by_their_items_too(disks: Site, back: str) -> Non
         "GROUP BY c.name"
     )
     assert found == [{"name": "eb-1", "n": 3}]
+
+
+def test_an_item_whose_only_copy_has_anothers_place_stops_no_rebuild(disks: Site) -> None:
+    """A description is no snapshot: of two items at one place the second is told of and left out,
+    INITIALISED, and all else is made."""
+    place, now = disks.storages["a"], disks.now
+
+    def line(uri: str) -> str:
+        told = {
+            "uid": str(new_id()), "oid": str(new_id()), "uri": uri, "version": 1,
+            "uri_bucket": "00000", "path": "p", "kind": "file", "size": 3,
+            "digest": "sha256:" + hashlib.sha256(uri.encode()).hexdigest(), "target_phase": "GAS",
+            "metadata": {}, "tags": {}, "created_at": str(now), "replica_created_at": str(now),
+            "accessed_at": str(now),
+        }  # fmt: skip
+        return json.dumps(told)
+
+    def merge(connection: Connection) -> list[Any]:
+        return [
+            rebuilding.merge_lines(connection, place, [line(uri)], "user:test", now).refused
+            for uri in ("test:new", "test:old")
+        ]
+
+    assert disks.context.transact(merge) == [
+        [], [("test:old", "p", "another copy has its place")],
+    ]  # fmt: skip
+    told = "SELECT uri, state FROM data_item WHERE uri IN ('test:new', 'test:old') ORDER BY uri"
+    found = disks.query(told)
+    assert [tuple(row.values()) for row in found] == [
+        ("test:new", "READY"), ("test:old", "INITIALISED"),
+    ]  # fmt: skip

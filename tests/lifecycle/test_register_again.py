@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 from pathlib import Path
 from string import ascii_letters
 
@@ -11,12 +12,17 @@ from dlm_core.catalogue.browse import set_item_expiry
 from dlm_core.catalogue.items import Announcement, Terms
 from dlm_core.catalogue.versions import add_version
 from dlm_core.catalogue.watches import list_watches
-from dlm_core.lifecycle import ingest
+from dlm_core.errors import CatalogueError
+from dlm_core.lifecycle import ingest, watch
 from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.watch import add_watch, scan_watches
+from dlm_core.storages.open import open_storage
+from dlm_core.storages.port import Entry
 from dlm_core.transfers.checksums import parse_checksums
 from tests.lifecycle.test_register import admit, items, write
-from tests.site import make_site
+from tests.memory import fast_folder
+from tests.site import make_site, reopen
 
 
 @pytest.fixture
@@ -295,3 +301,79 @@ def test_a_watch_says_what_it_refused_and_why(site, caplog):
     scan_watches(site.context)
     (watch,) = site.context.transact(list_watches)
     assert (watch["waiting"], watch["refused"], watch["refusals"]) == (1, 0, None)
+
+
+def test_a_look_that_is_queued_already_comes_no_sooner(site):
+    """The owner has the hour that was promised, also if a scheduled check was just due."""
+    registered(site, {"x": b"first"})
+    site.context.transact(lambda c: request_verification(c, actor="t", now=site.now))
+    write(site, {"x": b"other"})
+    os.utime(site.folder / "in" / "x", (1, 1))
+    assert again(site).refused == 1
+    site.work()
+    assert (site.folder / "in" / "x").read_bytes() == b"other"
+    assert again(site, new_version=True).new_versions == 1
+    assert admit(site).done == {"admit": 1}
+    assert versions(site) == [("test:x", 1, "READY"), ("test:x", 2, "READY")]
+
+
+@pytest.mark.parametrize("how", ["registered", "asked"])
+def test_what_was_put_right_need_not_wait_for_its_hour(site, how):
+    """Registered again, or asked for by hand, it is looked at now."""
+    registered(site, {"x": b"first"})
+    write(site, {"x": b"other"})
+    os.utime(site.folder / "in" / "x", (1, 1))
+    assert again(site).refused == 1
+    write(site, {"x": b"first"})
+    if how == "registered":
+        assert (again(site).unchanged, again(site).refused) == (1, 0)
+    else:
+        asked = site.context.transact(lambda c: request_verification(c, actor="t", now=site.now))
+        assert asked == 1
+    site.work()
+    assert site.query("SELECT state FROM replica") == [{"state": "READY"}]
+
+
+def test_an_odd_time_or_size_stops_nothing_else(engine, tmp_path):
+    """Milliseconds for seconds are a time like any; a file that no disk has is told by its path."""
+    site = make_site(engine, tmp_path)
+    with tempfile.TemporaryDirectory(dir=fast_folder()) as folder:
+        site.add_storage("in", "A", root=folder, managed=False)
+        for name in "abc":
+            Path(folder, name).write_bytes(b"x")
+        os.utime(Path(folder, "b"), (1.7e12, 1.7e12))
+        add_watch(site.context, Source("in", "test"))
+        scan_watches(site.context)
+        site.advance(seconds=31)
+        assert scan_watches(site.context).created == 3
+        storage = open_storage("in", "posix", folder, {})
+        found = {"d": 1, "e": 1 << 60}
+        entries = [Entry(name, size, 1.0, "file") for name, size in found.items()]
+        storage.walk = lambda path="": iter(entries)
+        reopen(site, lambda row: storage)
+        report = again(site)
+        assert report.created == 1
+        assert [(path, "more than a file has" in why) for path, why in report.reasons] == [
+            ("e", True)
+        ]
+
+
+def test_a_watch_that_the_catalogue_refuses_holds_no_other_up(site, monkeypatch):
+    """Its folder is told of in the log; the next one is looked at."""
+    site.add_storage("other", "B")
+    for storage in ("in", "other"):
+        add_watch(site.context, Source(storage, "test"))
+        (site.folder / storage / "x").write_bytes(b"x")
+    settled = watch.catalogue.settled_entries
+
+    def refused(connection, watch_id, storage_id, *rest):
+        if storage_id == site.storages["in"]:
+            raise CatalogueError(message="no")
+        return settled(connection, watch_id, storage_id, *rest)
+
+    monkeypatch.setattr(watch.catalogue, "settled_entries", refused)
+    created = []
+    for _ in range(2):
+        created.append(scan_watches(site.context).created)
+        site.advance(seconds=31)
+    assert created == [0, 1]

@@ -1,13 +1,18 @@
 """What counts as a survivor when a copy is to go."""
 
+import json
 import os
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 
 from dlm_core.catalogue import deletions
+from dlm_core.lifecycle import survivors
 from dlm_core.lifecycle.expire import trash
+from dlm_core.lifecycle.verify import request_verification
 from dlm_core.types import new_id
+from tests.backends import s3_config
 from tests.site import make_site
 
 
@@ -124,3 +129,59 @@ def test_a_survivor_that_was_changed_since_its_last_look_is_read_before_a_purge(
     assert states["a"] in ("READY", "SUSPECT", "CORRUPTED") and states["b"] == "READY", states
     held = [f.read_bytes() for f in site.folder.rglob("*") if f.is_file()]
     assert b"first" in held
+
+
+def looks(site, monkeypatch, uid, times: int = 3) -> int:
+    """How often a survivor is read whole in so many looks."""
+    read: list[int] = []
+
+    def counted(*arguments):
+        read.append(1)
+        return reads_well(*arguments)
+
+    reads_well = survivors._reads_well
+    monkeypatch.setattr(survivors, "_reads_well", counted)
+    proof = SimpleNamespace(survivors=[uid])
+    for _ in range(times):
+        assert survivors.look_at_survivors(site.context, [proof]) == set()
+    return len(read)
+
+
+def test_a_survivor_that_was_touched_is_read_once(site, monkeypatch):
+    """What was found is kept: the next purge need not read it again."""
+    oid = site.add_item("x", b"first", "a")
+    uid = site.replica(oid, "a")["uid"]
+    site.execute("UPDATE replica SET mtime = 1.5")
+    os.utime(site.folder / "a" / "x", (1e9, 1e9))
+    site.advance(days=1)
+    assert looks(site, monkeypatch, uid) == 1
+    found = site.query("SELECT mtime, checked_at FROM replica")
+    assert found == [{"mtime": 1e9, "checked_at": site.now}]
+
+
+def test_what_s3_says_of_an_object_is_compared_with_what_it_said(site, s3, monkeypatch):
+    """Not read while that is the same; read once when another object lies there."""
+    root = f"{s3.bucket}/{new_id().hex}"
+    site.add_storage("far", "D", interface="s3", root=root, config=json.dumps(s3_config(s3)))
+    site.now = datetime.now(UTC) + timedelta(minutes=1)
+    oid = site.add_item("x", b"first", "a")
+    site.execute("UPDATE storage SET mode = 'read_only' WHERE name IN ('b', 'c')")
+    site.settle()
+    uid = site.replica(oid, "far")["uid"]
+    site.context.transact(
+        lambda c: request_verification(c, actor="t", now=site.now, storage_id=site.storages["far"])
+    )
+    site.work()
+    assert site.query("SELECT told_stamp AS t FROM replica WHERE uid = :u", u=uid)[0]["t"]
+    assert looks(site, monkeypatch, uid) == 0
+    site.execute("UPDATE replica SET told_stamp = '5 another' WHERE uid = :u", u=uid)
+    assert looks(site, monkeypatch, uid, times=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [(1.5, 1.5, True), (1.5, 1.25, False), (1.0, 1.75, True), (2.0, 1.75, False)],
+)
+def test_a_server_may_tell_whole_seconds(one, other, same):
+    """Of one file, and parts of them in a listing."""
+    assert survivors._same_time(one, other) is same

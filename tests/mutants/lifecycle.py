@@ -104,10 +104,34 @@ LIFECYCLE = (
         "losses elsewhere: stale belief",
     ),
     Mutant(
+        "survivor-changed",
+        "dlm_core/lifecycle/survivors.py",
+        " or any(_is_another(entry, row) for entry in found)",
+        "",
+        "a survivor that was written to since its last check is believed by its size",
+        (
+            "lifecycle/test_survivors.py::"
+            "test_a_survivor_that_was_changed_since_its_last_look_is_read_before_a_purge",
+        ),
+        "found by an audit of our own",
+    ),
+    Mutant(
+        "registration-without-doubt",
+        "dlm_core/lifecycle/register.py",
+        "        context.transact(lambda c: doubt(c, context, [one], _OTHER_BYTES, later))\n",
+        "",
+        "a registration that reads other bytes leaves the copy READY, a survivor",
+        (
+            "lifecycle/test_register_again.py::"
+            "test_what_has_other_bytes_is_no_copy_of_its_item_any_more",
+        ),
+        "found by an audit of our own",
+    ),
+    Mutant(
         "survivor-not-read",
         "dlm_core/lifecycle/survivors.py",
-        '        if told and row["checked_at"] < oldest:',
-        "        if False:",
+        'if row["checked_at"] < oldest or',
+        "if",
         "a survivor that was not read for long is believed by its size",
         ("storages/test_faults.py::test_a_survivor_with_a_flipped_bit_stops_the_purge",),
         "SKA DLM 12: no fixity",

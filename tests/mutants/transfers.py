@@ -75,8 +75,11 @@ TRANSFERS = (
     Mutant(
         "upload-replaces",
         "dlm_core/storages/s3_parts.py",
-        "                must_be_free()\n",
-        "",
+        (
+            "                named, etag = self._pour(upload, source, part, sending)\n"
+            "                must_be_free()\n"
+        ),
+        "                named, etag = self._pour(upload, source, part, sending)\n",
         "an upload replaces what came to its place, where the server knows no condition",
         ("storages/test_s3_parts.py::test_what_came_to_the_place_meanwhile_stays",),
     ),

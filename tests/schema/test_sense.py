@@ -122,7 +122,7 @@ def test_a_certificate_is_of_now_and_runs_out(db: Connection, wrong: dict[str, o
     assert refusal(db, certify, uid, "trash", valid_until=NOW + timedelta(days=6)) == ""
 
 
-@pytest.mark.parametrize("mtime", ["NaN", "Infinity", "-Infinity", "1e300"])
+@pytest.mark.parametrize("mtime", ["NaN", "Infinity", "-Infinity"])
 def test_a_time_of_change_is_a_number(db: Connection, mtime: str) -> None:
     """NaN would be equal to itself, and infinity later than any."""
     uid = add_replica(db, add_item(db), add_storage(db))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import pytest
 from alembic import command
 from sqlalchemy import Connection
 
 from dlm_core.catalogue import schema
 from dlm_core.catalogue.engine import begin, make_engine, rows, run
+from dlm_core.errors import CatalogueError
 from dlm_core.types import new_id
 from tests.schema.rules import (
     NOW,
@@ -115,3 +117,32 @@ def _said(connection: Connection) -> list[Any]:
         rows(connection, "SELECT * FROM tally ORDER BY noun, storage_id, state, n, bytes"),
         rows(connection, "SELECT * FROM evaluation ORDER BY oid"),
     ]
+
+
+def test_roots_are_spelled_in_one_way_after_an_upgrade(empty_database_url: str) -> None:
+    """They were kept as they were typed; one that cannot be put right is named, and nothing is
+    changed then."""
+    engine = make_engine(empty_database_url)
+    roots = {"/data/a/": "/data/a", "//b": "/b", "/c/./d//e/.": "/c/d/e", "/": "/", "/f": "/f"}
+    with begin(engine, "test") as connection:
+        command.upgrade(schema._config(connection), "0015")
+        # what is only read may lie within another one
+        for root in roots:
+            add_storage(connection, root=root, managed=False)
+        wrong = add_storage(connection, root="data/x", name="odd")
+        run(connection, "INSERT INTO collection (collection_id, name) VALUES (:i, ' ')", i=new_id())
+        full = add_storage(connection, root="/full", observed_total_bytes=2**62)
+    with pytest.raises(CatalogueError, match="storage odd: its root data/x"):
+        schema.upgrade(empty_database_url)
+    with begin(engine, "test") as connection:
+        assert rows(connection, "SELECT version_num AS v FROM alembic_version") == [{"v": "0015"}]
+        mend = "UPDATE storage SET root = '/data/x' WHERE storage_id = :id"
+        run(connection, mend, id=wrong)
+    schema.upgrade(empty_database_url)
+    with begin(engine, "test") as connection:
+        found = {row["root"] for row in rows(connection, "SELECT root FROM storage")}
+        assert found == {*roots.values(), "/data/x", "/full"}
+        total = "SELECT observed_total_bytes AS n FROM storage WHERE storage_id = :id"
+        assert rows(connection, total, id=full) == [{"n": 2**60 - 1}]
+        assert rows(connection, "SELECT name LIKE 'collection-%' AS ok FROM collection")[0]["ok"]
+    engine.dispose()

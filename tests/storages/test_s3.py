@@ -238,13 +238,12 @@ def test_a_tree_is_not_mixed_with_another(bucket):
 
 
 def test_objects_too_large_for_a_server_side_copy_are_renamed(bucket, monkeypatch):
-    """S3 copies up to 5 GiB by itself; larger ones go through us."""
+    """S3 copies up to 5 GiB by one request; larger ones in parts."""
     monkeypatch.setattr(adapter, "_COPY_LIMIT", PART)
     data = bytes(range(256)) * (9 << 12)
     put(bucket, "big", data)
-    etag = bucket.stat("big").etag
     bucket.rename("big", "moved")
-    assert bucket.stat("big") is None and bucket.stat("moved").etag == etag
+    assert bucket.stat("big") is None and bucket.stat("moved").size == len(data)
     with bucket.open_read("moved") as stream:
         assert stream.read() == data
 

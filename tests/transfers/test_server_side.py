@@ -8,9 +8,12 @@ import os
 import threading
 import uuid
 
+import boto3
 import pytest
 
+from dlm_cli.s3_server import S3Server
 from dlm_core.errors import DestinationDamagedError, PayloadExistsError, SourceDamagedError
+from dlm_core.storages import s3, s3_parts
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
 from dlm_core.transfers.checksums import observe
@@ -23,17 +26,35 @@ _DATA = os.urandom(12 << 20)
 
 
 def _two(request: pytest.FixtureRequest) -> tuple[Storage, Storage]:
-    server = request.getfixturevalue(request.param)
-    if request.param != "s3":
+    kind, _, how = request.param.partition(", ")
+    server = request.getfixturevalue(kind)
+    if kind != "s3":
         return open_dav(server, "one"), open_dav(server, "other")
-    roots = [f"{server.bucket}/{uuid.uuid4().hex}" for _ in range(2)]
+    buckets = [server.bucket, another_bucket(server) if how == "another bucket" else server.bucket]
+    roots = [f"{bucket}/{uuid.uuid4().hex}" for bucket in buckets]
     one, other = (open_storage(r[-4:], "s3", r, s3_config(server)) for r in roots)
     return one, other
 
 
-@pytest.fixture(params=["s3", "wsgidav", "rclonedav"])
-def pair(request: pytest.FixtureRequest) -> tuple[Storage, Storage]:
+def another_bucket(server: S3Server) -> str:
+    name = f"b-{uuid.uuid4().hex[:20]}"
+    client = boto3.client(
+        "s3", endpoint_url=server.endpoint, region_name="us-east-1",
+        aws_access_key_id=server.access_key, aws_secret_access_key=server.secret_key,
+    )  # fmt: skip
+    client.create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture(params=["s3", "s3, another bucket", "s3, in parts", "wsgidav", "rclonedav"])
+def pair(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Storage, Storage]:
     """Two empty storages on one server; the first one has a file 'x'."""
+    if "s3, " in request.param:
+        monkeypatch.setattr(s3_parts, "COPIED_PART", 5 << 20)
+    if request.param == "s3, in parts":
+        monkeypatch.setattr(s3, "_COPY_LIMIT", 1 << 20)
     one, other = _two(request)
     one.write("x", io.BytesIO(_DATA), len(_DATA))
     return one, other
@@ -73,3 +94,31 @@ def test_other_bytes_in_its_place_stay(pair):
     (result,) = copy_batch(one, other, [task()])
     assert isinstance(result.error, PayloadExistsError)
     assert observe(other, "copy/x").size == 5
+
+
+@pytest.mark.parametrize("pair", ["s3, another bucket", "s3, in parts"], indirect=True)
+def test_a_copy_in_parts_that_is_interrupted_leaves_nothing(pair):
+    """Neither an object nor an upload; and one whose source these keys may not read, or that is
+    gone, is copied by us or told by us."""
+    one, other = pair
+
+    def stop(_: int) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        other.copy_from(one, "x", "copy/x", len(_DATA), stop)
+    assert list(other.walk()) == []
+    assert list(other._parts._unfinished("")) == []
+    assert not other.copy_from(one, "nothing", "copy/x", len(_DATA), lambda _: None)
+    assert list(other.walk()) == [] and list(other._parts._unfinished("")) == []
+
+
+@pytest.mark.parametrize("pair", ["s3, in parts"], indirect=True)
+def test_a_rename_of_what_is_large_goes_over_no_line(pair, monkeypatch):
+    """Above CopyObject's limit the server copies it in parts."""
+    one, _ = pair
+    monkeypatch.setattr(type(one), "open_read", None)
+    one.rename("x", "deep/y")
+    monkeypatch.undo()
+    assert observe(one, "deep/y").digest == task().digest
+    assert [entry.path for entry in one.walk()] == ["deep/y"]

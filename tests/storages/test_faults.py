@@ -287,9 +287,9 @@ def test_a_survivor_with_a_flipped_bit_stops_the_purge(engine, tmp_path):
     faults = Faults()
     reopen(site, faults)
     oid = surplus_in_trash(site)
+    faults["b"].flip(site.replica(oid, "b")["path"])
     for file in (tmp_path / "b").rglob("*"):
         os.utime(file, (1, 1))  # else it would be read for having been written since
-    faults["b"].flip(site.replica(oid, "b")["path"])
     site.advance(hours=2)
     rounds(site)
     assert site.replicas(oid)["a"] == "READY" and site.visible("a") == {"x": GOOD}

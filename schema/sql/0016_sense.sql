@@ -22,6 +22,7 @@ DECLARE
   bad record;
   v_any record;
   v_held boolean;
+  v_usable uuid[];
   v_now CONSTANT timestamptz := dlm_now();
   v_latest CONSTANT timestamptz := dlm_latest();
   v_actor CONSTANT text := dlm_actor();
@@ -66,11 +67,11 @@ BEGIN
   IF v_any.leaving THEN
     LOCK TABLE hold IN SHARE MODE;
     -- of two who trash one copy each the second one waits, and then sees that the first is gone
-    PERFORM FROM data_item WHERE oid = ANY(ARRAY(
-      SELECT n.oid FROM new_rows n JOIN old_rows o USING (uid) WHERE n.state = 'TRASHED' AND o.state <> 'TRASHED'))
+    PERFORM FROM data_item WHERE oid = ANY(ARRAY(SELECT oid FROM new_rows WHERE state = 'TRASHED'))
      ORDER BY oid FOR NO KEY UPDATE;
     -- the lock may have been waited for: a certificate that ran out meanwhile is none
     v_held := EXISTS (SELECT FROM hold);
+    v_usable := ARRAY(SELECT storage_id FROM storage WHERE mode IN ('read_write', 'read_only'));
     SELECT l.uid, l.refusal INTO bad FROM (
       SELECT n.uid, CASE
         -- a certificate written in this very transaction for a trashing; a valid one for the end
@@ -92,7 +93,7 @@ BEGIN
         -- the last good copy goes only with the item
         WHEN NOT EXISTS (SELECT FROM (SELECT state, storage_id, expires_at FROM replica WHERE oid = n.oid OFFSET 0) s
                           WHERE s.state = 'READY' AND (s.expires_at IS NULL OR s.expires_at > v_now)
-                            AND (SELECT mode FROM storage t WHERE t.storage_id = s.storage_id) IN ('read_write', 'read_only') OFFSET 0)
+                            AND s.storage_id = ANY(v_usable) OFFSET 0)
          AND NOT EXISTS (SELECT FROM data_item i WHERE i.oid = n.oid AND i.state = 'EXPIRED' OFFSET 0)
         THEN 'is the last good copy of an item that has not expired' END AS refusal
         FROM new_rows n JOIN old_rows o USING (uid)
@@ -262,33 +263,42 @@ END $$;
 CREATE CONSTRAINT TRIGGER data_item_has_copy AFTER UPDATE ON data_item DEFERRABLE INITIALLY DEFERRED
   FOR EACH ROW WHEN (NEW.state = 'READY' AND OLD.state <> 'READY') EXECUTE FUNCTION data_item_has_copy();
 
--- A certificate is believed for what it says: it has to be so when it is written.
-CREATE OR REPLACE FUNCTION deletion_of_unheld() RETURNS trigger LANGUAGE plpgsql AS $$
+-- A certificate is believed for what it says: it has to be so when it is written. All copies of the
+-- items concerned are looked up once, by key; the rest is compared in memory.
+CREATE OR REPLACE FUNCTION deletion_of_unheld() RETURNS trigger LANGUAGE plpgsql
+SET enable_nestloop = off AS $$
 DECLARE
   bad record;
   v_now CONSTANT timestamptz := dlm_now();
   v_latest CONSTANT timestamptz := dlm_latest();
+  v_usable CONSTANT uuid[] := ARRAY(SELECT storage_id FROM storage WHERE mode IN ('read_write', 'read_only'));
 BEGIN
   LOCK TABLE hold IN SHARE MODE;
+  WITH known AS MATERIALIZED (
+    SELECT uid, oid, storage_id, state,
+           state = 'READY' AND (expires_at IS NULL OR expires_at > v_now) AND storage_id = ANY(v_usable) AS good
+      FROM replica WHERE oid = ANY(ARRAY(SELECT DISTINCT oid FROM new_rows))),
+  -- those that name a survivor that is none
+  forlorn AS MATERIALIZED (
+    SELECT DISTINCT e.deletion_id FROM (
+      SELECT n.deletion_id, n.uid, n.oid, (s->>'uid')::uuid AS survivor
+        FROM new_rows n, jsonb_array_elements(n.survivors) s WHERE n.basis = 'replica_expired' OFFSET 0) e
+      LEFT JOIN known k ON k.uid = e.survivor AND k.oid = e.oid
+     WHERE k.good IS NOT TRUE OR e.survivor = e.uid)
   SELECT l.uid, l.refusal INTO bad FROM (
     SELECT n.uid, CASE
       WHEN n.xid <> pg_current_xact_id() OR n.proved_at > v_latest OR n.valid_until > n.proved_at + interval '7 days'
         OR (NOT dlm_is_simulation()
             AND uuid7_moment(n.deletion_id) NOT BETWEEN clock_timestamp() - interval '1 day' AND clock_timestamp() + interval '1 hour')
       THEN 'a certificate is of now, and holds for 7 days at most'
-      WHEN NOT EXISTS (
-           SELECT FROM replica r WHERE r.uid = n.uid AND r.oid = n.oid AND r.storage_id = n.storage_id
-              AND r.state = n.from_state OFFSET 0)
+      WHEN (k.oid, k.storage_id, k.state) IS DISTINCT FROM (n.oid, n.storage_id, n.from_state)
       THEN 'its certificate tells of another replica'
       WHEN n.basis = 'item_expired' AND (SELECT state FROM data_item i WHERE i.oid = n.oid) <> 'EXPIRED'
       THEN 'its item has not expired'
-      WHEN n.basis = 'replica_expired' AND EXISTS (
-           SELECT FROM jsonb_array_elements(n.survivors) s WHERE NOT EXISTS (
-             SELECT FROM replica x WHERE x.uid = (s->>'uid')::uuid AND x.oid = n.oid AND x.uid <> n.uid
-                AND x.state = 'READY' AND (x.expires_at IS NULL OR x.expires_at > v_now)
-                AND (SELECT mode FROM storage t WHERE t.storage_id = x.storage_id) IN ('read_write', 'read_only') OFFSET 0))
+      WHEN f.deletion_id IS NOT NULL
       THEN 'a survivor that its certificate names is none' END AS refusal
-      FROM new_rows n OFFSET 0) l
+      FROM new_rows n LEFT JOIN known k ON k.uid = n.uid LEFT JOIN forlorn f ON f.deletion_id = n.deletion_id
+    OFFSET 0) l
    WHERE l.refusal IS NOT NULL LIMIT 1;
   IF FOUND THEN
     PERFORM dlm_refuse(format('replica %s: %s', bad.uid, bad.refusal));

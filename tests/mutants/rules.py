@@ -6,8 +6,48 @@ from tests.mutants.mutant import Mutant
 
 RULES = (
     Mutant(
+        "ready-without-a-copy",
+        "schema/sql/0016_sense.sql",
+        "WHEN (NEW.state = 'READY' AND OLD.state <> 'READY') EXECUTE FUNCTION data_item_has_copy",
+        "WHEN (false) EXECUTE FUNCTION data_item_has_copy",
+        "psql makes an item READY of which nothing was read",
+        ("schema/test_sense.py::test_an_item_is_not_ready_without_a_copy",),
+    ),
+    Mutant(
+        "two-trash-one-each",
+        "schema/sql/0016_sense.sql",
+        "     ORDER BY oid FOR NO KEY UPDATE;\n",
+        "     ORDER BY oid;\n",
+        "of two who trash one copy each neither waits, and none is left",
+        ("schema/test_untrue.py::test_of_two_who_trash_one_copy_each_the_second_is_refused",),
+    ),
+    Mutant(
+        "survivor-invented",
+        "schema/sql/0016_sense.sql",
+        "     WHERE k.good IS NOT TRUE OR e.survivor = e.uid)",
+        "     WHERE e.survivor = e.uid)",
+        "a certificate names survivors that are none",
+        ("schema/test_untrue.py::test_a_certificate_names_what_is_so",),
+    ),
+    Mutant(
+        "present-moved",
+        "schema/sql/0016_sense.sql",
+        "              WHEN dlm_is_simulation() THEN",
+        "              WHEN true THEN",
+        "dlm.now lets anything expire",
+        ("schema/test_untrue.py::test_the_present_is_moved_by_an_hour_at_most",),
+    ),
+    Mutant(
+        "two-spellings",
+        "schema/sql/0016_sense.sql",
+        "CHECK (dlm_is_encoded(path) AND NOT starts_with",
+        "CHECK (NOT starts_with",
+        "one file is two replicas by two spellings of its path",
+        ("schema/test_untrue.py::test_a_path_and_a_uri_have_one_spelling",),
+    ),
+    Mutant(
         "certificate-not-needed",
-        "schema/sql/0010_passes.sql",
+        "schema/sql/0016_sense.sql",
         "        WHEN NOT EXISTS (\n             SELECT FROM deletion d",
         "        WHEN false AND NOT EXISTS (\n             SELECT FROM deletion d",
         "psql trashes without a certificate",
@@ -15,9 +55,9 @@ RULES = (
     ),
     Mutant(
         "certificate-of-any-time",
-        "schema/sql/0010_passes.sql",
-        " AND d.valid_until >= dlm_now() END",
-        " END",
+        "schema/sql/0016_sense.sql",
+        " AND d.valid_until >= dlm_now()\n",
+        "\n",
         "a certificate allows a deletion after its time",
         (
             (
@@ -29,7 +69,7 @@ RULES = (
     ),
     Mutant(
         "certificate-of-another-transaction",
-        "schema/sql/0010_passes.sql",
+        "schema/sql/0016_sense.sql",
         "d.step = 'trash' AND d.xid = pg_current_xact_id()",
         "d.step = 'trash'",
         "an old certificate allows a new trashing",
@@ -37,7 +77,7 @@ RULES = (
     ),
     Mutant(
         "last-copy-by-psql",
-        "schema/sql/0010_passes.sql",
+        "schema/sql/0016_sense.sql",
         "        WHEN NOT EXISTS (SELECT FROM (SELECT state",
         "        WHEN false AND NOT EXISTS (SELECT FROM (SELECT state",
         "the database lets the last good copy go",
@@ -46,16 +86,16 @@ RULES = (
     ),
     Mutant(
         "unread-is-ready",
-        "schema/sql/0010_passes.sql",
-        "i.oid = n.oid AND i.digest = n.digest AND i.size = n.size OFFSET 0",
-        "i.oid = n.oid AND i.size = n.size OFFSET 0",
+        "schema/sql/0016_sense.sql",
+        "i.oid = n.oid AND i.digest = n.digest AND i.size = n.size\n",
+        "i.oid = n.oid AND i.size = n.size\n",
         "a replica with another digest is READY",
         ("schema/test_rules.py::test_only_observed_bytes_make_a_replica_ready",),
         "SKA DLM 7: set READY with 0 bytes",
     ),
     Mutant(
         "item-expires-early",
-        "schema/sql/0011_cheaper.sql",
+        "schema/sql/0016_sense.sql",
         (
             "       AND (n.expires_at > dlm_now() OR EXISTS (SELECT FROM holds_on(n.oid, "
             "n.uri, n.collection_id))) LIMIT 1;"
@@ -72,7 +112,7 @@ RULES = (
     ),
     Mutant(
         "item-expires-under-hold",
-        "schema/sql/0011_cheaper.sql",
+        "schema/sql/0016_sense.sql",
         (
             "       AND (n.expires_at > dlm_now() OR EXISTS (SELECT FROM holds_on(n.oid, "
             "n.uri, n.collection_id))) LIMIT 1;"
@@ -83,7 +123,7 @@ RULES = (
     ),
     Mutant(
         "item-changes-unseen",
-        "schema/sql/0011_cheaper.sql",
+        "schema/sql/0016_sense.sql",
         "                 OR (n.state <> o.state AND t.noun IS NULL)\n",
         "",
         "an item goes from any state to any other",
@@ -91,7 +131,7 @@ RULES = (
     ),
     Mutant(
         "item-without-tally",
-        "schema/sql/0011_cheaper.sql",
+        "schema/sql/0016_sense.sql",
         "FROM changed WHERE moved OR grown\n        UNION ALL",
         "FROM changed WHERE moved\n        UNION ALL",
         "the counts of bytes drift when sizes become known",
@@ -107,7 +147,7 @@ RULES = (
     ),
     Mutant(
         "event-not-written",
-        "schema/sql/0010_passes.sql",
+        "schema/sql/0016_sense.sql",
         "        FROM changed WHERE moved OR expiring OR certified),",
         "        FROM changed WHERE expiring OR certified),",
         "a replica's change of state is not in the log",
@@ -115,7 +155,7 @@ RULES = (
     ),
     Mutant(
         "tally-wrong",
-        "schema/sql/0010_passes.sql",
+        "schema/sql/0016_sense.sql",
         "SELECT storage_id, a, -1, -old_size FROM",
         "SELECT storage_id, a, -1, -size FROM",
         "bytes per storage do not add up",
@@ -212,7 +252,7 @@ RULES = (
     ),
     Mutant(
         "certificate-under-hold",
-        "schema/sql/0003_certificates.sql",
+        "schema/sql/0016_sense.sql",
         "  IF EXISTS (SELECT FROM hold) THEN",
         "  IF false THEN",
         "a certificate is written for what is held",
@@ -236,7 +276,7 @@ RULES = (
     ),
     Mutant(
         "old-word-certified",
-        "schema/sql/0004_recovery.sql",
+        "schema/sql/0013_withdrawal.sql",
         "  IF v_floor IS NULL THEN",
         "  IF true THEN",
         "the database takes certificates that rest on what an old catalogue said",

@@ -1,6 +1,7 @@
 """The list of mutants does not rot."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,24 @@ def test_a_mutant_breaks_one_place_and_names_its_tests(mutant):
     for test in mutant.tests:
         file, _, name = test.partition("::")
         assert name.partition("[")[0] in functions(file)
+
+
+SCHEMA = sorted((ROOT / "schema" / "sql").glob("*.sql"))
+
+
+@pytest.mark.parametrize(
+    "mutant", [one for one in MUTANTS if one.file.endswith(".sql")], ids=lambda one: one.name
+)
+def test_a_mutant_of_the_schema_is_one_of_what_is_in_force(mutant):
+    """What a later revision replaces may be broken as one likes: nothing would notice."""
+    text = (ROOT / mutant.file).read_text(encoding="utf-8")
+    before = text[: text.index(mutant.old) + len(mutant.old)]
+    made = [*re.finditer(r"CREATE (?:OR REPLACE )?FUNCTION (\w+)\(", before)]
+    if not made or "$$;" in before[made[-1].end() :]:
+        return  # not within one
+    name = re.compile(rf"CREATE (OR REPLACE )?FUNCTION {made[-1][1]}\(")
+    newest = [file for file in SCHEMA if name.search(file.read_text(encoding="utf-8"))][-1]
+    assert newest == ROOT / mutant.file
 
 
 def test_every_mutant_has_a_name_of_its_own():

@@ -112,7 +112,9 @@ def status(as_json: Json = False) -> None:
     for noun in ("items", "replicas"):
         told = ", ".join(f"{n} {state}" for state, n in found[noun].items()) or "none"
         print(f"{noun}: {told}")
-    print(f"items below their target phase: {found['items_below_target_phase']}")
+    waiting = found["items_to_evaluate"]
+    more = f"; {waiting} items wait for a look at what they need" if waiting else ""
+    print(f"items below their target phase: {found['items_below_target_phase']}{more}")
     needed = found["deadlines"]
     if needed["late"] or needed["near"]:
         print(

@@ -51,7 +51,12 @@ def get_item(connection: Connection, uri: str, version: int | None = None) -> di
     if row is None:
         what = uri if version is None else f"{uri}#{version}"
         raise NotFoundError("data item", what, _hint(connection, uri, version))
-    return dict(row)
+    item = dict(row)
+    for replica in item["replicas"]:  # JSON has no times
+        for key in ("checked_at", "expires_at"):
+            if replica[key] is not None:
+                replica[key] = datetime.fromisoformat(replica[key])
+    return item
 
 
 def _hint(connection: Connection, uri: str, version: int | None) -> str:

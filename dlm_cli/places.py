@@ -577,6 +577,8 @@ def storage_lost(
         f"storage {name} {'would lose' if dry_run else 'has lost'} {found['replicas']} replicas; "
         f"of {alone['items']} items ({human_size(alone['bytes'])}) no other storage has a good copy"
     )
+    if alone["offline"]:
+        print(f"of {alone['offline']} items the only others are on storages that are offline")
 
 
 @storage_app.command("back")

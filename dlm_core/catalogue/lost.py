@@ -106,18 +106,23 @@ def _let_stay(connection: Connection, uids: list[uuid.UUID]) -> None:
     )
 
 
-_ALONE = """
+_ELSEWHERE = """EXISTS (
+     SELECT FROM (SELECT * FROM replica WHERE oid = r.oid OFFSET 0) x JOIN storage s USING (storage_id)
+      WHERE x.storage_id <> :storage AND x.state = 'READY' AND s.mode NOT IN ({out}))"""
+_OF_STORAGE = """
   FROM replica r JOIN data_item i USING (oid)
  WHERE r.storage_id = :storage AND r.live
-   AND i.state IN ('INITIALISED', 'READY', 'CORRUPTED')
-   AND NOT EXISTS (
-     SELECT FROM (SELECT * FROM replica WHERE oid = r.oid OFFSET 0) x JOIN storage s USING (storage_id)
-      WHERE x.storage_id <> :storage AND x.state = 'READY' AND s.mode NOT IN ('lost', 'retired'))"""
+   AND i.state IN ('INITIALISED', 'READY', 'CORRUPTED')"""
+_GONE = "'lost', 'retired'"
+_ALONE = f"{_OF_STORAGE} AND NOT {_ELSEWHERE.format(out=_GONE)}"
+_AWAY = f"""{_OF_STORAGE} AND {_ELSEWHERE.format(out=_GONE)}
+   AND NOT {_ELSEWHERE.format(out=f"{_GONE}, 'offline'")}"""
 
 
 def held_alone(connection: Connection, storage_id: uuid.UUID, limit: int) -> dict[str, Any]:
     """The items of which no other storage has a good copy: how many, their bytes, and the first
-    ``limit`` of them by uri."""
+    ``limit`` of them by uri; and of how many the only others are on storages that are ``offline``.
+    """
     total = rows(
         connection,
         f"SELECT count(*) AS items, coalesce(sum(i.size), 0)::bigint AS bytes {_ALONE}",
@@ -130,7 +135,8 @@ def held_alone(connection: Connection, storage_id: uuid.UUID, limit: int) -> dic
         storage=storage_id,
         limit=limit,
     )
-    return {**total, "listed": listed}
+    away = rows(connection, f"SELECT count(*) AS n {_AWAY}", storage=storage_id)[0]["n"]
+    return {**total, "listed": listed, "offline": away}
 
 
 def begin_audit(connection: Connection, name: str) -> None:

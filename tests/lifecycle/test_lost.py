@@ -101,6 +101,10 @@ def test_what_a_storage_holds_alone_is_listed_before(site):
     assert (found["replicas"], found["alone"]["items"], found["alone"]["bytes"]) == (N + 3, 3, 3)
     assert [one["uri"] for one in found["alone"]["listed"]] == ["test:alone/0", "test:alone/1"]
     assert mode(site, "b") == "read_write" and states(site, "b") == {"READY": N + 3}
+    assert found["alone"]["offline"] == 0
+    site.set_storage("a", mode="offline")
+    found = propose_loss(site.context, "b")
+    assert (found["alone"]["items"], found["alone"]["offline"]) == (3, N)
 
 
 def test_losing_is_done_in_batches_and_completed_when_it_was_interrupted(site, monkeypatch):

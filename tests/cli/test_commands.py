@@ -580,14 +580,15 @@ def test_folders_are_watched_and_no_longer(dlm: Dlm, storages: Any) -> None:
     assert dlm("watch", "add", "a", "in/coming").code != 0
     assert dlm("watch", "remove", "a", "in/coming").code == 0
     given = ["--as-directory", "*.ms", "--collection", "eb-1", "--owner", "me", "--tag", "k=v"]
-    more = ["--target-phase", "liquid", "--new-version", "--prefix", "p/"]
+    more = ["--target-phase", "liquid", "--prefix", "p/"]
+    refused(dlm("watch", "add", "a", "in/coming", *given, *more, "--new-version"), "DLM-101", 2)
     added = dlm("watch", "add", "a", "in/coming", *given, *more)
     assert "not there yet" in added.out
     (watch,) = dlm("watch", "list", "--json").json
     assert watch["collection"] == "eb-1"
     assert watch["options"] == {
-        "uri_prefix": "p/", "as_directory": ["*.ms"], "new_version": True,
-        "target_phase": "LIQUID", "owner": "me", "tags": {"k": "v"},
+        "uri_prefix": "p/", "as_directory": ["*.ms"], "target_phase": "LIQUID", "owner": "me",
+        "tags": {"k": "v"},
     }  # fmt: skip
     assert dlm("watch", "remove", "a", "in/coming").code == 0
     assert dlm("watch", "list", "--json").json == []

@@ -49,7 +49,9 @@ class Settings(BaseSettings):
     batch_size: int = Field(
         5000, ge=1, le=10_000, description="Operations claimed at a time; deletions at most 1000."
     )
-    lease_seconds: float = Field(300, ge=1, description="Lease of a claimed operation, seconds.")
+    lease_seconds: float = Field(
+        300, ge=1, le=7 * 86400, description="Lease of a claimed operation, seconds."
+    )
     links_at_once: int = Field(
         4, ge=1, le=64, description="Links that a drainer copies over at a time; 1: no threads."
     )

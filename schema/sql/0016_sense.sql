@@ -417,6 +417,35 @@ END $$;
 CREATE CONSTRAINT TRIGGER collection_is_no_ring AFTER INSERT OR UPDATE OF parent_id ON collection
   FOR EACH ROW WHEN (NEW.parent_id IS NOT NULL) EXECUTE FUNCTION collection_is_no_ring();
 
+-- Nothing of a site was made, and no storage told anything, in the future.
+CREATE FUNCTION dlm_not_ahead() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF NEW.created_at > dlm_latest() THEN
+    PERFORM dlm_refuse(format('a row of %s cannot have been made in the future', TG_TABLE_NAME));
+  END IF;
+  RETURN NEW;
+END $$;
+DO $$
+DECLARE v_table text;
+BEGIN
+  FOREACH v_table IN ARRAY ARRAY['location', 'storage', 'collection', 'hold', 'plan', 'policy_version', 'watch',
+                                 'item_relation', 'delivery', 'principal'] LOOP
+    EXECUTE format('CREATE TRIGGER not_ahead BEFORE INSERT OR UPDATE OF created_at ON %I
+                    FOR EACH ROW EXECUTE FUNCTION dlm_not_ahead()', v_table);
+  END LOOP;
+END $$;
+CREATE FUNCTION storage_not_ahead() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  IF greatest(NEW.observed_at, NEW.drain_since, NEW.retired_at) > dlm_latest() THEN
+    PERFORM dlm_refuse(format('storage %s: what it told, its drain and its end are not in the future', NEW.name));
+  END IF;
+  RETURN NEW;
+END $$;
+CREATE TRIGGER storage_not_ahead BEFORE INSERT OR UPDATE OF observed_at, drain_since, retired_at ON storage
+  FOR EACH ROW EXECUTE FUNCTION storage_not_ahead();
+-- A worker that is lost is not waited for until next year. By the server's own clock, which costs nothing.
+ALTER TABLE operation ADD CONSTRAINT operation_lease_limit CHECK (lease_until <= clock_timestamp() + interval '30 days');
+
 -- --- seals ---------------------------------------------------------------------------------------
 CREATE FUNCTION audit_seal_made() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE v_last record;

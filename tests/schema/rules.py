@@ -45,6 +45,7 @@ def let_time_be_told(url: str) -> None:
             "CREATE OR REPLACE FUNCTION dlm_is_simulation() RETURNS boolean "
             "LANGUAGE sql IMMUTABLE AS 'SELECT true'"
         )
+        connection.execute("ALTER TABLE operation DROP CONSTRAINT operation_lease_limit")
 
 
 def insert(connection: Connection, table: str, **values: Any) -> None:

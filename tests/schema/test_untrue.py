@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy import Connection, Engine
 
-from dlm_core.catalogue.engine import begin, rows, run
+from dlm_core.catalogue import schema
+from dlm_core.catalogue.engine import begin, make_engine, rows, run
 from dlm_core.errors import CatalogueError
 from dlm_core.types import encode_path, make_uri, new_id
 from tests.schema.rules import (
@@ -246,6 +247,54 @@ def test_a_collection_does_not_lie_within_itself(db: Connection) -> None:
     assert "collection_name_told" in refusal(
         db, insert, "collection", collection_id=new_id(), name=" \n"
     )
+
+
+_MADE = ["location", "storage", "collection", "hold", "plan", "policy_version", "watch",
+         "item_relation", "delivery", "principal"]  # fmt: skip
+
+
+@pytest.mark.parametrize("table", _MADE)
+def test_nothing_of_a_site_was_made_in_the_future(db: Connection, table: str) -> None:
+    """Neither when it is written nor later; what refers to it would be older than it."""
+    found = rows(
+        db,
+        """SELECT tgname FROM pg_trigger WHERE tgrelid = CAST(:t AS regclass)
+              AND tgfoid = 'dlm_not_ahead'::regproc AND tgenabled = 'O'""",
+        t=table,
+    )
+    assert len(found) == 1
+    if table == "location":
+        late = {"location_id": new_id(), "name": "x", "created_at": NOW + timedelta(days=3650)}
+        assert "made in the future" in refusal(db, insert, table, **late)
+        insert(db, table, **(late | {"created_at": NOW}))
+        change = "UPDATE location SET created_at = created_at + interval '10 years'"
+        assert "made in the future" in refusal(db, run, change)
+
+
+@pytest.mark.parametrize("column", ["observed_at", "drain_since", "retired_at"])
+def test_a_storage_tells_nothing_of_the_future(db: Connection, column: str) -> None:
+    """A use that was told next year would be believed until then."""
+    storage = add_storage(db)
+    change = f"UPDATE storage SET {column} = :at WHERE storage_id = :id"
+    late = refusal(db, run, change, at=NOW + timedelta(days=3650), id=storage)
+    assert "are not in the future" in late
+
+
+def test_a_lease_is_of_days(empty_database_url: str) -> None:
+    """A worker that is lost is waited for until its lease is over."""
+    schema.upgrade(empty_database_url)
+    engine = make_engine(empty_database_url)
+    with begin(engine, "test") as db:
+        oid = add_item(db)
+        uid = add_replica(db, oid, add_storage(db))
+        row = {"operation_id": new_id(), "kind": "admit", "oid": oid, "uid": uid, "reason": "r",
+               "actor": "a", "due_at": NOW, "state": "RUNNING", "lease_token": new_id()}  # fmt: skip
+        until = datetime.now(UTC) + timedelta(days=365)
+        late = refusal(db, insert, "operation", **row, lease_until=until)
+        assert "operation_lease_limit" in late
+        row["lease_until"] = until - timedelta(days=360)
+        assert refusal(db, insert, "operation", **row) == ""
+    engine.dispose()
 
 
 # --- what never changes ---------------------------------------------------------------------------

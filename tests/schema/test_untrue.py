@@ -287,8 +287,10 @@ def test_a_lease_is_of_days(empty_database_url: str) -> None:
     with begin(engine, "test") as db:
         oid = add_item(db)
         uid = add_replica(db, oid, add_storage(db))
-        row = {"operation_id": new_id(), "kind": "admit", "oid": oid, "uid": uid, "reason": "r",
-               "actor": "a", "due_at": NOW, "state": "RUNNING", "lease_token": new_id()}  # fmt: skip
+        row: dict[str, Any] = {
+            "operation_id": new_id(), "kind": "admit", "oid": oid, "uid": uid, "reason": "r",
+            "actor": "a", "due_at": NOW, "state": "RUNNING", "lease_token": new_id(),
+        }  # fmt: skip
         until = datetime.now(UTC) + timedelta(days=365)
         late = refusal(db, insert, "operation", **row, lease_until=until)
         assert "operation_lease_limit" in late

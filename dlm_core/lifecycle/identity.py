@@ -174,8 +174,8 @@ def _must_be_nobodys(mark: str | None, others: Sequence[Mapping[str, Any]]) -> N
 def change_config(context: Context, name: str, changes: Mapping[str, str]) -> None:
     """Change keys of a storage's config; an empty value takes a key away.
 
-    What is not about staging or the mount is tried first: the storage has to be the same place as
-    before, by its mark, or by copies that are looked for.
+    What is not about staging, nor takes the mount away, is tried first: the storage has to be the
+    same place as before, by its mark, or by copies that are looked for.
 
     Raises
     ------
@@ -197,11 +197,9 @@ def change_config(context: Context, name: str, changes: Mapping[str, str]) -> No
             expected="it kept: nothing would find what was packed",
         )
     storage_id = row["storage_id"]
-    if not split_config(changes)[0]:
-        context.transact(lambda c: set_config(c, storage_id, config))
-        return
-    if split_config(changes)[0].keys() == {"mount"} and not config.get("mount"):
-        # where a disk was mounted that is a folder now: nothing more is asked for than before
+    of_the_place = split_config(changes)[0]
+    # without a mount less is asked for than before
+    if not of_the_place or of_the_place == {"mount": ""}:
         context.transact(lambda c: set_config(c, storage_id, config))
         return
     storage.check()

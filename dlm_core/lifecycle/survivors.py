@@ -41,6 +41,7 @@ def look_at_survivors(context: Context, proofs: Sequence[catalogue.Proof]) -> se
     not becomes SUSPECT, with a second look queued. Returns the uids that could not be seen, an
     outage included: they prove nothing now.
     """
+    begun = context.clock()
     wanted = {uid for p in proofs for uid in p.survivors}
     if not wanted:
         return set()
@@ -63,7 +64,8 @@ def look_at_survivors(context: Context, proofs: Sequence[catalogue.Proof]) -> se
         unseen |= unproven
         absent.extend(wrong)
     if read:
-        context.transact(lambda c: _note(c, read, context.clock()))
+        # of what is written to from here on the storage tells a later time
+        context.transact(lambda c: _note(c, read, begun))
     if absent:
         reason = "not found as catalogued when a purge looked at its survivors"
         context.transact(lambda c: doubt(c, context, absent, reason, context.clock()))
@@ -179,10 +181,10 @@ class _Read:
     mtime: float | None
 
 
-def _note(connection: Connection, read: Sequence[_Read], now: datetime) -> None:
-    """They were read: the next purge need not, unless they change again."""
+def _note(connection: Connection, read: Sequence[_Read], when: datetime) -> None:
+    """They were read, not before ``when``: the next purge need not, unless they changed since."""
     seen = [replicas.Seen(r.row["uid"], r.row["size"], r.row["digest"]) for r in read]
-    replicas.mark_ready(connection, seen, now, only_from=[ReplicaState.READY])
+    replicas.mark_ready(connection, seen, when, only_from=[ReplicaState.READY])
     touched = [(r.row["uid"], r.mtime) for r in read if r.mtime is not None]
     update_mtimes(connection, touched)
 

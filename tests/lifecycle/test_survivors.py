@@ -185,3 +185,27 @@ def test_what_s3_says_of_an_object_is_compared_with_what_it_said(site, s3, monke
 def test_a_server_may_tell_whole_seconds(one, other, same):
     """Of one file, and parts of them in a listing."""
     assert survivors._same_time(one, other) is same
+
+
+def test_what_is_written_to_after_its_look_is_read_by_the_next_one(site, monkeypatch):
+    """Looks at many take hours: of each the time counts from which on nothing was read yet."""
+    oid = site.add_item("x", b"first", "a")
+    uid, begun = site.replica(oid, "a")["uid"], site.now
+    os.utime(site.folder / "a" / "x", (begun.timestamp() + 1,) * 2)
+    reads_well, read = survivors._reads_well, []
+
+    def slow(*arguments):
+        read.append(1)
+        good = reads_well(*arguments)
+        site.advance(hours=2)
+        return good
+
+    monkeypatch.setattr(survivors, "_reads_well", slow)
+    site.advance(hours=1)
+    proof = SimpleNamespace(survivors=[uid])
+    assert survivors.look_at_survivors(site.context, [proof]) == set()
+    assert site.replica(oid, "a")["checked_at"] == begun + timedelta(hours=1)
+    late = (begun + timedelta(hours=2)).timestamp()  # while the others were read
+    os.utime(site.folder / "a" / "x", (late, late))
+    assert survivors.look_at_survivors(site.context, [proof]) == set()
+    assert len(read) == 2

@@ -52,7 +52,7 @@ class Terms:
     urgency: Urgency = field(default_factory=Urgency)
 
     def check(self, now: datetime) -> None:
-        """Refuse what would end before it began.
+        """Refuse what would end before it began, and what :meth:`check_owner` refuses.
 
         Raises
         ------
@@ -67,6 +67,17 @@ class Terms:
             if end is not None and end < now - timedelta(minutes=1):
                 told = f"{end:%Y-%m-%dT%H:%M:%SZ}"
                 raise InvalidValueError(what=what, value=told, expected="a time to come")
+        self.check_owner()
+
+    def check_owner(self) -> None:
+        """Refuse one that cannot be shown on a line.
+
+        Raises
+        ------
+        InvalidValueError
+        """
+        if self.owner is not None and not (self.owner.strip() and self.owner.isprintable()):
+            raise InvalidValueError(what="owner", value=self.owner, expected="a name on one line")
 
     def item_end(self, now: datetime) -> datetime | None:
         """When an item that is announced now expires; a time that came meanwhile is now."""

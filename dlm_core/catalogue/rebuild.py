@@ -149,6 +149,12 @@ def merge_lines(
         f"""CREATE TEMPORARY TABLE told ON COMMIT DROP AS
               SELECT t.* FROM line, jsonb_to_record(line::jsonb) AS t({_TOLD})""",
     )
+    # of a catalogue that took texts which cannot be shown on a line
+    run(
+        connection,
+        r"""UPDATE told SET owner = nullif(trim(regexp_replace(owner, '[\x01-\x1f\x7f]', ' ', 'g')), '')
+             WHERE owner = '' OR owner ~ '[\x01-\x1f\x7f]'""",
+    )
     run(connection, "ANALYZE told")
     _insert_named_collections(connection, now)
     merged = Merged(items=_insert_items(connection))

@@ -128,10 +128,10 @@ def collection_id(context: Context, name: str) -> uuid.UUID:
     Raises
     ------
     InvalidValueError
-        if the name is empty.
+        if the name is empty or does not fit on a line.
     """
-    if not name.strip():
-        raise InvalidValueError(what="collection", value=name, expected="a name")
+    if not name.strip() or not name.isprintable():
+        raise InvalidValueError(what="collection", value=name, expected="a name on one line")
 
     def find(connection: Connection) -> uuid.UUID:
         run(

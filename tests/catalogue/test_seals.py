@@ -36,7 +36,7 @@ def log(engine: Engine) -> Engine:
         run(
             c,
             """INSERT INTO event (at, noun, action, actor, detail)
-               SELECT d + n * interval '7 hours', 'item', 'changed', 'user:a',
+               SELECT d + n * interval '7 hours', 'replica', 'refused', 'user:a',
                       jsonb_build_object('n', n)
                  FROM generate_series(CAST(:first AS timestamptz), :last, interval '1 day') d,
                       generate_series(0, 3) n
@@ -122,7 +122,7 @@ def test_one_row_is_named(log: Engine, feed: str, act: str) -> None:
         _tamper(log, f"DELETE FROM {feed} WHERE {column} = '{key}'")
     elif feed == "event":
         _tamper(log, "INSERT INTO event (seq, at, noun, action, actor) "
-                     "VALUES (987654321, '2024-03-01 12:00Z', 'item', 'x', 'user:b')")  # fmt: skip
+                     "VALUES (987654321, '2024-03-01 12:00Z', 'audit', 'x', 'user:b')")  # fmt: skip
         key = 987654321
     else:
         key = "018df7e2-0000-7000-8000-00000000002a"
@@ -197,7 +197,7 @@ def test_a_month_dropped_by_retention_is_no_tampering(log: Engine) -> None:
     with pytest.raises(CatalogueError, match="were dropped before"):
         transact(log, "user:a", lambda c: drop_month(c, "event", date(2024, 2, 1)))
     _tamper(log, "INSERT INTO event (at, noun, action, actor) "
-                 "VALUES ('2024-02-27 12:00Z', 'item', 'x', 'user:b')")  # fmt: skip
+                 "VALUES ('2024-02-27 12:00Z', 'replica', 'refused', 'user:b')")  # fmt: skip
     assert [one.problem for one in _verify(log).findings] == [
         "1 rows on a day whose rows were dropped"
     ]
@@ -213,7 +213,9 @@ def test_a_day_is_sealed_only_when_its_transactions_have_ended(log: Engine, tmp_
     """A transaction from before the horizon may have rows that nobody sees: sealing waits."""
     context = make_site(log, tmp_path).context
     with log.connect() as other:
-        other.execute(text("INSERT INTO event (noun, action, actor) VALUES ('item', 'x', 'y')"))
+        other.execute(
+            text("INSERT INTO event (noun, action, actor) VALUES ('replica', 'refused', 'y')")
+        )
         assert seal_log(context, 0.3) is None
         timer = threading.Timer(0.5, other.rollback)
         timer.start()
@@ -249,7 +251,7 @@ def test_the_last_sealed_day_is_over_for_an_hour(engine: Engine) -> None:
 
 #: another value of a column, by its name or its type
 _OTHER = {
-    "noun": "'replica'",
+    "noun": "'item'",
     "step": "'release'",
     "basis": "'replica_expired'",
     "from_state": "'READY'",

@@ -59,7 +59,7 @@ def test_a_changed_row_fails_the_verification(dlm: Dlm, engine: Engine, storages
     """Exit code 1, and the row is named; an untouched log passes."""
     with engine.begin() as c:
         c.execute(text("INSERT INTO event (at, noun, action, actor) "
-                       "VALUES ('2024-03-01 12:00Z', 'item', 'x', 'user:b')"))  # fmt: skip
+                       "VALUES ('2024-03-01 12:00Z', 'replica', 'refused', 'user:b')"))  # fmt: skip
         seq = c.execute(text("SELECT seq FROM event WHERE actor = 'user:b'")).scalar()
     assert dlm("audit", "seal").code == 0
     whole = dlm("audit", "verify")

@@ -30,6 +30,14 @@ RULES = (
         ("schema/test_untrue.py::test_a_certificate_names_what_is_so",),
     ),
     Mutant(
+        "events-by-hand",
+        "schema/sql/0017_telling.sql",
+        "  WHEN (pg_trigger_depth() = 0)",
+        "  WHEN (false)",
+        "psql tells of what did not happen",
+        ("schema/test_sense.py::test_an_event_is_told_by_what_changed",),
+    ),
+    Mutant(
         "present-moved",
         "schema/sql/0016_sense.sql",
         "              WHEN dlm_is_simulation() THEN",

@@ -1,4 +1,4 @@
-"""What makes no sense is refused whoever writes it (revision 0016)."""
+"""What makes no sense is refused whoever writes it (revisions 0016 and 0017)."""
 
 from __future__ import annotations
 
@@ -152,3 +152,59 @@ def test_the_rules_of_states_are_not_changed_by_the_way(db: Connection, change: 
     before = rows(db, "SELECT count(*) AS n FROM state_transition")
     assert "rows here are never changed" in refusal(db, run, change)
     assert rows(db, "SELECT count(*) AS n FROM state_transition") == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"noun": "item", "act": "READY"},
+        {"noun": "storage", "act": "retired"},
+        {"noun": "replica", "act": "created"},
+        {"noun": "replica", "act": "refused", "new_state": "READY"},
+        {"noun": "audit", "act": "x", "old_state": "READY"},
+    ],
+)
+def test_an_event_is_told_by_what_changed(db: Connection, wrong: dict[str, str]) -> None:
+    """By hand nobody adds one that says so, into a partition neither; what our own code tells by
+    itself changes no state."""
+    told = """INSERT INTO {} (at, noun, action, old_state, new_state, actor)
+              VALUES (CAST(:at AS timestamptz), :noun, :act, :old_state, :new_state, 'a')"""
+    stateless = {"old_state": None, "new_state": None}
+    for table, at in (("event", NOW), ("event_default", NOW + 50 * YEARS)):
+        assert "not by hand" in refusal(db, run, told.format(table), at=at, **stateless | wrong)
+        right = stateless | {"noun": "audit", "act": "note"}
+        assert refusal(db, run, told.format(table), at=at, **right) == ""
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["at = clock_timestamp() - interval '2 hours'", "at = '2199-12-31Z'", "xid = '3'",
+     "seq = (SELECT last_value FROM event_seq) + 1"],
+)  # fmt: skip
+def test_an_event_by_hand_is_of_now(db: Connection, wrong: str) -> None:
+    """One that comes before or behind all others would be skipped by a reader, or stop it."""
+    run(
+        db,
+        "CREATE OR REPLACE FUNCTION dlm_is_simulation() RETURNS boolean "
+        "LANGUAGE sql IMMUTABLE AS 'SELECT false'",
+    )
+    column, _, value = wrong.partition(" = ")
+    told = "INSERT INTO event (noun, action, actor{}) VALUES ('audit', 'note', 'a'{})"
+    assert "is of now" in refusal(db, run, told.format(f", {column}", f", {value}"))
+    assert refusal(db, run, told.format("", "")) == ""
+
+
+def test_a_place_is_not_excluded_for_years(db: Connection) -> None:
+    """No copy would be made there, and nobody be told."""
+    _, (uid, _) = ready_item(db)
+    change = "UPDATE replica SET excluded_until = :at WHERE uid = :uid"
+    assert refusal(db, run, change, at=NOW + timedelta(days=7), uid=uid) == ""
+    assert "30 days at most" in refusal(db, run, change, at=NOW + YEARS, uid=uid)
+
+
+@pytest.mark.parametrize("column", ["owner", "content_type"])
+@pytest.mark.parametrize("value", ["", "a\nb", "a\x1b[2Jb", "a\x7f"])
+def test_texts_can_be_shown_on_a_line(db: Connection, column: str, value: str) -> None:
+    """An empty one means nothing; escapes would be played by terminals."""
+    assert f"{column}_told" in refusal(db, add_item, **{column: value})
+    assert refusal(db, add_item, **{column: "text/plain; charset=utf-8"}) == ""

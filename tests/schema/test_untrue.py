@@ -411,7 +411,7 @@ def test_a_recovery_has_numbers_that_the_feed_can_go_on_from(
 def test_an_event_is_of_these_centuries(db: Connection, at: str) -> None:
     """To seal the days since then would not end."""
     told = """INSERT INTO event (at, noun, action, actor)
-              VALUES (CAST(:at AS timestamptz), 'item', 'x', 'a')"""
+              VALUES (CAST(:at AS timestamptz), 'replica', 'refused', 'a')"""
     assert refusal(db, run, told, at=at) != ""
 
 
@@ -439,12 +439,16 @@ def test_rows_that_are_not_those_that_were_sealed_are_not_dropped(db: Connection
     run(
         db,
         """INSERT INTO event (at, noun, action, actor)
-           SELECT d, 'item', 'x', 'a' FROM generate_series(CAST('2024-02-01 12:00Z' AS timestamptz),
-                  '2024-02-29 12:00Z', interval '1 day') d""",
+           SELECT d, 'audit', 'x', 'a'
+             FROM generate_series(CAST('2024-02-01 12:00Z' AS timestamptz), '2024-02-29 12:00Z',
+                                  interval '1 day') d""",
     )
     assert rows(db, "SELECT dlm_seal_days('event', '2024-02-29') AS n") == [{"n": 29}]
     savepoint = db.begin_nested()
-    run(db, "INSERT INTO event (at, noun, action, actor) VALUES ('2024-02-10Z', 'item', 'y', 'b')")
+    run(
+        db,
+        "INSERT INTO event (at, noun, action, actor) VALUES ('2024-02-10Z', 'audit', 'y', 'b')",
+    )
     drop = "SELECT dlm_drop_month('event', '2024-02-01') AS n"
     assert "are not those that were sealed" in refusal(db, rows, drop)
     savepoint.rollback()

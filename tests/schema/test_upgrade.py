@@ -146,3 +146,27 @@ def test_roots_are_spelled_in_one_way_after_an_upgrade(empty_database_url: str) 
         assert rows(connection, total, id=full) == [{"n": 2**60 - 1}]
         assert rows(connection, "SELECT name LIKE 'collection-%' AS ok FROM collection")[0]["ok"]
     engine.dispose()
+
+
+def test_owners_can_be_shown_after_an_upgrade(empty_database_url: str) -> None:
+    """What cannot be shown on a line was taken before; the item's state and events stay."""
+    engine = make_engine(empty_database_url)
+    owners = {"": None, "a\nb": "a b", "\x1b": None, "Zoë": "Zoë"}
+    with begin(engine, "test") as connection:
+        command.upgrade(schema._config(connection), "0016")
+        run(connection, "SELECT dlm_ensure_partitions(now(), 3)")
+        keys = {owner: add_item(connection, owner=owner, content_type="") for owner in owners}
+        before = rows(connection, "SELECT count(*) AS n FROM event")
+    schema.upgrade(empty_database_url)
+    with begin(engine, "test") as connection:
+        for owner, shown in owners.items():
+            found = rows(
+                connection,
+                "SELECT owner, content_type, state FROM data_item WHERE oid = :oid",
+                oid=keys[owner],
+            )
+            assert [tuple(row.values()) for row in found] == [
+                (shown, "application/octet-stream", "INITIALISED")
+            ]
+        assert rows(connection, "SELECT count(*) AS n FROM event") == before
+    engine.dispose()

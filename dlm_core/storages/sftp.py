@@ -346,7 +346,9 @@ class SftpStorage:
     def copy_from(
         self, source: Any, source_path: str, path: str, size: int, moved: Callable[[int], None]
     ) -> bool:
-        return source is self and clone(self, source_path, path, size, moved)
+        if not isinstance(source, SftpStorage) or not self.connections.same_as(source.connections):
+            return False
+        return clone(self, source, source_path, path, size, moved)
 
     def write_many(self, files: Sequence[tuple[str, bytes]]) -> list[DlmError | None]:
         return self._each_of(files, self._put)

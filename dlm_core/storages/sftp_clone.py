@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ import asyncssh
 from asyncssh import SFTPClientFile
 
 from dlm_core.storages import ssh
-from dlm_core.storages.sftp_files import LARGE_WEIGHT, every
+from dlm_core.storages.sftp_files import LARGE_WEIGHT, every, synced
 from dlm_core.storages.ssh import Session
 
 if TYPE_CHECKING:
@@ -28,10 +27,12 @@ _TERMS = (
 
 
 def clone(
-    storage: SftpStorage, source: str, path: str, size: int, moved: Callable[[int], None]
-) -> bool:
-    """Make a new file of the first ``size`` bytes of another: by the server's ``copy-data``
-    (OpenSSH 9 and newer), else by ``dd`` where commands may be run.
+    storage: SftpStorage, theirs: SftpStorage, source: str, path: str, size: int,
+    moved: Callable[[int], None],
+) -> bool:  # fmt: skip
+    """Make a new file of the first ``size`` bytes of another, ``source`` of the storage ``theirs``,
+    which the same user has on the same machine: by the server's ``copy-data`` (OpenSSH 9 and
+    newer), else by ``dd`` where commands may be run.
 
     Exactly as many, however much is there: of a file that somebody writes to the end is not sure
     to be whole, and how far it is follows from the size that it was seen to have. False, and
@@ -42,7 +43,7 @@ def clone(
     StorageUnavailableError, PayloadExistsError, PayloadNotFoundError, AccessDeniedError
         and what ``moved`` raises; then nothing is left either.
     """
-    copy = ssh.run(_Clone.begun(storage, source, path, size))
+    copy = ssh.run(_Clone.begun(storage, theirs, source, path, size))
     if copy is None:
         return False
     whole = False
@@ -59,25 +60,33 @@ def clone(
 
 
 class _Clone:
-    """One on its way; one session has it from its beginning to its end."""
+    """One on its way; one session has it from its beginning to its end.
+
+    Parameters
+    ----------
+    places : absolute, of the source and of the copy.
+    """
 
     def __init__(
-        self, storage: SftpStorage, names: tuple[str, str], size: int, session: Session,
-        files: tuple[SFTPClientFile, SFTPClientFile],
+        self, storage: SftpStorage, path: str, places: tuple[bytes, bytes], size: int,
+        session: Session, files: tuple[SFTPClientFile, SFTPClientFile],
     ) -> None:  # fmt: skip
-        self._storage, self._names, self._size = storage, names, size
+        self._storage, self._path, self._places, self._size = storage, path, places, size
         self._session, self._files = session, files
 
     @classmethod
-    async def begun(cls, storage: SftpStorage, source: str, path: str, size: int) -> _Clone | None:
+    async def begun(
+        cls, storage: SftpStorage, theirs: SftpStorage, source: str, path: str, size: int
+    ) -> _Clone | None:
         session = await storage.connections.borrow(LARGE_WEIGHT)
         try:
             if not (session.sftp.supports_remote_copy or storage.shell):
                 session.busy -= LARGE_WEIGHT
                 return None
-            entry, file = await storage.told(session, source, storage.open_file(session, source))
+            there = session if theirs is storage else await _seen_from(theirs, session)
+            entry, file = await theirs.told(there, source, theirs.open_file(there, source))
             if entry.size < size:
-                await storage.told(session, source, file.close())
+                await theirs.told(there, source, file.close())
                 session.busy -= LARGE_WEIGHT
                 return None
             making = storage.create(session, path, set())
@@ -90,13 +99,14 @@ class _Clone:
         except BaseException:
             session.busy -= LARGE_WEIGHT
             raise
-        return cls(storage, (source, path), size, session, (file, new))
+        places = theirs.full(there, source), storage.full(session, path)
+        return cls(storage, path, places, size, session, (file, new))
 
     async def chunk(self, offset: int, length: int) -> bool:
         """Copy some bytes; False if that cannot be."""
         by = self._by_server if self._session.sftp.supports_remote_copy else self._by_command
         work = by(offset, length)
-        return await self._storage.told(self._session, self._names[1], work, making=True)
+        return await self._storage.told(self._session, self._path, work, making=True)
 
     async def _by_server(self, offset: int, length: int) -> bool:
         try:
@@ -106,12 +116,9 @@ class _Clone:
         return True
 
     async def _by_command(self, offset: int, length: int) -> bool:
-        root = self._session.root
-        names = [
-            posixpath.join(root, name.encode("utf-8", "surrogateescape")) for name in self._names
-        ]
+        source, new = self._places
         operands = (
-            b"if=" + names[0], b"of=" + names[1], b"skip=%d" % offset, b"seek=%d" % offset,
+            b"if=" + source, b"of=" + new, b"skip=%d" % offset, b"seek=%d" % offset,
             b"count=%d" % length, *_TERMS,
         )  # fmt: skip
         given = b"".join(operand + b"\0" for operand in operands)
@@ -119,16 +126,27 @@ class _Clone:
         return status == 0
 
     async def is_whole(self) -> bool:
-        """Whether all bytes are there: a source that became shorter gives fewer."""
+        """Whether all bytes are there, and on their medium where no sync of a batch will see to
+        that: a source that became shorter gives fewer."""
         looked = self._files[1].stat()
-        told = await self._storage.told(self._session, self._names[1], looked, making=True)
+        told = await self._storage.told(self._session, self._path, looked, making=True)
+        if not self._storage.shell:
+            done = synced(self._files[1])
+            await self._storage.told(self._session, self._path, done, making=True)
         return told.size == self._size
 
     async def end(self, *, keep: bool) -> None:
         self._session.busy -= LARGE_WEIGHT
         closing = every(*(file.close() for file in self._files))
         try:
-            await self._storage.told(self._session, self._names[1], closing, making=True)
+            await self._storage.told(self._session, self._path, closing, making=True)
         finally:
             if not keep:
-                await self._storage.discard(self._session, self._names[1])
+                await self._storage.discard(self._session, self._path)
+
+
+async def _seen_from(storage: SftpStorage, session: Session) -> Session:
+    """A session of another storage of this user's on this machine, as one of ``storage``."""
+    path = storage.connections.address.path.encode("utf-8", "surrogateescape")
+    root = await storage.told(session, "", session.sftp.realpath(path))
+    return Session(session.connection, session.sftp, root)

@@ -211,12 +211,20 @@ class Connections:
     """
 
     def __init__(self, name: str, address: Address, config: SshConfig) -> None:
-        self._name, self._address, self._config = name, address, config
+        self._name, self.address, self._config = name, address, config
         self._sessions: list[Session] = []
         self._connecting = asyncio.Lock()
         self._patient_until = 0.0
         # when a connection failed last, and how
         self._failure: tuple[float, StorageError] | None = None
+
+    def same_as(self, other: Connections) -> bool:
+        """Whether both are the same user's on the same machine, who proves himself in the same way:
+        another key may be good for other folders."""
+        mine, theirs = self._config, other._config
+        return (str(self.address), mine.key, mine.password, mine.passphrase) == (
+            str(other.address), theirs.key, theirs.password, theirs.passphrase
+        )  # fmt: skip
 
     @asynccontextmanager
     async def session(self, weight: int = 1) -> AsyncIterator[Session]:
@@ -272,7 +280,7 @@ class Connections:
             options = await asyncio.to_thread(self._options)
             connection = await asyncssh.connect(**options)
             sftp = await connection.start_sftp_client(path_encoding=None)
-            root = await sftp.realpath(self._address.path.encode("utf-8", "surrogateescape"))
+            root = await sftp.realpath(self.address.path.encode("utf-8", "surrogateescape"))
         except (asyncssh.Error, OSError) as error:
             if connection is not None:
                 connection.abort()
@@ -288,8 +296,8 @@ class Connections:
         except InvalidValueError as error:
             raise StorageUnavailableError(storage=name, message=str(error)) from None
         return {
-            "host": self._address.host, "port": self._address.port,
-            "username": self._address.user, "client_keys": keys, "password": password,
+            "host": self.address.host, "port": self.address.port,
+            "username": self.address.user, "client_keys": keys, "password": password,
             "known_hosts": known, "config": None, "agent_path": None, "gss_host": None,
             "encryption_algs": _FAST, "compression_algs": ["none"],
             "connect_timeout": _CONNECT_SECONDS, "login_timeout": _LOGIN_SECONDS,
@@ -311,19 +319,19 @@ class Connections:
 
     def _failed(self, error: Exception) -> StorageError:
         if isinstance(error, asyncssh.HostKeyNotVerifiable):
-            message = f"the host key of {self._address} is not the one in host_keys: refused"
+            message = f"the host key of {self.address} is not the one in host_keys: refused"
         elif isinstance(error, asyncssh.PermissionDenied):
             return AccessDeniedError(
-                storage=self._name, path="", message=f"{self._address} does not let us in"
+                storage=self._name, path="", message=f"{self.address} does not let us in"
             )
         elif isinstance(error, asyncssh.SFTPPermissionDenied):
             return AccessDeniedError(
-                storage=self._name, path="", message=f"{self._address.path} may not be looked at"
+                storage=self._name, path="", message=f"{self.address.path} may not be looked at"
             )
         elif isinstance(error, asyncssh.SFTPNoSuchFile):
-            message = f"its root {self._address.path} is not there"
+            message = f"its root {self.address.path} is not there"
         else:
-            message = f"{self._address}: {one_line(error)}"
+            message = f"{self.address}: {one_line(error)}"
         return StorageUnavailableError(storage=self._name, message=message)
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from dlm_core.errors import (
     InvalidValueError,
     PathRefusedError,
     PayloadExistsError,
+    PayloadNotFoundError,
     StorageFullError,
     StorageUnavailableError,
 )
@@ -510,9 +511,28 @@ def test_a_file_is_cloned_on_the_far_side(tmp_path, monkeypatch, shell, copy_dat
         with pytest.raises(KeyboardInterrupt):
             far.copy_from(far, "a b", "e", size, stop)
         assert far.stat("e") is None
-        assert not far.copy_from(
-            open_storage("x", "sftp", root, server.config()), "a b", "e", 1, stop
-        )
+
+
+def test_a_file_of_another_storage_is_cloned_if_the_same_key_opens_both(own, tmp_path, monkeypatch):
+    """Through one connection; links on the way to it are refused, and it is told whose it is that
+    is not there. Another key may be good for other folders."""
+    for name in ("one", "other", "outside"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "outside" / "y").write_bytes(b"y" * 9)
+    (tmp_path / "one" / "link").symlink_to(tmp_path / "outside")
+    one, other = at(own, tmp_path / "one"), at(own, tmp_path / "other", shell=True, connections=1)
+    put(one, "x", b"x" * 9)
+    assert other.copy_from(one, "x", "new/x", 9, lambda _: None)
+    with other.open_read("new/x") as stream:
+        assert stream.read() == b"x" * 9
+    with pytest.raises(PathRefusedError, match="storage far refuses"):
+        other.copy_from(one, "link/y", "y", 9, lambda _: None)
+    with pytest.raises(PayloadNotFoundError):
+        other.copy_from(one, "nothing", "y", 9, lambda _: None)
+    monkeypatch.setenv("ANOTHER_KEY", os.environ[own.key_name])
+    stranger = at(own, tmp_path / "one", key="env:ANOTHER_KEY")
+    assert not other.copy_from(stranger, "x", "z", 9, lambda _: None)
+    assert sorted(entry.path for entry in other.walk()) == ["new/x"]
 
 
 def test_a_copy_to_a_name_that_is_taken_leaves_nothing_open(own, root):

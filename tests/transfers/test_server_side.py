@@ -27,7 +27,14 @@ _DATA = os.urandom(12 << 20)
 
 def _two(request: pytest.FixtureRequest) -> tuple[Storage, Storage]:
     kind, _, how = request.param.partition(", ")
-    server = request.getfixturevalue(kind)
+    server = request.getfixturevalue("sshd" if kind == "sftp" else kind)
+    if kind == "sftp":
+        folders = [request.getfixturevalue("tmp_path") / name for name in ("one", "other")]
+        for folder in folders:
+            folder.mkdir()
+        config = server.config(shell=how == "with a shell")
+        one, other = (open_storage(f.name, "sftp", server.root(f), config) for f in folders)
+        return one, other
     if kind != "s3":
         return open_dav(server, "one"), open_dav(server, "other")
     buckets = [server.bucket, another_bucket(server) if how == "another bucket" else server.bucket]
@@ -46,7 +53,10 @@ def another_bucket(server: S3Server) -> str:
     return name
 
 
-@pytest.fixture(params=["s3", "s3, another bucket", "s3, in parts", "wsgidav", "rclonedav"])
+@pytest.fixture(
+    params=["s3", "s3, another bucket", "s3, in parts", "wsgidav", "rclonedav", "sftp",
+            "sftp, with a shell"]
+)  # fmt: skip
 def pair(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Storage, Storage]:

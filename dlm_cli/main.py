@@ -18,6 +18,7 @@ from dlm_cli import (
     plans,
     rebuilding,
     staging,
+    testing,
     transfers,
     verifying,
     watching,
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 db_app = typer.Typer(no_args_is_help=True, help="The catalogue database.")
 app.add_typer(places.location_app, name="location")
+places.storage_app.command("test")(testing.storage_test)
 app.add_typer(places.storage_app, name="storage")
 app.add_typer(transfers.link_app, name="link")
 app.add_typer(items.item_app, name="item")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -316,62 +314,6 @@ def storage_usage(
     show_table([{"k": k, "v": human(v, k)} for k, v in told.items()], {"k": "", "v": ""})
     for path in first:
         print(f"not the DLM's: {path!r}")
-
-
-@storage_app.command("test")
-@plain_errors
-def storage_test(name: Name, as_json: Json = False) -> None:
-    """Check that a storage keeps the contract, in a scratch folder that is removed again."""
-    from dlm_core.types import new_id
-
-    storage = _writable(name)
-    folder = f".dlm/test-{new_id()}"
-    try:
-        found = list(_checked(storage, folder, told=not as_json))
-    finally:
-        storage.remove(folder)
-    if as_json:
-        show_json(found)
-    failed = sum(not one["ok"] for one in found)
-    if not as_json:
-        print(f"{len(found) - failed} of {len(found)} checks passed on storage {name}")
-    raise SystemExit(4 if failed else 0)
-
-
-def _writable(name: str) -> Any:
-    """The adapter of a storage that the DLM may write to now."""
-    from dlm_core.catalogue.places import get_storage
-    from dlm_core.storages.open import open_storage
-
-    with catalogue() as context:
-        row = context.transact(lambda c: get_storage(c, name))
-    if not row["managed"] or row["mode"] not in ("read_write", "draining"):
-        why = row["mode"] if row["managed"] else "not managed"
-        raise InvalidValueError(
-            what="storage", value=name, expected=f"one that may be written to; it is {why}"
-        )
-    storage = open_storage(name, row["interface"], row["root"], row["config"])
-    storage.check()
-    return storage
-
-
-def _checked(storage: Any, folder: str, *, told: bool) -> Iterator[dict[str, Any]]:
-    """Each check with its result; a line each is printed as it comes if ``told``."""
-    from dlm_core.storages.conformance import CHECKS, name_of, run_check
-
-    for check in CHECKS:
-        begun, reason = time.monotonic(), None
-        try:
-            run_check(check, storage, folder)
-        except Exception as error:  # an adapter of others may raise anything: it is what we tell
-            reason = " ".join(str(error).split()) or type(error).__name__
-        if told:
-            why = f": {reason}" if reason else ""
-            print(f"{'FAILED' if reason else 'ok':6}  {name_of(check)}{why}", flush=True)
-        yield {
-            "check": name_of(check), "ok": reason is None, "reason": reason,
-            "seconds": round(time.monotonic() - begun, 3), "meaning": check.__doc__,
-        }  # fmt: skip
 
 
 @storage_app.command("pack")

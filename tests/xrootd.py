@@ -19,8 +19,10 @@ import pytest
 
 from tests.servers import Server, free_port, running
 
-_CACHE = Path(sys.prefix, "xrootd-server")
-_PACKAGE = "xrootd-server"
+_CACHE = Path(sys.prefix, "xrootd")
+#: the second is what a server runs to fetch from another one
+_PACKAGES = ("xrootd-server", "xrootd-client")
+_LIBRARIES = ("xrootd", "libxrd", "libtinyxml")
 _NOBODY = "65534"
 _CONFIG = """
 xrd.port {port}
@@ -35,6 +37,7 @@ sec.protocol sss -s {folder}/keytab
 sec.protbind * only sss
 xrootd.async off
 """
+_FETCHES = "ofs.tpc autorm pgm {programs}/usr/bin/xrdcp --server\n"
 
 
 @dataclass
@@ -60,17 +63,22 @@ class XrootdServer(Server):
 
 
 @contextmanager
-def xrootd_server(folder: Path, more: str = "") -> Iterator[XrootdServer]:
-    """A running server with its data below ``folder``; ``more`` is added to its configuration."""
+def xrootd_server(folder: Path, more: str = "", *, fetches: bool = True) -> Iterator[XrootdServer]:
+    """A running server with its data below ``folder``; ``more`` is added to its configuration.
+    ``fetches``: whether it makes third-party copies."""
     programs = _programs()
     root = folder / "root"
     root.mkdir(parents=True)
     (folder / "admin").mkdir(mode=0o700)
     server = XrootdServer([], folder / "log", free_port(), folder=root)
     libraries = next(programs.glob("usr/lib/*/libXrdServer.so.*")).parent
-    server.environment = {"LD_LIBRARY_PATH": str(libraries)}
+    # the keytab is what it proves itself with where it fetches a file
+    server.environment = {
+        "LD_LIBRARY_PATH": str(libraries), "XrdSecSSSKT": str(folder / "keytab"),
+    }  # fmt: skip
     (folder / "keytab").touch(mode=0o600)
     (folder / "keytab").write_bytes(_keytab())
+    more += _FETCHES.format(programs=programs) if fetches else ""
     config = _CONFIG.format(port=server.port, folder=folder, root=root) + more
     (folder / "config").write_text(config)
     xrootd = [str(programs / "usr/bin/xrootd"), "-c", str(folder / "config"), "-n", "dlm"]
@@ -129,8 +137,9 @@ def _fetch(part: Path) -> None:
         subprocess.run(update, check=False)  # without it there is nothing to fetch, told below
         _download(part)
     packages = list(part.glob("*.deb"))
-    if not any(one.name.startswith(f"{_PACKAGE}_") for one in packages):
-        pytest.skip(f"no XRootD server: apt-get knows no package {_PACKAGE!r}")
+    found = {one.name.partition("_")[0] for one in packages}
+    if missing := set(_PACKAGES) - found:
+        pytest.skip(f"no XRootD server: apt-get knows no package {min(missing)!r}")
     for package in packages:
         subprocess.run(["dpkg", "-x", str(package), str(part)], check=True)
         package.unlink()
@@ -140,10 +149,10 @@ def _fetch(part: Path) -> None:
 def _download(part: Path) -> bool:
     """Fetch the package and those of its own libraries that it needs; the rest is everywhere."""
     kinds = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
-    command = ["apt-cache", "depends", "--recurse", *(f"--no-{kind}" for kind in kinds), _PACKAGE]
+    command = ["apt-cache", "depends", "--recurse", *(f"--no-{kind}" for kind in kinds), *_PACKAGES]
     told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    needed = {line for line in told.splitlines() if line.startswith(("xrootd", "libxrd"))}
-    if _PACKAGE not in needed:
+    needed = {line for line in told.splitlines() if line.startswith(_LIBRARIES)}
+    if not needed.issuperset(_PACKAGES):
         return False
     fetch = subprocess.run(
         ["apt-get", "-qq", "download", *sorted(needed)], cwd=part, capture_output=True, check=False

@@ -59,16 +59,16 @@ def any_name_is_written_read_listed_and_removed(storage: Storage, folder: str) -
     for name in _NAMES:
         path = f"{folder}/names/{name}"
         put(storage, path)
-        _want(storage, get(storage, path) == b"payload", f"{name!r} reads back differently")
+        want(storage, get(storage, path) == b"payload", f"{name!r} reads back differently")
         entry = storage.stat(path)
         told = entry and (entry.kind, entry.size, entry.path)
-        _want(storage, told == ("file", 7, path), f"stat of {name!r} tells {entry}")
+        want(storage, told == ("file", 7, path), f"stat of {name!r} tells {entry}")
         listed = [found.path for found in storage.walk(f"{folder}/names")]
-        _want(storage, listed == [path], f"{name!r} is listed as {listed}")
+        want(storage, listed == [path], f"{name!r} is listed as {listed}")
         many = storage.stat_many([path])[path]
-        _want(storage, many is not None and many.size == 7, f"stat_many of {name!r} tells {many}")
+        want(storage, many is not None and many.size == 7, f"stat_many of {name!r} tells {many}")
         storage.remove(path)
-        _want(storage, storage.stat(path) is None, f"{name!r} is there after its removal")
+        want(storage, storage.stat(path) is None, f"{name!r} is there after its removal")
 
 
 def a_doubtful_name_is_kept_or_refused(storage: Storage, folder: str) -> None:
@@ -80,8 +80,8 @@ def a_doubtful_name_is_kept_or_refused(storage: Storage, folder: str) -> None:
         except PathRefusedError:
             continue
         found = [entry.path for entry in storage.walk(f"{folder}/doubtful")]
-        _want(storage, found == [path], f"{name!r} is listed as {found}")
-        _want(storage, get(storage, path) == b"payload", f"{name!r} reads back differently")
+        want(storage, found == [path], f"{name!r} is listed as {found}")
+        want(storage, get(storage, path) == b"payload", f"{name!r} reads back differently")
         storage.remove(path)
 
 
@@ -91,10 +91,10 @@ def bytes_of_every_size_come_back(storage: Storage, folder: str) -> None:
         data, path = os.urandom(size), f"{folder}/{size}"
         put(storage, path, data)
         storage.flush()
-        _want(storage, get(storage, path) == data, f"{size} bytes read back differently")
+        want(storage, get(storage, path) == data, f"{size} bytes read back differently")
         entry = storage.stat(path)
         told = entry.size if entry else None
-        _want(storage, told == size, f"stat tells {told} bytes of {size}")
+        want(storage, told == size, f"stat tells {told} bytes of {size}")
         storage.remove(path)
 
 
@@ -102,21 +102,21 @@ def nothing_is_overwritten(storage: Storage, folder: str) -> None:
     """A second write to a path fails and leaves what is there; so does a rename."""
     first, second = f"{folder}/x", f"{folder}/y"
     put(storage, first, b"first")
-    _refuses(storage, lambda: put(storage, first, b"second"), PayloadExistsError, "a second write")
+    refuses(storage, lambda: put(storage, first, b"second"), PayloadExistsError, "a second write")
     put(storage, second, b"other")
-    _refuses(
+    refuses(
         storage, lambda: storage.rename(second, first), PayloadExistsError, "a rename over a file"
     )
     kept = (get(storage, first), get(storage, second))
-    _want(storage, kept == (b"first", b"other"), f"what was there is now {kept}")
+    want(storage, kept == (b"first", b"other"), f"what was there is now {kept}")
 
 
 def a_large_write_does_not_overwrite(storage: Storage, folder: str) -> None:
     """The same for what is uploaded in parts."""
     path = f"{folder}/x"
     put(storage, path, b"first")
-    _refuses(storage, lambda: put(storage, path, bytes(9 << 20)), PayloadExistsError, "the write")
-    _want(storage, get(storage, path) == b"first", "what was there has changed")
+    refuses(storage, lambda: put(storage, path, bytes(9 << 20)), PayloadExistsError, "the write")
+    want(storage, get(storage, path) == b"first", "what was there has changed")
 
 
 def one_of_several_writers_wins(storage: Storage, folder: str) -> None:
@@ -133,8 +133,8 @@ def one_of_several_writers_wins(storage: Storage, folder: str) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         won = [data for data in pool.map(write, range(4)) if data is not None]
-    _want(storage, len(won) == 1, f"{len(won)} of 4 writers were told that they had written")
-    _want(storage, get(storage, path) == won[0], "the bytes are not those of the one that won")
+    want(storage, len(won) == 1, f"{len(won)} of 4 writers were told that they had written")
+    want(storage, get(storage, path) == won[0], "the bytes are not those of the one that won")
 
 
 def rename_moves_files_and_trees(storage: Storage, folder: str) -> None:
@@ -146,13 +146,13 @@ def rename_moves_files_and_trees(storage: Storage, folder: str) -> None:
     storage.rename(f"{folder}/tree", f"{folder}/trash/some-uid")
     moved = {entry.path[len(folder) + 1 :] for entry in storage.walk(folder)}
     wanted = {"b/c/file", "trash/some-uid/one", "trash/some-uid/sub/two"}
-    _want(storage, moved == wanted, f"after it there are {sorted(moved)}")
+    want(storage, moved == wanted, f"after it there are {sorted(moved)}")
     found = get(storage, f"{folder}/trash/some-uid/sub/two")
-    _want(storage, found == b"3", "a file of the tree has other bytes")
-    _want(storage, storage.stat(f"{folder}/tree") is None, "the old place of the tree is told of")
+    want(storage, found == b"3", "a file of the tree has other bytes")
+    want(storage, storage.stat(f"{folder}/tree") is None, "the old place of the tree is told of")
     storage.remove(f"{folder}/trash/some-uid")
     gone = storage.stat(f"{folder}/trash/some-uid") is None
-    _want(storage, gone, "the tree is there after its removal")
+    want(storage, gone, "the tree is there after its removal")
 
 
 def many_are_renamed_as_one(storage: Storage, folder: str) -> None:
@@ -166,10 +166,10 @@ def many_are_renamed_as_one(storage: Storage, folder: str) -> None:
     errors = rename_many([(f"{folder}/{old}", f"{folder}/{new}") for old, new in steps])
     kinds = [error and type(error) for error in errors]
     wanted = [None, PayloadNotFoundError, PayloadExistsError, None]
-    _want(storage, kinds == wanted, f"the renames ended in {kinds}")
+    want(storage, kinds == wanted, f"the renames ended in {kinds}")
     there = {one.path[len(folder) + 1 :]: get(storage, one.path) for one in storage.walk(folder)}
     kept = {"x/1": b"a/1", "a/2": b"a/2", "taken": b"taken", "y/z/3": b"b/3"}
-    _want(storage, there == kept, f"after them there are {there}")
+    want(storage, there == kept, f"after them there are {there}")
 
 
 def many_are_written_as_one(storage: Storage, folder: str) -> None:
@@ -181,10 +181,10 @@ def many_are_written_as_one(storage: Storage, folder: str) -> None:
     names = ("1", "taken", "sub/2", "empty")
     errors = write_many([(f"{folder}/{n}", b"" if n == "empty" else n.encode()) for n in names])
     kinds = [error and type(error) for error in errors]
-    _want(storage, kinds == [None, PayloadExistsError, None, None], f"the writes ended in {kinds}")
+    want(storage, kinds == [None, PayloadExistsError, None, None], f"the writes ended in {kinds}")
     there = {one.path[len(folder) + 1 :]: get(storage, one.path) for one in storage.walk(folder)}
     kept = {"1": b"1", "taken": b"payload", "sub/2": b"sub/2", "empty": b""}
-    _want(storage, there == kept, f"after them there are {there}")
+    want(storage, there == kept, f"after them there are {there}")
 
 
 def many_are_read_as_one(storage: Storage, folder: str) -> None:
@@ -197,23 +197,23 @@ def many_are_read_as_one(storage: Storage, folder: str) -> None:
     for path, one in data.items():
         put(storage, path, one)
     found = read_many([(path, len(one)) for path, one in data.items()], None)
-    _want(storage, found == data, "files that were read at once have other bytes")
+    want(storage, found == data, "files that were read at once have other bytes")
     read_many([(f"{folder}/1", 1), (f"{folder}/nothing", 1), (f"{folder}/10000", 7)], None)
 
 
 def what_is_not_there_is_said_so(storage: Storage, folder: str) -> None:
     """Reading or renaming nothing is an error of its own; removing nothing is fine."""
     path = f"{folder}/nothing"
-    _refuses(storage, lambda: get(storage, path), PayloadNotFoundError, "reading nothing")
-    _refuses(
+    refuses(storage, lambda: get(storage, path), PayloadNotFoundError, "reading nothing")
+    refuses(
         storage,
         lambda: storage.rename(path, f"{folder}/anywhere"),
         PayloadNotFoundError,
         "renaming nothing",
     )
     storage.remove(path)
-    _want(storage, storage.stat(path) is None, "stat tells of what is not there")
-    _want(storage, storage.stat(f"{path}/below") is None, "stat tells of what is below nothing")
+    want(storage, storage.stat(path) is None, "stat tells of what is not there")
+    want(storage, storage.stat(f"{path}/below") is None, "stat tells of what is below nothing")
 
 
 def a_failing_source_leaves_nothing_visible(storage: Storage, folder: str) -> None:
@@ -224,16 +224,16 @@ def a_failing_source_leaves_nothing_visible(storage: Storage, folder: str) -> No
             raise ConnectionResetError("gone")
 
     path = f"{folder}/x"
-    _refuses(storage, lambda: storage.write(path, Broken(), 10), ConnectionResetError, "the write")
-    _want(storage, storage.stat(path) is None, "something is visible after it")
+    refuses(storage, lambda: storage.write(path, Broken(), 10), ConnectionResetError, "the write")
+    want(storage, storage.stat(path) is None, "something is visible after it")
 
 
 def paths_that_leave_the_root_are_refused(storage: Storage, folder: str) -> None:
     """Before anything is looked at or written."""
     odd = ("", "/etc/passwd", "../x", f"{folder}/../../x", f"{folder}//b", f"{folder}/./a")
     for path in odd:
-        _refuses(storage, lambda p=path: storage.stat(p), PathRefusedError, f"stat of {path!r}")  # type: ignore[misc]
-        _refuses(storage, lambda p=path: put(storage, p), PathRefusedError, f"write of {path!r}")  # type: ignore[misc]
+        refuses(storage, lambda p=path: storage.stat(p), PathRefusedError, f"stat of {path!r}")  # type: ignore[misc]
+        refuses(storage, lambda p=path: put(storage, p), PathRefusedError, f"write of {path!r}")  # type: ignore[misc]
 
 
 def many_are_looked_at_together(storage: Storage, folder: str) -> None:
@@ -243,7 +243,7 @@ def many_are_looked_at_together(storage: Storage, folder: str) -> None:
     wanted = {f"{folder}/{n:03}": (n if n < 40 else None) for n in range(0, 60, 2)}
     found = storage.stat_many(wanted)
     told = {path: entry.size if entry else None for path, entry in found.items()}
-    _want(storage, told == wanted, "sizes or paths are not those that were written")
+    want(storage, told == wanted, "sizes or paths are not those that were written")
 
 
 def own_files_are_hidden(storage: Storage, folder: str) -> None:
@@ -252,9 +252,9 @@ def own_files_are_hidden(storage: Storage, folder: str) -> None:
     put(storage, path)
     try:
         seen = {entry.path.split("/")[0] for entry in islice(storage.walk(), _LOOKED_AT)}
-        _want(storage, PRIVATE not in seen, "walk lists files of the DLM's own")
+        want(storage, PRIVATE not in seen, "walk lists files of the DLM's own")
         listed = [entry.path for entry in storage.walk(f"{PRIVATE}/tmp")]
-        _want(storage, path in listed, "walk does not list what lies in the folder asked for")
+        want(storage, path in listed, "walk does not list what lies in the folder asked for")
     finally:
         storage.remove(path)
 
@@ -263,18 +263,18 @@ def a_directory_is_told_as_one(storage: Storage, folder: str) -> None:
     """stat of a folder, or of a prefix with objects below, is a directory, and not read."""
     put(storage, f"{folder}/inner/file")
     entry = storage.stat(f"{folder}/inner")
-    _want(storage, entry is not None and entry.kind == "directory", f"stat tells {entry}")
-    _refuses(storage, lambda: get(storage, f"{folder}/inner"), StorageError, "reading a folder")
+    want(storage, entry is not None and entry.kind == "directory", f"stat tells {entry}")
+    refuses(storage, lambda: get(storage, f"{folder}/inner"), StorageError, "reading a folder")
 
 
 def a_file_being_read_tells_its_size_and_stays(storage: Storage, folder: str) -> None:
     """A stream knows its size, and its stamp stays the same while nothing changes."""
     put(storage, f"{folder}/x", b"1234567")
     with storage.open_read(f"{folder}/x") as stream:
-        _want(storage, stream.size == 7, f"the stream tells {stream.size} bytes of 7")
+        want(storage, stream.size == 7, f"the stream tells {stream.size} bytes of 7")
         first, rest = stream.read(3), stream.read()
-        _want(storage, (first, rest) == (b"123", b"4567"), "parts read are not those written")
-        _want(storage, stream.stamp() == stream.opened, "it looks changed though nothing did")
+        want(storage, (first, rest) == (b"123", b"4567"), "parts read are not those written")
+        want(storage, stream.stamp() == stream.opened, "it looks changed though nothing did")
 
 
 def it_is_well_and_tells_its_capacity(storage: Storage, folder: str) -> None:
@@ -283,7 +283,7 @@ def it_is_well_and_tells_its_capacity(storage: Storage, folder: str) -> None:
     storage.flush()
     usage = storage.usage()
     sane = usage is None or 0 <= usage.used <= usage.total
-    _want(storage, sane, f"its usage is told as {usage}")
+    want(storage, sane, f"its usage is told as {usage}")
 
 
 def a_copy_that_the_storage_makes_itself_is_whole_and_new(storage: Storage, folder: str) -> None:
@@ -297,17 +297,17 @@ def a_copy_that_the_storage_makes_itself_is_whole_and_new(storage: Storage, fold
     moved: list[int] = []
     try:
         done = copy_from(storage, source, path, len(data), moved.append)
-        _want(storage, get(storage, source) == data, "the source of a copy was changed")
+        want(storage, get(storage, source) == data, "the source of a copy was changed")
         if not done:
-            _want(storage, storage.stat(path) is None, "what was not copied left something")
+            want(storage, storage.stat(path) is None, "what was not copied left something")
             return
-        _want(storage, get(storage, path) == data, "a copy has other bytes")
-        _want(storage, sum(moved) == len(data), f"{sum(moved)} bytes of {len(data)} were told")
-        _refuses(
+        want(storage, get(storage, path) == data, "a copy has other bytes")
+        want(storage, sum(moved) == len(data), f"{sum(moved)} bytes of {len(data)} were told")
+        refuses(
             storage, lambda: copy_from(storage, source, path, len(data), moved.append),
             PayloadExistsError, "a copy to a name that is taken",
         )  # fmt: skip
-        _want(storage, get(storage, path) == data, "a copy was overwritten")
+        want(storage, get(storage, path) == data, "a copy was overwritten")
     finally:
         storage.remove(path)
 
@@ -329,12 +329,12 @@ def an_upload_that_broke_off_is_gone_on_with(storage: Storage, folder: str) -> N
     def upload(source: io.BytesIO) -> object:
         return write_in_parts(path, source, len(data), sent.append)
 
-    _refuses(storage, lambda: upload(Breaking(data)), ConnectionResetError, "the upload")
-    _want(storage, storage.stat(path) is None, "an upload that broke off is visible")
+    refuses(storage, lambda: upload(Breaking(data)), ConnectionResetError, "the upload")
+    want(storage, storage.stat(path) is None, "an upload that broke off is visible")
     upload(io.BytesIO(data))
-    _want(storage, get(storage, path) == data, "an upload has other bytes")
-    _refuses(storage, lambda: upload(io.BytesIO(data)), PayloadExistsError, "a second upload")
-    _want(storage, get(storage, path) == data, "an upload was overwritten")
+    want(storage, get(storage, path) == data, "an upload has other bytes")
+    refuses(storage, lambda: upload(io.BytesIO(data)), PayloadExistsError, "a second upload")
+    want(storage, get(storage, path) == data, "an upload was overwritten")
 
 
 CHECKS: tuple[Check, ...] = (
@@ -381,12 +381,13 @@ def run_check(check: Check, storage: Storage, folder: str) -> None:
         storage.remove(own)
 
 
-def _want(storage: Storage, kept: bool, reason: str) -> None:
+def want(storage: Storage, kept: bool, reason: str) -> None:
+    """Raise ``NonconformingError`` with ``reason`` unless ``kept``."""
     if not kept:
         raise NonconformingError(storage=storage.name, message=reason)
 
 
-def _refuses(
+def refuses(
     storage: Storage, call: Callable[[], object], error: type[Exception], what: str
 ) -> None:
     """Check that ``call`` raises ``error``."""
@@ -397,4 +398,4 @@ def _refuses(
     except DlmError as other:
         told = f"{what} should end in {error.__name__}, not {type(other).__name__}: {other}"
         raise NonconformingError(storage=storage.name, message=told) from other
-    _want(storage, False, f"{what} was not refused with {error.__name__}")
+    want(storage, False, f"{what} was not refused with {error.__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import posixpath
 import re
@@ -26,6 +27,7 @@ from dlm_core.errors import (
     StorageError,
     StorageFullError,
 )
+from dlm_core.storages import xrootd_third as third_party
 from dlm_core.storages.config import read_config
 from dlm_core.storages.listing import Listed
 from dlm_core.storages.port import Entry, Readable, ReadStream, Usage
@@ -171,6 +173,9 @@ class XrootdStorage(Listed):
     def _full(self, path: str) -> str:
         return f"{self._base}/{path}" if path else self._base or "/"
 
+    def _url(self, path: str) -> str:
+        return f"{self._host}/{self._full(path)}{self._cgi}"
+
     def _path(self, path: str) -> str:
         if "?" in path:
             # what follows is taken for parameters
@@ -288,8 +293,7 @@ class XrootdStorage(Listed):
             raise
 
     def _open(self, path: str, flags: int) -> Any:
-        file = self._client.File()
-        url = f"{self._host}/{self._full(path)}{self._cgi}"
+        file, url = self._client.File(), self._url(path)
         mode = _FILE_MODE if flags & _OPEN_NEW else 0
         status, _ = file.open(url, flags, mode, timeout=_LOOK_SECONDS)
         if flags & _OPEN_NEW and status.errno == _LOCKED:
@@ -316,6 +320,39 @@ class XrootdStorage(Listed):
 
     # --- changing --------------------------------------------------------------------------------
 
+    def copy_from(
+        self, source: Any, source_path: str, path: str, size: int, moved: Callable[[int], None]
+    ) -> bool:
+        """The protocol's third-party copy: this server fetches the file from the other one."""
+        if not isinstance(source, XrootdStorage) or size < third_party.FROM_SIZE:
+            return False
+        if not third_party.may(source._host, self._host):
+            return False
+        ends = source._url(source._path(source_path)), self._url(self._new_path(path))
+        self._check_root()
+        if self._look(path) is not None:
+            raise PayloadExistsError(storage=self.name, path=path)
+        try:
+            status = third_party.fetch(self._client, *ends, size, moved)
+            if status.ok:
+                self._written(self._open(path, _OPEN_UPDATE), path, io.BytesIO(), size)
+                return True
+        except BaseException:
+            self._quietly_remove(path)
+            raise
+        error = self._error(status, path)
+        if isinstance(error, PayloadExistsError):
+            raise error
+        self._quietly_remove(path)
+        # whose fault it is is told by copying it ourselves
+        if not isinstance(error, PayloadNotFoundError):
+            third_party.could_not(source._host, self._host)
+        return False
+
+    def _quietly_remove(self, path: str) -> None:
+        with suppress(StorageError):
+            self.remove(path)
+
     def write(self, path: str, source: Readable, size: int) -> str | None:
         file = self._create(self._new_path(path))
         try:
@@ -323,8 +360,7 @@ class XrootdStorage(Listed):
             if written < size:
                 raise self._unavailable(f"its source ended after {written} bytes of {size}")
         except BaseException:
-            with suppress(StorageError):
-                self.remove(path)
+            self._quietly_remove(path)
             raise
         return None
 

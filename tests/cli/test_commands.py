@@ -18,7 +18,7 @@ from dlm_core.errors import InvalidValueError
 from dlm_core.storages.conformance import CHECKS
 from dlm_core.storages.open import open_storage
 from tests.cli.site import Dlm, refused
-from tests.fakes import Tampering
+from tests.fakes import Misreading, Tampering
 from tests.servers import USER, web_server, wsgidav_server
 
 # --- the process itself ---------------------------------------------------------------------------
@@ -122,7 +122,8 @@ def test_storages_on_servers_are_added_and_tested(
         for name in ("d", "r"):
             tested = dlm("storage", "test", name)
             assert tested.code == 0 and f"of {len(CHECKS)} checks passed" in tested.out
-        assert "not managed" in refused(dlm("storage", "test", "w"), "DLM-101", 2)
+        tested = dlm("storage", "test", "w")
+        assert tested.code == 0 and "it is not managed" in tested.out
         here = ["--config", f"url={root}", "--config", f"secret_pass={secret}"]
         again = dlm("storage", "add", "x", *to, *by_rclone, *here)
         assert "'d'" in refused(again, "DLM-103", 2)
@@ -157,10 +158,34 @@ def test_a_storage_that_fails_a_check_is_told(
     assert list((storages["a"] / ".dlm").glob("test-*")) == []
 
 
-def test_a_storage_that_may_not_be_written_is_not_tested(dlm: Dlm, storages: Any) -> None:
-    """Read-only, offline, others' files: refused before anything is done."""
+def test_of_a_storage_that_is_only_read_the_reading_is_tested(
+    dlm: Dlm, storages: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written; one that gives other bytes the second time fails, and one that is not in
+    use is refused."""
     dlm("storage", "set", "a", "--mode", "read_only")
-    refused(dlm("storage", "test", "a"), "DLM-101", 2)
+    for n in range(50):
+        (storages["a"] / f"{n} x").write_bytes(b"x" * n)
+    before = sorted(storages["a"].rglob("*"))
+    result = dlm("storage", "test", "a")
+    assert result.code == 0 and "5 of 5 checks passed on storage a" in result.out
+    assert "nothing was written, it is read_only" in result.out
+    real = open_storage
+
+    def misreading(*row: Any) -> Misreading:
+        wrapped = Misreading(real(*row))
+        wrapped.left = [None]
+        return wrapped
+
+    monkeypatch.setattr("dlm_core.storages.open.open_storage", misreading)
+    result = dlm("storage", "test", "a", "--json")
+    assert result.code == 4
+    assert [one["check"] for one in result.json if not one["ok"]] == [
+        "what is read has the size that was told"
+    ]
+    assert sorted(storages["a"].rglob("*")) == before
+    dlm("storage", "set", "a", "--mode", "offline")
+    assert "it is offline" in refused(dlm("storage", "test", "a"), "DLM-101", 2)
     refused(dlm("storage", "test", "nope"), "DLM-102", 2)
 
 

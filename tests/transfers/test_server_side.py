@@ -13,7 +13,7 @@ import pytest
 
 from dlm_cli.s3_server import S3Server
 from dlm_core.errors import DestinationDamagedError, PayloadExistsError, SourceDamagedError
-from dlm_core.storages import s3, s3_parts
+from dlm_core.storages import s3, s3_parts, xrootd_third
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
 from dlm_core.transfers.checksums import observe
@@ -21,6 +21,7 @@ from dlm_core.transfers.mover import CopyTask, copy_batch
 from dlm_core.transfers.throttle import Pace, paced
 from dlm_core.types import PayloadKind
 from tests.backends import open_dav, s3_config
+from tests.xrootd import xrootd_server
 
 _DATA = os.urandom(12 << 20)
 
@@ -34,6 +35,9 @@ def _two(request: pytest.FixtureRequest) -> tuple[Storage, Storage]:
             folder.mkdir()
         config = server.config(shell=how == "with a shell")
         one, other = (open_storage(f.name, "sftp", server.root(f), config) for f in folders)
+        return one, other
+    if kind == "xrootd":
+        one, other = (open_storage(n, "xrootd", server.make_root(), server.config) for n in "ab")
         return one, other
     if kind != "s3":
         return open_dav(server, "one"), open_dav(server, "other")
@@ -55,7 +59,7 @@ def another_bucket(server: S3Server) -> str:
 
 @pytest.fixture(
     params=["s3", "s3, another bucket", "s3, in parts", "wsgidav", "rclonedav", "sftp",
-            "sftp, with a shell"]
+            "sftp, with a shell", "xrootd"]
 )  # fmt: skip
 def pair(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -63,6 +67,7 @@ def pair(
     """Two empty storages on one server; the first one has a file 'x'."""
     if "s3, " in request.param:
         monkeypatch.setattr(s3_parts, "COPIED_PART", 5 << 20)
+    monkeypatch.setattr(xrootd_third, "FROM_SIZE", 1 << 20)
     if request.param == "s3, in parts":
         monkeypatch.setattr(s3, "_COPY_LIMIT", 1 << 20)
     one, other = _two(request)
@@ -137,3 +142,33 @@ def test_a_rename_of_what_is_large_goes_over_no_line(pair, monkeypatch):
     monkeypatch.undo()
     assert observe(one, "deep/y").digest == task().digest
     assert [entry.path for entry in one.walk()] == ["deep/y"]
+
+
+def test_a_server_fetches_from_another_one_or_it_is_copied_by_us(xrootd, tmp_path, monkeypatch):
+    """What is interrupted leaves nothing; a server that cannot is not asked again for an hour."""
+    monkeypatch.setattr(xrootd_third, "FROM_SIZE", 1 << 20)
+    monkeypatch.setattr(xrootd_third, "_not_before", {})
+    one = open_storage("one", "xrootd", xrootd.make_root(), xrootd.config)
+    one.write("x", io.BytesIO(_DATA), len(_DATA))
+
+    def stop(_: int) -> None:
+        raise InterruptedError
+
+    with xrootd_server(tmp_path / "server") as server:
+        other = open_storage("other", "xrootd", server.make_root(), server.config)
+        told: list[int] = []
+        assert other.copy_from(one, "x", "copy/x", len(_DATA), told.append)
+        assert sum(told) == len(_DATA)
+        assert observe(other, "copy/x").digest == task().digest
+        with pytest.raises(InterruptedError):
+            other.copy_from(one, "x", "copy/y", len(_DATA), stop)
+        assert not other.copy_from(one, "nothing", "copy/y", len(_DATA), told.append)
+        assert other.copy_from(one, "x", "copy/y", len(_DATA), told.append)
+    with xrootd_server(tmp_path / "alone", fetches=False) as server:
+        other = open_storage("other", "xrootd", server.make_root(), server.config)
+        (result,) = copy_batch(one, other, [task()])
+        assert result.error is None
+        assert observe(other, "copy/x").digest == task().digest
+        assert [entry.path for entry in other.walk()] == ["copy/x"]
+        monkeypatch.setattr(xrootd_third, "fetch", None)
+        assert not other.copy_from(one, "x", "copy/y", len(_DATA), told.append)

@@ -165,7 +165,7 @@ def test_of_a_storage_that_is_only_read_the_reading_is_tested(
     use is refused."""
     dlm("storage", "set", "a", "--mode", "read_only")
     for n in range(50):
-        (storages["a"] / f"{n} x").write_bytes(b"x" * n)
+        (storages["a"] / f"{n} x").write_bytes(b"x" * (n + 1))
     before = sorted(storages["a"].rglob("*"))
     result = dlm("storage", "test", "a")
     assert result.code == 0 and "5 of 5 checks passed on storage a" in result.out

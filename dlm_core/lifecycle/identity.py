@@ -21,19 +21,17 @@ from dlm_core.errors import (
     AlreadyExistsError,
     DlmError,
     InvalidValueError,
-    PathRefusedError,
-    PayloadNotFoundError,
 )
 from dlm_core.lifecycle.rules import Trial, give_rules
 from dlm_core.lifecycle.staging import is_cold
 from dlm_core.lifecycle.work import Context
 from dlm_core.storages.bundles import split_bundling
+from dlm_core.storages.mark import MARK, mark_of
 from dlm_core.storages.open import open_storage
-from dlm_core.storages.port import PRIVATE, Storage, remove_file
+from dlm_core.storages.port import Storage, remove_file
 from dlm_core.storages.staging import split_config
 from dlm_core.types import PayloadKind, StorageMode, decode_path, new_id
 
-MARK = f"{PRIVATE}/storage-id"
 _AT_ONCE = 8
 #: copies that are looked for where a storage is said to be now
 _SAMPLE = 100
@@ -118,7 +116,7 @@ def taking_place(
     ]
     with ThreadPoolExecutor(_AT_ONCE, "dlm-mark") as pool:
         list(pool.map(lambda row: _mark_known(context, row), others))
-        there, mine = _mark_of(storage), str(storage_id)
+        there, mine = mark_of(storage), str(storage_id)
         _must_be_nobodys(there, others)
         written = written and there != mine
         if written:
@@ -145,19 +143,11 @@ def _mark_known(context: Context, row: Mapping[str, Any]) -> str | None:
         storage = context.storages.open(row)
         if is_cold(storage):
             return None
-        mark = _mark_of(storage)
+        mark = mark_of(storage)
         if mark is None and row["managed"] and row["mode"] in _WRITTEN:
             _write_mark(storage, row["storage_id"])
         return mark
     return None
-
-
-def _mark_of(storage: Storage) -> str | None:
-    try:
-        with storage.open_read(MARK) as stream:
-            return stream.read(100).decode("ascii", "replace").strip()
-    except (PayloadNotFoundError, PathRefusedError):
-        return None
 
 
 def _write_mark(storage: Storage, storage_id: uuid.UUID) -> None:
@@ -211,7 +201,7 @@ def change_config(context: Context, name: str, changes: Mapping[str, str]) -> No
 
 
 def _must_be_the_same(context: Context, row: Mapping[str, Any], storage: Storage) -> None:
-    if not is_cold(storage) and _mark_of(storage) == str(row["storage_id"]):
+    if not is_cold(storage) and mark_of(storage) == str(row["storage_id"]):
         return
     known = context.transact(
         lambda c: rows(

@@ -7,6 +7,7 @@ drainer needs travels in one :class:`Context`.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -29,6 +30,7 @@ from dlm_core.clock import Clock, utc_now
 from dlm_core.errors import CatalogueError, DlmError, NotOnlineError, StorageUnavailableError
 from dlm_core.lifecycle.traffic import Traffic
 from dlm_core.settings import Settings
+from dlm_core.storages.mark import mark_of
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
 from dlm_core.types import OperationKind, OperationState, new_id
@@ -55,6 +57,8 @@ _BESIDE = (OperationKind.ADMIT, OperationKind.COPY)
 #: deletions of a claim: after each the guard looks at how they went
 _DELETIONS = 1000
 _DELETING = (OperationKind.TRASH, OperationKind.PURGE)
+#: when the mark of a storage that could not be reached is looked at again
+_LOOK_AGAIN_SECONDS = 60.0
 #: slowest and first failed operations that a report names
 _SLOWEST = 10
 
@@ -63,12 +67,26 @@ class _Rehearsed(Exception):
     """Ends a dry run's transaction."""
 
 
+@dataclass(slots=True)
+class _Opened:
+    stamp: str
+    storage: Storage
+    #: when its mark is looked at, in monotonic seconds
+    look_from: float
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 class StoragePool:
-    """Open adapters by storage id, kept while the storage's row says the same."""
+    """Open adapters by storage id, kept while the storage's row says the same.
+
+    Parameters
+    ----------
+    opener : in place of the usual one; then marks are not looked at.
+    """
 
     def __init__(self, opener: Callable[[Mapping[str, Any]], Storage] | None = None) -> None:
-        self._opener = opener or _open_row
-        self._open: dict[uuid.UUID, tuple[str, Storage]] = {}
+        self._opener, self._looks = opener or _open_row, opener is None
+        self._open: dict[uuid.UUID, _Opened] = {}
         self._lock = threading.Lock()
 
     def load(self, connection: Connection) -> dict[uuid.UUID, dict[str, Any]]:
@@ -87,16 +105,38 @@ class StoragePool:
         stamp = repr((row["interface"], row["root"], row["config"], row["concurrency"]))
         with self._lock:
             kept = self._open.get(row["storage_id"])
-            if kept is not None and kept[0] == stamp:
-                return kept[1]
-            try:
-                opened = self._opener(row)
-            except DlmError as error:
-                # it fails its operations one by one like one that is down, and must not stop the
-                # work on the others; not kept: the secret that it wants may come
-                return cast(Storage, _Unavailable(row["name"], error))
-            self._open[row["storage_id"]] = (stamp, opened)
-            return opened
+            if kept is None or kept.stamp != stamp:
+                try:
+                    storage = self._opener(row)
+                except DlmError as error:
+                    # it fails its operations one by one like one that is down, and must not stop
+                    # the work on the others; not kept: the secret that it wants may come
+                    return cast(Storage, _Unavailable(row["name"], str(error)))
+                looks = self._looks and row["managed"] and getattr(storage, "stager", None) is None
+                kept = _Opened(stamp, storage, 0.0 if looks else math.inf)
+                self._open[row["storage_id"]] = kept
+        if time.monotonic() < kept.look_from:
+            return kept.storage
+        # not under the lock of all: it may be waited for
+        with kept.lock:
+            return self._looked_at(row, kept)
+
+    def _looked_at(self, row: Mapping[str, Any], kept: _Opened) -> Storage:
+        """The adapter unless another's mark is at its place: two disks that were swapped would have
+        all their copies missing."""
+        if time.monotonic() < kept.look_from:
+            return kept.storage
+        try:
+            mark = mark_of(kept.storage)
+        except DlmError:
+            # its calls will tell; whoever waits for them need not wait for this each time
+            kept.look_from = time.monotonic() + _LOOK_AGAIN_SECONDS
+            return kept.storage
+        if mark not in (None, str(row["storage_id"])):
+            message = f"the key of another storage is there ({mark}), of another disk or server"
+            return cast(Storage, _Unavailable(row["name"], message))
+        kept.look_from = math.inf
+        return kept.storage
 
 
 class _Unavailable:
@@ -110,12 +150,12 @@ class _Unavailable:
     stager = None
     digest_many = read_many = write_many = rename_many = take_many = copy_from = write_on = None
 
-    def __init__(self, name: str, error: DlmError) -> None:
-        self.name, self._error = name, error
+    def __init__(self, name: str, message: str) -> None:
+        self.name, self._message = name, message
 
     def __getattr__(self, attribute: str) -> Callable[..., Any]:
         def refuse(*_: object, **__: object) -> None:
-            raise StorageUnavailableError(storage=self.name, message=str(self._error))
+            raise StorageUnavailableError(storage=self.name, message=self._message)
 
         return refuse
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine
 
+from dlm_core.catalogue.engine import begin, run
+from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.replicate import plan_replication
+from dlm_core.lifecycle.work import Context, drain
+from dlm_core.settings import load_settings
+from dlm_core.types import OperationKind
 from tests.cli.site import Dlm, Result, refused
+from tests.site import ALL
 from tests.sshd import SshServer, make_key
 
 MARK = ".dlm/storage-id"
@@ -172,3 +181,40 @@ def test_a_mount_is_looked_at_before_it_is_kept(dlm: Dlm, storages: dict[str, Pa
     assert dlm("storage", "set", "a", "--config", "mount=/").code == 0
     assert dlm("storage", "set", "a", "--config", "mount=").code == 0
     assert "mount" not in dlm("storage", "show", "a", "--json").json["config"]
+
+
+def swap(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside), other.rename(one), aside.rename(other)
+
+
+def test_a_disk_that_is_mounted_where_another_belongs_is_an_outage(
+    dlm: Dlm, storages: dict[str, Path], engine: Engine
+) -> None:
+    """Two that were swapped would have all copies missing, and made again: nothing is looked for
+    there, and the work goes on when they are back in their places."""
+    work = partial(work_anew, engine)
+    (storages["a"] / "x").write_bytes(b"payload")
+    assert dlm("register", "a", "--target-phase", "SOLID").code == 0
+    work()
+    before = dlm("status", "--json").json["replicas"]
+    swap(storages["a"], storages["b"])
+    assert dlm("verify", "--storage", "a").code == 0
+    work()
+    assert dlm("status", "--json").json["replicas"] == before
+    assert "DLM-301" in dlm("item", "why", "file:x").out
+    told = [line for line in dlm("doctor").out.splitlines() if "storage " in line]
+    assert len(told) == 2 and all("key of another storage" in line for line in told)
+    swap(storages["a"], storages["b"])
+    with begin(engine, "test") as connection:
+        run(connection, "UPDATE operation SET due_at = now() WHERE state = 'QUEUED'")
+    work()
+    verified = dlm("status", "--json").json["operations"]["verify"]
+    assert verified == {"DONE": 1}
+    assert dlm("status", "--json").json["replicas"] == before
+
+
+def work_anew(engine: Engine) -> None:
+    """What the sensors would do, by a worker that has opened nothing yet."""
+    context = Context(engine, load_settings(), "user:test")
+    drain(context, {OperationKind.ADMIT: execute_admit, **ALL}, plan_replication)

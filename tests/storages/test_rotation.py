@@ -69,6 +69,7 @@ def test_a_storage_whose_secret_came_later_is_opened_then(s3, folder):
     row = {
         "storage_id": uuid.uuid4(), "name": "bucket", "interface": "s3",
         "root": f"{s3.bucket}/{uuid.uuid4().hex}", "config": config, "concurrency": None,
+        "managed": False,
     }  # fmt: skip
     pool = StoragePool()
     with pytest.raises(StorageUnavailableError):

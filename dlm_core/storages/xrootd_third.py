@@ -63,10 +63,10 @@ class _Watch:
         pass
 
     def update(self, _: int, done: int, __: int) -> None:
-        if self.error is None and done > self._done:
-            more, self._done = done - self._done, done
+        if self.error is None:
+            more, self._done = max(0, done - self._done), max(done, self._done)
             try:
-                self._moved(more)
+                self._moved(more)  # of none too: it may be time to stop
             except BaseException as error:  # noqa: BLE001 - it is raised again by who asked
                 self.error = error
 

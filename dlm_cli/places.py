@@ -301,7 +301,7 @@ def storage_usage(
         told = {key: row.get(key) for key in keys}
         if inventory:
             found = take_inventory(context, name)
-            for share in ("copies", "trash", "own", "foreign"):
+            for share in ("copies", "trash", "own", "foreign", "old_versions"):
                 part = getattr(found, share)
                 told |= {f"{share}_files": part.files, f"{share}_bytes": part.bytes}
             told["foreign_first"] = found.examples

@@ -35,12 +35,13 @@ class Share:
 @dataclass(slots=True)
 class Inventory:
     """The files found on a storage: at places of replicas, in the trash, else the DLM's own, and
-    anybody else's, with the first paths of these."""
+    anybody else's, with the first paths of these; and what a bucket with versions keeps besides."""
 
     copies: Share = field(default_factory=Share)
     trash: Share = field(default_factory=Share)
     own: Share = field(default_factory=Share)
     foreign: Share = field(default_factory=Share)
+    old_versions: Share = field(default_factory=Share)
     examples: list[str] = field(default_factory=list)
 
 
@@ -60,6 +61,9 @@ def take_inventory(context: Context, name: str) -> Inventory:
     entries = iter(_everything(storage))
     while page := list(islice(entries, _PAGE)):
         _count_page(context, row["storage_id"], page, found)
+    old_versions = getattr(storage, "old_versions", None)
+    for entry in old_versions() if old_versions is not None else ():
+        found.old_versions.add(entry)
     return found
 
 

@@ -141,6 +141,8 @@ class Storage(Protocol):
         part in it nothing of which ``owned`` does not know.
     ``open_read_at(path, offset) -> ReadStream``
         as :meth:`open_read`, from that byte on; its size and stamp are the whole file's.
+    ``old_versions() -> Iterator[Entry]``
+        what the storage keeps of objects that were overwritten or deleted; only to be counted.
     ``remove_file(path)``
         see :func:`remove_file`, in one step: where a file may be beside a folder of its name.
     """

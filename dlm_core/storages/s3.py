@@ -305,6 +305,9 @@ class S3Storage:
         if path and not found:
             raise PayloadNotFoundError(storage=self.name, path=path)
 
+    def old_versions(self) -> Iterator[Entry]:
+        return self._versions.older()
+
     def _below(self, path: str) -> Iterator[Entry]:
         prefix = f"{self._key(path)}/" if path else None
         with self._translated(path):

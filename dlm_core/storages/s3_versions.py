@@ -186,6 +186,17 @@ class Versions:
                     raise self._denied(path, "s3:ListBucketVersions is denied", error) from None
                 raise
 
+    def older(self) -> Iterator[Entry]:
+        """Versions that are not the newest of their object; they are paid for all the same.
+
+        Raises
+        ------
+        StorageUnavailableError, AccessDeniedError
+        """
+        for one in self._listed(self._s3.prefix, "", only=False) if self.are_kept() else ():
+            if not (one.latest or one.marker):
+                yield Entry(self._path(one.key), one.size, 0.0, "file", one.etag)
+
     def _path(self, key: str) -> str:
         return key[len(self._s3.prefix) :]
 

@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import boto3
+
 from dlm_cli.s3_server import S3Server
 from dlm_core.storages.open import open_storage
 from tests.backends import s3_config
@@ -42,6 +44,30 @@ def test_what_lies_on_a_bucket_is_told_beside_what_is_counted(
     assert "not the DLM's: 'theirs/file'" in dlm("storage", "usage", "bucket", "--inventory").out
     plain = dlm("storage", "usage", "bucket", "--json").json
     assert plain["used_bytes"] == 8 and "copies_files" not in plain
+
+
+def test_what_a_bucket_keeps_of_old_versions_is_told(
+    dlm: Dlm, storages: dict[str, Path], s3: S3Server
+) -> None:
+    """It takes room and is paid for, though no listing shows it."""
+    config, name = s3_config(s3), f"v-{uuid.uuid4().hex[:20]}"
+    client = boto3.client(
+        "s3", endpoint_url=s3.endpoint, region_name="us-east-1",
+        aws_access_key_id=s3.access_key, aws_secret_access_key=s3.secret_key,
+    )  # fmt: skip
+    client.create_bucket(Bucket=name)
+    client.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+    pairs = [part for key, value in config.items() for part in ("--config", f"{key}={value}")]
+    at = ["--location", "there", "--interface", "s3", "--root", f"{name}/root"]
+    assert dlm("storage", "add", "bucket", *at, *pairs).code == 0
+    for key, body in (("root/x", b"1"), ("root/x", b"22"), ("root/y", b"333"), ("beside", b"4")):
+        client.put_object(Bucket=name, Key=key, Body=body)
+    client.delete_object(Bucket=name, Key="root/y")
+    told = dlm("storage", "usage", "bucket", "--inventory", "--json").json
+    assert (told["foreign_files"], told["foreign_bytes"]) == (1, 2)
+    assert (told["old_versions_files"], told["old_versions_bytes"]) == (2, 4)
+    here = dlm("storage", "usage", "a", "--inventory", "--json").json
+    assert here["old_versions_files"] == 0
 
 
 def test_a_storage_that_cannot_be_listed_is_told(dlm: Dlm, storages: dict[str, Path]) -> None:

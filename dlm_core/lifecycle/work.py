@@ -19,6 +19,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Self, cast
 
 from sqlalchemy import Connection, Engine
@@ -59,6 +61,8 @@ _DELETIONS = 1000
 _DELETING = (OperationKind.TRASH, OperationKind.PURGE)
 #: when the mark of a storage that could not be reached is looked at again
 _LOOK_AGAIN_SECONDS = 60.0
+#: inode of the namespace that all processes of a machine are in (PROC_PID_INIT_INO of Linux)
+_MACHINE = 0xEFFFFFFC
 #: slowest and first failed operations that a report names
 _SLOWEST = 10
 
@@ -177,7 +181,7 @@ class Context:
     clock: Clock = utc_now
     storages: StoragePool = field(default_factory=StoragePool)
     stop: threading.Event = field(default_factory=threading.Event)
-    worker: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
+    worker: str = field(default_factory=lambda: f"{_processes()}:{os.getpid()}")
     #: what its drainer reads and writes now
     traffic: Traffic = field(init=False)
 
@@ -477,18 +481,30 @@ def _release_lost(
 def end_lost_leases(context: Context) -> int:
     """Make due what workers of this machine had whose process is gone: who starts again here need
     not wait until their leases run out. How many operations those are."""
-    host = socket.gethostname()
+    here = _processes()
 
     def end(connection: Connection) -> int:
         gone = [
             worker
             for worker in queue.workers(connection)
-            if worker.rpartition(":")[0] == host and not _runs(worker.rpartition(":")[2])
+            if worker.rpartition(":")[0] == here and not _runs(worker.rpartition(":")[2])
         ]
         return queue.end_leases(connection, gone, context.clock()) if gone else 0
 
     ended: int = context.transact(end)
     return ended
+
+
+@lru_cache(maxsize=1)
+def _processes() -> str:
+    """Where a process' number means something: a machine, or a container on one, which may have the
+    machine's name, or that of another container."""
+    try:
+        inode = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:  # no Linux
+        inode = _MACHINE
+    host = socket.gethostname()
+    return host if inode == _MACHINE else f"{host}/{inode}"
 
 
 def _runs(process: str) -> bool:

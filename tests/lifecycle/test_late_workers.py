@@ -318,12 +318,15 @@ def test_a_late_copy_does_not_take_back_files_that_another_found_there(site, s3)
 
 
 def test_the_leases_of_a_process_that_is_gone_end_when_services_start_again(site):
-    """Those of others, on another machine or at work here, run out by themselves only."""
+    """Those of others, on another machine, in a container beside us or at work here, run out by
+    themselves only."""
     two_copies(site)
     gone = subprocess.Popen(["true"])
     gone.wait()
-    host = socket.gethostname()
-    workers = [f"{host}:{gone.pid}", f"{host}:{os.getpid()}", f"elsewhere:{gone.pid}", f"{host}:x"]
+    host, _, pid = site.context.worker.rpartition(":")
+    assert (host.partition("/")[0], pid) == (socket.gethostname(), str(os.getpid()))
+    workers = [f"{host}:{gone.pid}", f"{host}:{pid}", f"elsewhere:{gone.pid}", f"{host}:x",
+               f"{host}/4026532001:{gone.pid}"]  # fmt: skip
     for worker in workers:
         site.execute(
             """INSERT INTO operation (operation_id, kind, state, oid, uid, reason, actor, due_at,

@@ -19,7 +19,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -495,7 +494,6 @@ def end_lost_leases(context: Context) -> int:
     return ended
 
 
-@lru_cache(maxsize=1)
 def _processes() -> str:
     """Where a process' number means something: a machine, or a container on one, which may have the
     machine's name, or that of another container."""

@@ -302,8 +302,8 @@ def storage_usage(
         if inventory:
             found = take_inventory(context, name)
             for share in ("copies", "trash", "own", "foreign", "old_versions"):
-                part = getattr(found, share)
-                told |= {f"{share}_files": part.files, f"{share}_bytes": part.bytes}
+                for unit in ("files", "bytes"):
+                    told[f"{share}_{unit}"] = getattr(getattr(found, share), unit, None)
             told["foreign_first"] = found.examples
     if as_json:
         show_json(told)

@@ -9,7 +9,7 @@ from itertools import chain, islice
 
 from dlm_core.catalogue.places import get_storage
 from dlm_core.catalogue.replicas import known_paths
-from dlm_core.errors import InvalidValueError, PayloadNotFoundError
+from dlm_core.errors import AccessDeniedError, InvalidValueError, PayloadNotFoundError
 from dlm_core.lifecycle.work import Context
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import PRIVATE, Entry, Storage, trash_path
@@ -41,7 +41,8 @@ class Inventory:
     trash: Share = field(default_factory=Share)
     own: Share = field(default_factory=Share)
     foreign: Share = field(default_factory=Share)
-    old_versions: Share = field(default_factory=Share)
+    #: None if these keys may not list them
+    old_versions: Share | None = field(default_factory=Share)
     examples: list[str] = field(default_factory=list)
 
 
@@ -61,10 +62,19 @@ def take_inventory(context: Context, name: str) -> Inventory:
     entries = iter(_everything(storage))
     while page := list(islice(entries, _PAGE)):
         _count_page(context, row["storage_id"], page, found)
-    old_versions = getattr(storage, "old_versions", None)
-    for entry in old_versions() if old_versions is not None else ():
-        found.old_versions.add(entry)
+    if (listed := getattr(storage, "old_versions", None)) is not None:
+        found.old_versions = _versions(listed())
     return found
+
+
+def _versions(listed: Iterator[Entry]) -> Share | None:
+    share = Share()
+    try:
+        for entry in listed:
+            share.add(entry)
+    except AccessDeniedError:
+        return None
+    return share
 
 
 def _count_page(

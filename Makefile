@@ -24,8 +24,9 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(BIN)/python -m compileall -q dlm_core dlm_pipelines dlm_cli
 	@touch $@
 
+# make hands its variables on as they are: a folder's name may hold what a shell obeys
 demo: install ## the lifecycle on real files; DEMO_PATH=folder takes yours, KEEP=1 leaves it running
-	@DEMO_PATH="$(DEMO_PATH)" KEEP="$(KEEP)" $(BIN)/dlm demo
+	@$(BIN)/dlm demo
 
 up: install ## start the services on DLM_HOME; Ctrl-C stops them
 	@exec $(BIN)/dlm up

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import threading
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dlm_cli import demo_stages as stages
-from dlm_cli.demo_files import default_files, files_below
-from dlm_cli.s3_server import s3_server
+from dlm_cli.demo_files import Files, default_files, files_below
+from dlm_cli.s3_server import S3Server, s3_server
 from dlm_cli.services import run_services, stop_on_signals
 from dlm_core.catalogue.dsn import catalogue_url
 from dlm_core.catalogue.engine import make_engine
@@ -35,6 +36,7 @@ _SETTINGS = {
 }
 _OWN = ("DLM_DATABASE_URL", "DLM_DAGSTER_DATABASE_URL")
 _READY_SECONDS = 120
+_INTERRUPTED = 130
 
 
 class Show:
@@ -72,6 +74,7 @@ class Demo:
     context: Context
     show: Show
     ui_url: str
+    s3: S3Server
     failed: Callable[[], BaseException | None]
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -99,30 +102,51 @@ def run_demo(demo_path: Path | None, keep: bool, report_file: Path) -> int:
     InvalidValueError
         if ``demo_path`` is no folder with files.
     """
-    if demo_path is not None and not demo_path.is_dir():
-        raise InvalidValueError(what="DEMO_PATH", value=str(demo_path), expected="a folder")
+    files = _input(demo_path)
     show = Show()
     home = Path(tempfile.mkdtemp(prefix="dlm-demo-"))
     stop = threading.Event()
-    good = False
+    good = interrupted = False
     try:
         with stop_on_signals(stop), ExitStack() as stack:
             demo = _start(stack, show, home, stop)
-            good = _stages(demo, demo_path)
+            good = _stages(demo, files)
             demo.report["ui_url"] = demo.ui_url
             report_file.write_text(json.dumps(demo.report, indent=2) + "\n")
             _print_report(demo, report_file, good)
             if keep:
-                show.console.print(f"left running: {demo.ui_url} (DLM_HOME={home}); Ctrl-C ends it")
+                where = f"DLM_HOME={shlex.quote(str(demo.context.settings.home))}"
+                show.console.print(f"left running: {demo.ui_url} ({where}); Ctrl-C ends it")
                 stop.wait()
+    except stages.Interrupted:
+        interrupted = True
+        show.console.print("interrupted")
     except DlmError as error:
+        # Ctrl-C reaches the programs that are being started too
+        interrupted = stop.is_set()
+        if interrupted:
+            show.console.print("interrupted")
+            return _INTERRUPTED
         show.console.print(f"[red]the demo failed:[/red] {error.code}: {error}", markup=True)
     finally:
-        if good:
+        if good or interrupted:
             shutil.rmtree(home, ignore_errors=True)
         else:
             show.console.print(f"logs and data are left in {home}")
-    return 0 if good else 1
+    return _INTERRUPTED if interrupted else 0 if good else 1
+
+
+def _input(demo_path: Path | None) -> Files:
+    if demo_path is None:
+        return default_files()
+    if not demo_path.is_dir():
+        raise InvalidValueError(what="DEMO_PATH", value=str(demo_path), expected="a folder")
+    files = files_below(demo_path)
+    if not any((files.root / path).stat().st_size for path in files.paths):
+        raise InvalidValueError(
+            what="DEMO_PATH", value=str(demo_path), expected="a folder with files that have bytes"
+        )
+    return files
 
 
 def _start(stack: ExitStack, show: Show, home: Path, stop: threading.Event) -> Demo:
@@ -132,8 +156,6 @@ def _start(stack: ExitStack, show: Show, home: Path, stop: threading.Event) -> D
             os.environ.pop(name, None)
         os.environ.update(_SETTINGS, DLM_HOME=str(home / "dlm"))
         server = stack.enter_context(s3_server(home / "s3"))
-        os.environ.update(DEMO_S3_KEY=server.access_key, DEMO_S3_SECRET=server.secret_key)
-        os.environ["DEMO_S3_ENDPOINT"] = server.endpoint
         settings = load_settings()
         ready = threading.Event()
         failure: list[BaseException] = []
@@ -148,7 +170,8 @@ def _start(stack: ExitStack, show: Show, home: Path, stop: threading.Event) -> D
                 run_services(settings, up, stop)
             except DlmError as error:
                 failure.append(error)
-                ready.set()
+            finally:
+                ready.set()  # also if it was stopped before all was up
 
         thread = threading.Thread(target=serve, name="dlm-services")
         thread.start()
@@ -158,20 +181,17 @@ def _start(stack: ExitStack, show: Show, home: Path, stop: threading.Event) -> D
             raise ServiceUnavailableError(service="Dagster", reason="it did not come up in time")
         if failure:
             raise failure[0]
+        if stop.is_set():
+            raise stages.Interrupted
         engine = make_engine(catalogue_url(settings))
         stack.callback(engine.dispose)
         context = Context(engine, settings, "user:demo", stop=stop)
     show.console.print(f"  Dagster UI: [bold]{urls[0]}[/bold]")
-    return Demo(home, context, show, urls[0], lambda: failure[0] if failure else None)
+    return Demo(home, context, show, urls[0], server, lambda: failure[0] if failure else None)
 
 
-def _stages(demo: Demo, demo_path: Path | None) -> bool:
+def _stages(demo: Demo, files: Files) -> bool:
     """All stages in turn; True if nothing was lost and every digest agrees."""
-    files = files_below(demo_path) if demo_path else default_files()
-    if not any((files.root / path).stat().st_size for path in files.paths):
-        raise InvalidValueError(
-            what="DEMO_PATH", value=str(demo_path), expected="a folder with files that have bytes"
-        )
     stages.make_places(demo, files)
     demo.stage("registration", f"registration of {len(files.paths)} files", stages.register(files))
     demo.stage("replication", "replication to SOLID", stages.replicate)

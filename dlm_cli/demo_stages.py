@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -36,6 +35,10 @@ _POLL_SECONDS = 0.5
 _EXPIRING = 100
 
 
+class Interrupted(Exception):
+    """Somebody has pressed Ctrl-C."""
+
+
 def _wait(demo: Demo, tell: Tell, done: Callable[[dict[str, Any]], str | None]) -> dict[str, Any]:
     """Poll the catalogue until ``done(status)`` returns None; what it returns is shown."""
     deadline = time.monotonic() + _STAGE_SECONDS
@@ -49,7 +52,7 @@ def _wait(demo: Demo, tell: Tell, done: Callable[[dict[str, Any]], str | None]) 
         if failure is not None:
             raise failure
         if demo.context.stop.is_set():
-            raise ServiceUnavailableError(service="the demo", reason="it was interrupted")
+            raise Interrupted
         if time.monotonic() > deadline:
             raise ServiceUnavailableError(service="the demo", reason=f"this took too long: {text}")
         time.sleep(_POLL_SECONDS)
@@ -57,11 +60,12 @@ def _wait(demo: Demo, tell: Tell, done: Callable[[dict[str, Any]], str | None]) 
 
 def make_places(demo: Demo, files: Files) -> None:
     """Three locations; the input read where it lies; two disks and a bucket that are managed."""
-    s3 = {
-        "endpoint": os.environ["DEMO_S3_ENDPOINT"],
-        "access_key": "env:DEMO_S3_KEY",
-        "secret_key": "env:DEMO_S3_SECRET",
-    }
+    s3 = {"endpoint": demo.s3.endpoint}
+    for name in ("access_key", "secret_key"):
+        # in a file, so that commands in another terminal find it too
+        (demo.home / name).touch(mode=0o600)
+        (demo.home / name).write_text(getattr(demo.s3, name))
+        s3[name] = f"file:{demo.home / name}"
     disks = {name: demo.home / name for name in ("disk-a", "disk-b")}
     for folder in disks.values():
         folder.mkdir()
@@ -149,9 +153,11 @@ def damage(demo: Demo, tell: Tell) -> None:
 
 
 def expire(demo: Demo, tell: Tell) -> None:
-    """A hundred items (a tenth, if there are few) are no longer wanted."""
+    """A hundred items (a tenth, if there are few, and never the only one) are no longer wanted."""
     total = demo.report["record_digests"]["checked"] or _items(demo)
-    count = max(1, min(_EXPIRING, total // 10))
+    count = min(max(1, min(_EXPIRING, total // 10)), total - 1)
+    if not count:
+        return
     uris = [
         row["uri"]
         for row in demo.context.transact(lambda c: list_items(c, state="READY", limit=count))

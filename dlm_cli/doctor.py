@@ -7,6 +7,7 @@ import shutil
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from dlm_cli.session import catalogue
 from dlm_core.errors import DlmError
@@ -19,6 +20,10 @@ _OLDEST = (3, 11)
 def examine() -> Iterator[tuple[str, str | None]]:
     """(what was looked at, the problem and what to do, or None), one after the other."""
     yield f"Python {platform.python_version()}", _python()
+    problem = _problem(load_settings)
+    if problem:
+        yield "settings", problem
+        return
     settings = load_settings()
     yield f"settings, DLM_HOME={settings.home}", None
     if settings.database_url is None:
@@ -29,9 +34,12 @@ def examine() -> Iterator[tuple[str, str | None]]:
     from dlm_cli.services import read_services
 
     running = read_services(settings.home)
-    yield "services", None if running else "not running: start them with 'dlm up'"
+    yield "services", None if running else _not_running(settings.home)
     if running:
-        yield f"the Dagster UI at {running['ui_url']}", _answers(running["ui_url"])
+        problem = _answers(running["ui_url"])
+        yield f"the Dagster UI at {running['ui_url']}", problem
+        if not problem:
+            yield from _dagster(running["ui_url"])
     problem = _problem(_open)
     yield "the catalogue and its schema", problem
     if problem:
@@ -50,6 +58,36 @@ def _open() -> None:
 
 def _python() -> str | None:
     return None if sys.version_info >= _OLDEST else "3.11 or newer is needed"
+
+
+def _not_running(home: Path) -> str:
+    from dlm_cli.services import processes_of
+
+    left = processes_of(home)
+    if not left:
+        return "not running: start them with 'dlm up'"
+    pids = ", ".join(str(process.pid) for process in left)
+    return (
+        f"their supervisor is gone, {len(left)} of its processes go on ({pids}): 'dlm up' ends them"
+    )
+
+
+def _dagster(ui_url: str) -> Iterator[tuple[str, str | None]]:
+    from dlm_cli.services import is_healthy
+    from dlm_pipelines.launch import switched_off
+
+    beats = is_healthy(ui_url)
+    yield (
+        "the Dagster daemon",
+        None if beats else "it does not beat; see log/daemon.log in DLM_HOME",
+    )
+    try:
+        off = switched_off(ui_url)
+    except DlmError as error:
+        yield "sensors and schedules", f"{error.code}: {error}"
+        return
+    told = f"switched off, nothing of theirs starts by itself: {', '.join(off)} (UI, Automation)"
+    yield "sensors and schedules", told if off else None
 
 
 def _answers(url: str) -> str | None:

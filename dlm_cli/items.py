@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -84,6 +85,8 @@ def register(
     from dlm_core.types import make_uri
 
     make_uri(scheme, f"{prefix}x")  # told once, not for every payload
+    if path.startswith("/") and path != "/":
+        raise InvalidValueError(what="path", value=path, expected="one below the storage's root")
     if path and list_file:
         raise InvalidValueError(what="--list", value=path, expected="a path, or a list of them")
     sums = parse_checksums(_read(checksums)) if checksums else {}
@@ -356,7 +359,7 @@ def expire(
 ) -> None:
     """Let an item (or one copy of it) expire: it goes through the trash, with certificates."""
     from dlm_core.catalogue.browse import set_item_expiry, set_replica_expiry
-    from dlm_core.lifecycle.expire import propose_expiry
+    from dlm_core.lifecycle.expire import find_stop, propose_expiry
 
     with catalogue() as context:
         if dry_run:
@@ -364,7 +367,11 @@ def expire(
                 raise InvalidValueError(
                     what="--dry-run", value="", expected="it alone: it shows what is due of all"
                 )
-            _show_proposals(propose_expiry(context), as_json)
+            _show_proposals(context, propose_expiry(context), as_json)
+            settings = context.settings
+            stop = find_stop(context, settings.max_delete_items, settings.max_delete_bytes)
+            if stop:
+                print(f"nothing of it would be trashed: stopped {stop}", file=sys.stderr)
             return
         if not uri:
             raise EmptySelectorError(expected="name the item that is to expire, or use --dry-run")
@@ -393,14 +400,20 @@ def _to_come(what: str, told: str, now: datetime) -> datetime | None:
     return moment
 
 
-def _show_proposals(proposals: Any, as_json: bool) -> None:
+def _show_proposals(context: Any, proposals: Any, as_json: bool) -> None:
+    from dlm_core.catalogue.browse import names_of
+
+    names = context.transact(lambda c: names_of(c, [p.oid for p in proposals]))
+    storages = context.transact(context.storages.load)
     rows = [
-        {"uri": p.uri, "state": p.state, "bytes": p.size, "reason": p.reason,
-         "refusal": p.refusal, "survivors": len(p.survivors)}
+        {"uri": p.uri, "version": names[str(p.oid)][1] or 1,
+         "storage": storages[p.storage_id]["name"], "state": p.state, "bytes": p.size,
+         "reason": p.reason, "refusal": p.refusal, "survivors": len(p.survivors)}
         for p in proposals
     ]  # fmt: skip
-    columns = {"uri": "URI", "state": "STATE", "bytes": "BYTES", "reason": "REASON",
-               "refusal": "REFUSED", "survivors": "SURVIVORS"}  # fmt: skip
+    columns = {"uri": "URI", "version": "VERSION", "storage": "STORAGE", "state": "STATE",
+               "bytes": "BYTES", "reason": "REASON", "refusal": "REFUSED",
+               "survivors": "SURVIVORS"}  # fmt: skip
     show_json(rows) if as_json else show_table(rows, columns)
 
 
@@ -424,7 +437,8 @@ def restore(
 
     with catalogue() as context:
         count = context.transact(ask)
-    print(f"{count} copies of {uri} are on their way back; see: dlm item why '{uri}'")
+    which = shlex.quote(uri) + (f" --version {version}" if version is not None else "")
+    print(f"{count} copies of {uri} are looked for in the trash; see: dlm item why {which}")
 
 
 @plain_errors
@@ -453,6 +467,7 @@ def verify(
     uri: Annotated[str | None, typer.Argument(help="An item.")] = None,
     storage: Annotated[str | None, typer.Option(help="All copies on a storage.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All copies everywhere.")] = False,
+    version: Version = None,
     priority: Priority = None,
 ) -> None:
     """Ask for copies to be read again."""
@@ -464,6 +479,8 @@ def verify(
         raise EmptySelectorError(expected="name an item or --storage, or say --all")
     if everything and (uri is not None or storage is not None):
         raise InvalidValueError(what="--all", value="", expected="it alone")
+    if version is not None and uri is None:
+        raise InvalidValueError(what="--version", value=version, expected="an item as well")
 
     def ask(connection: Any) -> int:
         return request_verification(
@@ -471,7 +488,7 @@ def verify(
             actor=context.actor,
             now=context.clock(),
             storage_id=None if storage is None else get_storage(connection, storage)["storage_id"],
-            oid=None if uri is None else get_item(connection, uri)["oid"],
+            oid=None if uri is None else get_item(connection, uri, version)["oid"],
             priority=priority or 0,
         )
 
@@ -484,6 +501,7 @@ def retry(
     kind: Annotated[str | None, typer.Option(help=f"Only of this kind: {_KINDS}.")] = None,
     storage: Annotated[str | None, typer.Option(help="Only of copies on this storage.")] = None,
     item: Annotated[str | None, typer.Option(help="Only of the item with this uri.")] = None,
+    version: Version = None,
     error: Annotated[str | None, typer.Option(help="Only with this code, e.g. DLM-302.")] = None,
 ) -> None:
     """Try FAILED operations again, all or those that every option given matches."""
@@ -493,13 +511,15 @@ def retry(
 
     if error is not None and not re.fullmatch(r"DLM-\d{3}", error):
         raise InvalidValueError(what="error", value=error, expected="a code, e.g. DLM-302")
+    if version is not None and item is None:
+        raise InvalidValueError(what="--version", value=version, expected="--item as well")
     wanted = parse_choice("kind", kind, tuple(OperationKind))
 
     def work(connection: Any, now: Any) -> int:
         selector = FailedSelector(
             OperationKind(wanted) if wanted else None,
             None if storage is None else get_storage(connection, storage)["storage_id"],
-            None if item is None else get_item(connection, item)["oid"],
+            None if item is None else get_item(connection, item, version)["oid"],
             error,
         )
         return retry_failed(connection, now, selector)

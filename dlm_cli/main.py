@@ -25,6 +25,7 @@ from dlm_cli import (
 )
 from dlm_cli.session import catalogue, fail, human, parse_pairs, plain_errors, show_json, show_table
 from dlm_core.errors import (
+    AlreadyRunningError,
     DlmError,
     InputError,
     InvalidValueError,
@@ -85,7 +86,11 @@ def up() -> None:
 
     print("starting PostgreSQL, the Dagster daemon and the UI ...", flush=True)
     with stop_on_signals(stop):
-        run_services(settings, ready, stop)
+        try:
+            run_services(settings, ready, stop)
+        except DlmError:
+            if not stop.is_set():  # Ctrl-C reaches the programs that are being started too
+                raise
     print("all services have stopped")
 
 
@@ -156,15 +161,18 @@ def run(
 
     if timeout is not None and not (wait or dry_run):
         raise InvalidValueError(what="--timeout", value=timeout, expected="--wait as well")
-    found = read_services(load_settings().home)
-    if found is None:
-        raise ServiceUnavailableError(service="the Dagster UI", reason="no 'dlm up' on this home")
     options: dict[str, Any] = {"dry_run": True} if dry_run else {}
     for key, value in parse_pairs(config, "--config").items():
         try:
             options[key] = json.loads(value)
         except ValueError:
             options[key] = value
+    if dry_run and options["dry_run"] is not True:
+        told = f"dry_run={options['dry_run']}"
+        raise InvalidValueError(what="--config", value=told, expected="nothing against --dry-run")
+    found = read_services(load_settings().home)
+    if found is None:
+        raise ServiceUnavailableError(service="the Dagster UI", reason="no 'dlm up' on this home")
     launched = launch_job(found["ui_url"], job, options, wait=wait or dry_run, timeout=timeout)
     if as_json:
         show_json({key: getattr(launched, key) for key in launched.__slots__})
@@ -233,6 +241,26 @@ def db_check() -> None:
 
     with catalogue() as context:
         print(f"the catalogue is at {context.transact(schema.check)}, as it should be")
+
+
+@db_app.command("stop")
+@plain_errors
+def db_stop() -> None:
+    """Stop the embedded PostgreSQL that a command has started; 'dlm up' stops its own."""
+    from dlm_cli.services import read_services
+    from dlm_core.catalogue import embedded
+    from dlm_core.settings import load_settings
+
+    settings = load_settings()
+    if settings.database_url is not None:
+        raise InvalidValueError(
+            what="DLM_DATABASE_URL", value="(set)", expected="it unset: that server is not ours"
+        )
+    if (found := read_services(settings.home)) is not None:
+        raise AlreadyRunningError(
+            home=settings.home, pid=found["pids"].get("supervisor", "?"), ui_url=found["ui_url"]
+        )
+    print("PostgreSQL has stopped" if embedded.stop(settings.home) else "it was not running")
 
 
 def main() -> None:

@@ -254,15 +254,23 @@ def storage_list(as_json: Json = False) -> None:
 @plain_errors
 def storage_show(name: Name, as_json: Json = False) -> None:
     """Show all of one storage."""
-    from dlm_core.catalogue.places import count_stuck, drain_progress, get_storage
+    from dlm_core.catalogue.places import (
+        count_announced,
+        count_stuck,
+        drain_progress,
+        get_storage,
+    )
     from dlm_core.catalogue.staging import waiting_overview
 
     with catalogue() as context:
         found = context.transact(lambda c: get_storage(c, name))
         drain = drain_progress(found, context.clock())
         if drain is not None:
-            stuck = context.transact(lambda c: count_stuck(c, found["storage_id"]))
-            found["drain"] = drain | {"stuck_items": stuck}
+            storage_id = found["storage_id"]
+            found["drain"] = drain | {
+                "stuck_items": context.transact(lambda c: count_stuck(c, storage_id)),
+                "announced": context.transact(lambda c: count_announced(c, storage_id)),
+            }
         waiting = context.transact(
             lambda c: waiting_overview(c, context.clock(), found["storage_id"])
         )

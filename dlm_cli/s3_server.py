@@ -87,6 +87,8 @@ def _running(weed: str, folder: Path, data: Path) -> Iterator[tuple[subprocess.P
             ],
             stdout=log,
             stderr=subprocess.STDOUT,
+            # where it puts logs of its own
+            env={**os.environ, "TMPDIR": str(data)},
             start_new_session=True,
         )  # fmt: skip
     try:

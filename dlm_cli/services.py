@@ -31,7 +31,12 @@ from pydantic import SecretStr
 from dlm_core.catalogue import embedded, schema
 from dlm_core.catalogue.dsn import catalogue_url
 from dlm_core.catalogue.engine import make_engine
-from dlm_core.errors import AlreadyRunningError, CatalogueUnavailableError, ServiceUnavailableError
+from dlm_core.errors import (
+    AlreadyRunningError,
+    CatalogueUnavailableError,
+    InvalidValueError,
+    ServiceUnavailableError,
+)
 from dlm_core.lifecycle.work import Context, end_lost_leases
 from dlm_core.settings import Settings
 
@@ -86,6 +91,8 @@ def run_services(
         if another supervisor serves this home.
     CatalogueUnavailableError, SchemaMismatchError
         if the database cannot be started or upgraded.
+    InvalidValueError
+        if ``settings.webserver_host`` is no address of this machine.
     ServiceUnavailableError
         if daemon or webserver do not come up; their log is named.
     """
@@ -110,11 +117,14 @@ def run_services(
 
 @contextmanager
 def stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Within it, Ctrl-C and SIGTERM set ``stop`` instead of ending the process.
+    """Within it, Ctrl-C, SIGTERM and the end of the terminal set ``stop`` instead of ending the
+    process.
 
     Only in the main thread.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
     try:
         yield
@@ -137,7 +147,7 @@ def read_services(home: Path) -> dict[str, Any] | None:
     """What a living supervisor wrote of itself: ``ui_url`` and ``pids``; None if none lives."""
     try:
         descriptor = os.open(home / "run" / "services.lock", os.O_RDWR)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -286,7 +296,9 @@ def _free_port(host: str, wanted: int) -> int:
                 reason = error.strerror
                 continue
             return int(probe.getsockname()[1])
-    raise ServiceUnavailableError(service=f"a web server on {host}", reason=reason)
+    raise InvalidValueError(
+        what="DLM_WEBSERVER_HOST", value=host, expected=f"an address of this machine ({reason})"
+    )
 
 
 def _url(host: str, port: int) -> str:
@@ -311,7 +323,7 @@ def _keep_running(
         started = [_keep_database(settings), *(_keep_child(settings, c) for c in children)]
         if any(started):
             _write_state(settings, children, ui_url)
-        if not announced and _healthy(ui_url):
+        if not announced and is_healthy(ui_url):
             announced = True
             ready(ui_url)
         failing = [child.name for child in children if child.failures >= _FAILURES_AT_START]
@@ -370,7 +382,7 @@ def _spawn(settings: Settings, child: Child) -> subprocess.Popen[bytes]:
         )
 
 
-def _healthy(ui_url: str) -> bool:
+def is_healthy(ui_url: str) -> bool:
     """The webserver answers, and says that all daemons beat."""
     request = urllib.request.Request(
         f"{ui_url}/graphql",

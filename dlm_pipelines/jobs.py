@@ -3,7 +3,8 @@
 import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -15,6 +16,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from pydantic import Field
 from sqlalchemy import Connection
 
+from dlm_core.catalogue.browse import names_of
 from dlm_core.catalogue.expiring import count_expiry_due
 from dlm_core.catalogue.operations import count_due, list_due
 from dlm_core.catalogue.replicas import count_evaluations_due
@@ -116,6 +118,17 @@ def _is_cut(context: Context, work: Work) -> bool:
     return cut
 
 
+def _named(context: Context, oids: Iterable[uuid.UUID]) -> Callable[[uuid.UUID], str]:
+    """How items are called: by uri, with the version where there are several."""
+    names = context.transact(lambda c: names_of(c, oids))
+
+    def name(oid: uuid.UUID) -> str:
+        uri, version = names.get(str(oid), (str(oid), None))
+        return uri if version is None else f"{uri}#{version}"
+
+    return name
+
+
 def _propose_copies(context: Context) -> list[Mapping[str, Any]]:
     return [
         {"item": p.uri, "what": p.copy.reason, "bytes": p.copy.size}
@@ -124,31 +137,38 @@ def _propose_copies(context: Context) -> list[Mapping[str, Any]]:
 
 
 def _propose_deletions(context: Context) -> list[Mapping[str, Any]]:
+    found = expire.propose_expiry(context)
+    name = _named(context, [p.oid for p in found])
+    storages = context.transact(context.storages.load)
     return [
         {
-            "item": p.uri,
-            "what": f"refused: {p.refusal}" if p.refusal else f"trash a copy: {p.reason}",
+            "item": name(p.oid),
+            "what": f"refused on {on}: {p.refusal}"
+            if p.refusal
+            else f"trash the copy on {on}: {p.reason}",
             "bytes": p.size,
         }
-        for p in expire.propose_expiry(context)
+        for p in found
+        for on in [storages[p.storage_id]["name"]]
     ]
 
 
 def _propose_leaving(context: Context) -> list[Mapping[str, Any]]:
-    return [
-        {"item": str(one.oid), "what": one.reason, "bytes": one.size}
-        for one in rebalance.propose_rebalance(context)
-    ]
+    found = rebalance.propose_rebalance(context)
+    name = _named(context, [one.oid for one in found])
+    return [{"item": name(one.oid), "what": one.reason, "bytes": one.size} for one in found]
 
 
 def _propose_checks(context: Context) -> list[Mapping[str, Any]]:
+    found = propose_verification(context)
+    name = _named(context, [check.oid for check in found])
     return [
         {
-            "item": str(check.oid),
+            "item": name(check.oid),
             "what": f"read again, {check.copies} good copies, last on {check.check_from:%Y-%m-%d}",
             "bytes": check.size,
         }
-        for check in propose_verification(context)
+        for check in found
     ]
 
 
@@ -192,14 +212,18 @@ def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: C
     overrides = {key: value for key, value in given if value is not None}
     work = WORK[name]
     if isinstance(config, ExpiryConfig) and not config.plan:
-        work = replace(work, planner=None)
+        work = replace(work, planner=None, propose=_nothing_more, count=None)
     try:
         settings = _stricter(site, site.settings(**overrides))
         core = site.context(f"run:{context.run_id}", settings)
         if config.dry_run:
             proposals = _propose(core, work)
             context.log.info(f"dry run: {len(proposals)} shown, nothing changed")
-            told = proposals_metadata(proposals, cut=_is_cut(core, work))
+            stopped = None
+            if isinstance(config, ExpiryConfig) and config.plan:
+                most = settings.max_delete_items, settings.max_delete_bytes
+                stopped = expire.find_stop(core, *most)
+            told = proposals_metadata(proposals, cut=_is_cut(core, work), stopped=stopped)
             return dg.Output(len(proposals), metadata=told)
         with _progress(context):
             report = _drain(core, work, settings)

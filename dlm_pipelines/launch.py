@@ -23,6 +23,10 @@ _WHERE = """
 { repositoriesOrError { ... on RepositoryConnection { nodes { name location { name }
   jobs { name } } } } }
 """
+_SWITCHES = """
+{ repositoriesOrError { ... on RepositoryConnection { nodes { jobs { name }
+  sensors { name sensorState { status } } schedules { name scheduleState { status } } } } } }
+"""
 _STATUS = """
 query($id: ID!) { runOrError(runId: $id) { __typename ... on Run { status }
   ... on PythonError { message } ... on RunNotFoundError { message } } }
@@ -115,6 +119,21 @@ def count_runs(ui_url: str) -> int:
     """
     found = _ask(ui_url, "{ runsOrError { ... on Runs { count } } }", {})
     return int(found["runsOrError"].get("count") or 0)
+
+
+def switched_off(ui_url: str) -> list[str]:
+    """Sensors and schedules of the DLM that somebody has switched off.
+
+    Raises
+    ------
+    ServiceUnavailableError
+    """
+    found = []
+    for node in _ask(ui_url, _SWITCHES, {})["repositoriesOrError"].get("nodes", ()):
+        if "replication_job" in [one["name"] for one in node["jobs"]]:
+            for kind, state in (("sensors", "sensorState"), ("schedules", "scheduleState")):
+                found += [s["name"] for s in node[kind] if s[state]["status"] != "RUNNING"]
+    return found
 
 
 def _wait(

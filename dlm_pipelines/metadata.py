@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from dlm_core.catalogue.browse import uris_of
+from dlm_core.catalogue.browse import names_of
 from dlm_core.catalogue.checks import check_overview
 from dlm_core.catalogue.places import drains
 from dlm_core.catalogue.staging import waiting_overview
@@ -39,30 +39,35 @@ def report_metadata(context: Context, report: Report) -> dict[str, Any]:
     ]
     if causes:
         found["failures"] = _table(causes, ["cause", "outcome", "operations"])
-    uris = _uris(context, report)
+    names = _names(context, report)
     if report.first_failures:
         failures = [
-            {"operation": kind, "error": error, "explain": _why(uris, oid)}
+            {"operation": kind, "error": error, "explain": _why(names, oid)}
             for kind, error, oid in report.first_failures
         ]
         found["first_failures"] = _table(failures, ["operation", "error", "explain"])
     if report.slowest:
         slowest = [
-            {"seconds": f"{took:.3f}", "operation": kind, "explain": _why(uris, oid)}
+            {"seconds": f"{took:.3f}", "operation": kind, "explain": _why(names, oid)}
             for took, kind, oid in report.slowest
         ]
         found["slowest"] = _table(slowest, ["seconds", "operation", "explain"])
     return found
 
 
-def _uris(context: Context, report: Report) -> dict[str, str]:
+_Names = Mapping[str, tuple[str, int | None]]
+
+
+def _names(context: Context, report: Report) -> _Names:
     oids = {oid for _, _, oid in [*report.slowest, *report.first_failures]}
-    found: dict[str, str] = context.transact(lambda c: uris_of(c, list(oids))) if oids else {}
+    found: _Names = context.transact(lambda c: names_of(c, oids)) if oids else {}
     return found
 
 
-def _why(uris: Mapping[str, str], oid: str) -> str:
-    return f"`dlm item why {shlex.quote(uris.get(oid, oid))}`"
+def _why(names: _Names, oid: str) -> str:
+    uri, version = names.get(oid, (oid, None))
+    which = f" --version {version}" if version is not None else ""
+    return f"`dlm item why {shlex.quote(uri)}{which}`"
 
 
 def overview_metadata(context: Context) -> dict[str, Any]:
@@ -111,13 +116,15 @@ def verification_metadata(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def proposals_metadata(
-    proposals: Sequence[Mapping[str, Any]], *, cut: bool = False
+    proposals: Sequence[Mapping[str, Any]], *, cut: bool = False, stopped: str | None = None
 ) -> dict[str, Any]:
-    """What a dry run would do: totals and the first rows; ``cut``: of the first of what is due."""
+    """What a dry run would do: totals and the first rows; ``cut``: of the first of what is due;
+    ``stopped``: why nothing of it would be trashed."""
     told = {"more": "more is due: these are the first of each kind, and so are the totals"}
     return {
         "dry_run": True,
         **(told if cut else {}),
+        **({"stopped": stopped} if stopped else {}),
         "proposed": len(proposals),
         "bytes": sum(int(one["bytes"]) for one in proposals),
         "proposals": _table(proposals[:_SHOWN], ["item", "what", "bytes"]),

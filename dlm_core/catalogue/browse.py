@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -170,14 +170,20 @@ def _id_of(connection: Connection, noun: str, name: str) -> uuid.UUID:
     return key
 
 
-def uris_of(connection: Connection, oids: Sequence[str | uuid.UUID]) -> dict[str, str]:
-    """Uris by oid (as text)."""
+def names_of(
+    connection: Connection, oids: Iterable[str | uuid.UUID]
+) -> dict[str, tuple[str, int | None]]:
+    """(uri, version) by oid (as text); the version is None where there is no other."""
     found = rows(
         connection,
-        "SELECT oid, uri FROM data_item WHERE oid = ANY(CAST(:oids AS uuid[]))",
-        oids=[str(oid) for oid in oids],
+        """SELECT i.oid, i.uri, i.version, EXISTS (SELECT FROM data_item x WHERE x.uri = i.uri
+                                                     AND x.version <> i.version) AS several
+             FROM data_item i WHERE i.oid = ANY(CAST(:oids AS uuid[]))""",
+        oids=list({str(oid) for oid in oids}),
     )
-    return {str(row["oid"]): row["uri"] for row in found}
+    return {
+        str(row["oid"]): (row["uri"], row["version"] if row["several"] else None) for row in found
+    }
 
 
 def item_events(connection: Connection, oid: uuid.UUID, limit: int = 1000) -> list[dict[str, Any]]:

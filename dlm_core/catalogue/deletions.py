@@ -16,7 +16,13 @@ from typing import Any
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import KEY, copy_rows, each, rows, run
-from dlm_core.catalogue.expiring import EXPIRED, EXPIRED_OF_LOT, EXPIRED_OF_PLAN, Lot
+from dlm_core.catalogue.expiring import (
+    EXPIRED,
+    EXPIRED_OF_LOT,
+    EXPIRED_OF_PLAN,
+    WITH_ITEM,
+    Lot,
+)
 from dlm_core.catalogue.replicas import Seen
 from dlm_core.types import new_key
 
@@ -325,6 +331,20 @@ def undo_trash(connection: Connection, seen: Sequence[Seen], now: datetime) -> s
         digests=[one.digest for one in seen],
     )
     return {row["uid"] for row in found}
+
+
+def let_stay(connection: Connection, oids: Sequence[uuid.UUID]) -> None:
+    """Copies that were to go with their item, and whose item came back, do not go: those that are
+    missing or damaged are made again."""
+    run(
+        connection,
+        """UPDATE replica r SET expires_at = NULL, expiry_reason = NULL
+             FROM data_item i
+            WHERE i.oid = r.oid AND i.state = 'READY' AND r.oid = ANY(:oids)
+              AND r.deletable_at IS NOT NULL AND r.expiry_reason = :reason""",
+        oids=list(oids),
+        reason=WITH_ITEM,
+    )
 
 
 #: a trashed replica whose place on its storage, which was not given up, nothing of its path or its

@@ -17,6 +17,8 @@ from dlm_core.catalogue.engine import rows, run
 
 #: keys of so many replicas are kept by a run at once
 _MOST_IN_LOTS = 1_000_000
+#: why copies go whose item has expired
+WITH_ITEM = "its item has expired"
 _DELETABLE = "('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')"
 
 
@@ -210,11 +212,11 @@ def expire_items(
     if oids:
         run(
             connection,
-            """UPDATE replica SET expires_at = greatest(:now, created_at),
-                      expiry_reason = 'its item has expired'
+            """UPDATE replica SET expires_at = greatest(:now, created_at), expiry_reason = :reason
                 WHERE oid = ANY(:oids) AND live""",
             oids=oids,
             now=now,
+            reason=WITH_ITEM,
         )
         _end_announcements(connection, oids, now)
     return len(oids)

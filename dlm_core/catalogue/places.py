@@ -415,13 +415,26 @@ def count_stuck(connection: Connection, storage_id: uuid.UUID) -> int:
     return int(found[0]["n"])
 
 
+def count_announced(connection: Connection, storage_id: uuid.UUID) -> int:
+    """Replicas on a storage that were never let in: they do not leave it by themselves."""
+    found = rows(
+        connection,
+        """SELECT coalesce(sum(n), 0) AS n FROM tally
+            WHERE noun = 'replica' AND storage_id = :storage AND state = 'PENDING'""",
+        storage=storage_id,
+    )
+    return int(found[0]["n"])
+
+
 def drains(connection: Connection, now: datetime) -> list[dict[str, Any]]:
-    """The progress of every drain, with the storage's name and how many items are stuck."""
+    """The progress of every drain, with the storage's name, how many items are stuck, and how many
+    announcements will not leave."""
     return [
         {
             "storage": row["name"],
             **(drain_progress(row, now) or {}),
             "stuck_items": count_stuck(connection, row["storage_id"]),
+            "announced": count_announced(connection, row["storage_id"]),
         }
         for row in list_storages(connection)
         if row["drain_since"] is not None
@@ -448,15 +461,9 @@ def retire_storage(
     lost = storage["mode"] == StorageMode.LOST
     if left and not (lost and give_up):
         told = ", ".join(f"{n} {state}" for state, n in left.items())
-        way = f"dlm storage retire {name} --give-up" if lost else f"dlm storage drain {name}"
-        first = "it never comes back then" if lost else "drain it first"
-        if set(left) == {"PENDING"} and not lost:
-            first = "what was announced and never let in does not leave by itself"
-            way = f"dlm withdraw --failed --storage {name}"
-            if not failed_announcements(connection, storage["storage_id"], 1):
-                way = f"dlm item list --state INITIALISED --storage {name}, then dlm withdraw URI"
+        way = _way_out(connection, storage, set(left))
         raise DeletionRefusedError(
-            key=f"storage {name}", reason=f"it still has replicas ({told}); {first}: {way}"
+            key=f"storage {name}", reason=f"it still has replicas ({told}); {way}"
         )
     if left:
         # what was only announced there will never be seen
@@ -473,6 +480,23 @@ def retire_storage(
     )
     if left:
         _end_all(connection, storage["storage_id"], f"storage {name} is retired", now)
+
+
+def _way_out(connection: Connection, storage: Mapping[str, Any], left: set[str]) -> str:
+    """What has to be done, or waited for, until a storage with replicas in these states is empty."""
+    name = storage["name"]
+    if storage["mode"] == StorageMode.LOST:
+        return f"it never comes back then: dlm storage retire {name} --give-up"
+    if left - {"PENDING", "TRASHED"}:
+        if storage["mode"] == StorageMode.DRAINING:
+            return f"its drain goes on: dlm storage show {name}"
+        return f"drain it first: dlm storage drain {name}"
+    if "PENDING" not in left:
+        return "what is in its trash goes by itself when its grace is over"
+    way = f"dlm withdraw --failed --storage {name}"
+    if not failed_announcements(connection, storage["storage_id"], 1):
+        way = f"dlm item list --state INITIALISED --storage {name}, then dlm withdraw URI"
+    return f"what was announced and never let in does not leave by itself: {way}"
 
 
 def _end_all(connection: Connection, storage_id: uuid.UUID, why: str, now: datetime) -> None:

@@ -251,6 +251,26 @@ def propose_expiry(context: Context, limit: int = 1000) -> list[Proof]:
     return context.rehearse(look)
 
 
+def find_stop(context: Context, max_items: int, max_bytes: int) -> str | None:
+    """Why a run with these limits of its own would trash nothing of what is due now, if so."""
+
+    def look(connection: Connection) -> plans.Stop | None:
+        enough = max(max_items + 1, _COUNTED)
+        due = expiring.count_expiry_due(connection, context.clock(), enough)
+        limits = limits_of(context, max_items, max_bytes)
+        none = expiring.Due(0, 0)
+        return (
+            plans.find_stop(connection, context.clock(), limits, due, none)
+            if due.replicas
+            else None
+        )
+
+    stop: plans.Stop | None = context.transact(look)
+    if stop is None:
+        return None
+    return f"by {stop.limit}={stop.value}: {stop.found}; all of it would wait as a plan"
+
+
 def _certificate(context: Context) -> timedelta:
     return timedelta(seconds=context.settings.certificate_seconds)
 

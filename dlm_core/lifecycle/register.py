@@ -429,7 +429,12 @@ def _looks_changed(context: Context, storage: Storage, one: Mapping[str, Any]) -
 def _other_than_said(one: Mapping[str, Any]) -> str | None:
     """How a known item whose bytes did not change is another than was announced, or None."""
     if one["claimed"] is not None and one["digest"] not in (None, one["claimed"]):
-        return f"is registered with digest {one['digest']}, the checksums say {one['claimed']}"
+        told = f"is registered with digest {one['digest']}, the checksums say {one['claimed']}"
+        if one["item_state"] == ItemState.INITIALISED:
+            return (
+                f"{told}; it was not let in yet: 'dlm withdraw' takes it back, then --new-version"
+            )
+        return told
     # until it is admitted an item is a file by default
     if one["item_state"] != ItemState.INITIALISED and one["kind"] != one["item_kind"]:
         return f"is registered as a {one['item_kind']}, but there is a {one['kind']}"

@@ -192,6 +192,7 @@ def execute_restore(context: Context, claim: Claim) -> Report:
             if rows:
                 uids = [row["uid"] for row in rows]
                 replicas.mark_state(connection, uids, state, only_from=[ReplicaState.TRASHED])
+        catalogue.let_stay(connection, [e.row["oid"] for e in ok])
         look_again(connection, context, damaged, "damaged when it came out of the trash", now)
 
     return _run(context, claim, _from_trash, write, _brought_back)

@@ -215,8 +215,11 @@ def _finished(
         top = directory_above(entry, as_directory)
         payload = entry.path if top is None else top
         below = payload[len(folder) :].strip("/")
-        hidden = any(part.startswith(".") for part in below.split("/"))
-        if entry.kind != "file" or hidden or payload.endswith(_UNFINISHED):
+        # in a folder that is being written too, whatever its files are called
+        left_alone = any(
+            part.startswith(".") or part.endswith(_UNFINISHED) for part in below.split("/")
+        )
+        if entry.kind != "file" or left_alone:
             continue
         if top is None:
             yield encode_path(entry.path), entry.size, entry.mtime

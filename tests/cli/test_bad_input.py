@@ -40,6 +40,7 @@ from tests.cli.site import Dlm, refused
         (["register", "a", "--scheme", "Not A Scheme"], "DLM-101"),
         (["register", "a", "--tag", "novalue"], "DLM-101"),
         (["register", "a", "--owner", ""], "DLM-101"),
+        (["register", "a", "/etc"], "DLM-101"),
         (["register", "a", "--collection", "two\nlines"], "DLM-101"),
         (["watch", "add", "a", "--owner", "\x1b[2J"], "DLM-101"),
         (["expire"], "DLM-106"),
@@ -80,6 +81,8 @@ from tests.cli.site import Dlm, refused
         (["verify", "file:x", "--all"], "DLM-101"),
         (["register", "a", "x", "--list", "-"], "DLM-101"),
         (["run", "replication", "--timeout", "5"], "DLM-101"),
+        (["run", "expiry", "--dry-run", "--config", "dry_run=false"], "DLM-101"),
+        (["run", "expiry", "--dry-run", "--config", "dry_run=no"], "DLM-101"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -26,7 +26,7 @@ from dlm_core.errors import (
     InvalidValueError,
 )
 from dlm_core.lifecycle.register import Source, register_tree
-from dlm_pipelines.launch import LaunchedRun, _ask, launch_job
+from dlm_pipelines.launch import LaunchedRun, _ask, launch_job, switched_off
 from tests.site import Site, make_site
 
 pytestmark = pytest.mark.timeout(600)
@@ -201,6 +201,24 @@ def test_a_job_is_launched_from_outside(up: Up) -> None:
     assert run.error and run.error.startswith("DLM-101: DLM_BATCH_SIZE 0 is not valid")
     with pytest.raises(InvalidValueError, match="one of expiry, maintenance, rebalance"):
         launch_job(url, "nonsense")
+
+
+def test_a_sensor_that_is_switched_off_is_told(up: Up) -> None:
+    """By the doctor: nothing of its kind would start by itself, and nobody know why."""
+    url = up.services["ui_url"]
+    assert switched_off(url) == []
+    found = _graphql(
+        up,
+        """{ repositoriesOrError { ... on RepositoryConnection { nodes {
+             sensors { name sensorState { id } } } } } }""",
+    )
+    (node,) = found["repositoriesOrError"]["nodes"]
+    sensor = next(one for one in node["sensors"] if one["name"] == "expiry_sensor")
+    _graphql(
+        up, "mutation($i: String!) { stopSensor(id: $i) { __typename } }",
+        i=sensor["sensorState"]["id"],
+    )  # fmt: skip
+    assert switched_off(url) == ["expiry_sensor"]
 
 
 def test_a_cancelled_run_gives_its_work_back(up: Up) -> None:

@@ -182,6 +182,33 @@ def test_trash_can_be_restored_until_its_grace_ends(site):
         request(site, oid)
 
 
+def test_a_copy_that_was_missing_does_not_go_again_when_its_item_is_restored(site):
+    """It was in no trash, and its certificate would tell of an item that has not expired."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    (other,) = site.replicas(oid).keys() - {"a"}
+    (site.folder / other / site.replica(oid, other)["path"]).unlink()
+    for state in ("SUSPECT", "MISSING"):
+        site.execute(
+            "UPDATE replica SET state = :state WHERE uid = :uid",
+            state=state, uid=site.replica(oid, other)["uid"],
+        )  # fmt: skip
+    # so that it need not be made again
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID'")
+    site.advance(seconds=1)
+    expire(site, oid)
+    site.work(plan=ExpiryPlanner(10, 10**9))
+    assert site.replicas(oid) == {"a": "TRASHED", other: "TRASHED"}
+    request(site, oid)
+    site.work(OperationKind.RESTORE)
+    for _ in range(2):
+        site.advance(seconds=1)
+        site.settle()
+    assert site.item(oid)["state"] == "READY"
+    assert site.replicas(oid) == {"a": "READY", other: "MISSING"}
+    assert len(site.query("SELECT FROM deletion")) == 2
+
+
 def test_a_restore_never_removes_a_file_that_somebody_put_in_its_place(site):
     """What lies where a copy was is not the DLM's: the restore FAILS, both files stay, and a retry
     brings the copy back once the place is free."""

@@ -41,6 +41,19 @@ def look(site: Site) -> Any:
     return report
 
 
+def test_a_folder_that_is_being_written_is_left_alone(site: Site) -> None:
+    """A *.part folder is renamed when it is whole: until then none of its files is a payload."""
+    add_watch(site.context, Source("in", "ska", as_directory=("*.ms",)), "drop")
+    write(site, "drop/scan.ms.part/table", b"1")
+    write(site, "drop/deep.tmp/more/x", b"2")
+    for _ in range(3):
+        assert look(site).created == 0
+    (site.folder / "in/drop/scan.ms.part").rename(site.folder / "in/drop/scan.ms")
+    look(site)
+    assert look(site).created == 1
+    assert [row["uri"] for row in site.query("SELECT uri FROM data_item")] == ["ska:drop/scan.ms"]
+
+
 def test_a_directory_payload_waits_until_none_of_its_files_changes(site: Site) -> None:
     """It is one item, hidden files and *.part within it included; a file beside it is one of its
     own, and neither is announced again."""

@@ -166,6 +166,20 @@ def test_a_dry_run_says_that_more_is_due_than_it_shows(site, instance, name, mon
     assert "more is due" in metadata(execute(instance, name, dry_run=True), name)["more"]
 
 
+def test_a_dry_run_of_expiry_shows_what_that_run_would_do(site, instance):
+    """With its own config: nothing planned without a plan, and the limit that stops it."""
+    register(site, {"x": b"one", "y": b"two"})
+    execute(instance, "registration")
+    site.execute("UPDATE data_item SET expires_at = :now", now=site.context.clock())
+    told = metadata(execute(instance, "expiry", dry_run=True), "expiry")
+    assert told["proposed"] == 2 and "stopped" not in told
+    assert "| test:x | trash the copy on a: its item has expired |" in told["proposals"]
+    told = metadata(execute(instance, "expiry", dry_run=True, max_delete_items=1), "expiry")
+    assert told["stopped"].startswith("by DLM_MAX_DELETE_ITEMS=1: ")
+    told = metadata(execute(instance, "expiry", dry_run=True, plan=False), "expiry")
+    assert told["proposed"] == 0 and "stopped" not in told
+
+
 def test_sensors_ask_for_runs_only_when_work_is_due(site, instance):
     """Nothing due: skipped, in words. Work due: a run. Runs at it already: none more."""
     for name in JOBS:

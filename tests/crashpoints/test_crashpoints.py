@@ -34,9 +34,17 @@ def check(arena, scenario, points, expected, names):
         assert not wrong, f"point {at} ({names[at - 1]}): {wrong}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+def every_other(names):
+    """The suite has a crash in every other scenario, what is slow in all."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if place % 2 else name
+        for place, name in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize("name", every_other(NAMES))
 def test_a_crash_amid_effects_is_recovered_from(arena, name):
-    """One point of every scenario, each another, where something has just been done, or half."""
+    """One point of a scenario, each another, where something has just been done, or half."""
     scenario = NAMES[name]
     arena.prepare(scenario)
     expected, names = reference(arena, scenario)

@@ -1,4 +1,4 @@
-"""The suite's steps: 4,000, and 20,000 of 20 seeds with what is slow. In four files, since the
+"""The suite's steps: 2,400 of four seeds, and 18,400 of 20 with what is slow. In four files, for the
 suite's workers share out files."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from tests.simulation.machine import Lifecycle
 from tests.simulation.mixed import Mixed
 from tests.simulation.run import simulate
 
-STEPS = 1000
+STEPS, FEWER = 1000, 600
 
 
 def seeds(quarter: int) -> list[object]:
@@ -25,7 +25,7 @@ def seeds(quarter: int) -> list[object]:
 def nothing_is_lost(engine: Engine, seed: int) -> None:
     """Every promise holds after every step; else the shortest story that breaks one is shown. Every
     other seed has bundles and tapes among its storages."""
-    machine = Mixed if seed % 2 else Lifecycle
-    result = simulate(engine, STEPS, seed, machine=machine)
+    machine, steps = Mixed if seed % 2 else Lifecycle, FEWER if seed % 5 == 1 else STEPS
+    result = simulate(engine, steps, seed, machine=machine)
     assert result.violation is None, "\n".join([result.violation or "", *result.story])
-    assert result.steps >= STEPS
+    assert result.steps >= steps

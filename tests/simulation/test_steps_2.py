@@ -9,6 +9,6 @@ from tests.simulation.steps import nothing_is_lost, seeds
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", seeds(2))
-def test_nothing_is_lost_in_a_thousand_steps(engine, seed):
+def test_nothing_is_lost_in_so_many_steps(engine, seed):
     """Every promise holds after every step, whatever comes in between."""
     nothing_is_lost(engine, seed)

@@ -1,5 +1,5 @@
-"""The suite's steps: 2,400 of four seeds, and 18,400 of 20 with what is slow. In four files, for the
-suite's workers share out files."""
+"""The steps of the suite: 2,400 of four seeds, and 18,400 of 20 with what is slow. Four files, as
+its workers share out files."""
 
 from __future__ import annotations
 

@@ -330,8 +330,7 @@ class XrootdStorage(Listed):
             return False
         ends = source._url(source._path(source_path)), self._url(self._new_path(path))
         self._check_root()
-        if self._look(path) is not None:
-            raise PayloadExistsError(storage=self.name, path=path)
+        self._must_be_free(path)
         try:
             status = third_party.fetch(self._client, *ends, size, moved)
             if status.ok:
@@ -408,8 +407,7 @@ class XrootdStorage(Listed):
             if self._look(source) is None:
                 self._check_root()
                 raise PayloadNotFoundError(storage=self.name, path=source)
-            if self._look(destination) is not None:
-                raise PayloadExistsError(storage=self.name, path=destination)
+            self._must_be_free(destination)
             with suppress(PayloadNotFoundError):
                 self._move(source, destination)
                 return
@@ -426,8 +424,7 @@ class XrootdStorage(Listed):
         try:
             source, destination = self._path(pair[0]), self._new_path(pair[1])
             with self._locks[hash(destination) % _LOCKS]:
-                if self._look(destination) is not None:
-                    return PayloadExistsError(storage=self.name, path=destination)
+                self._must_be_free(destination)
                 with suppress(PayloadNotFoundError):
                     self._move(source, destination)
                     return None
@@ -435,6 +432,10 @@ class XrootdStorage(Listed):
         except StorageError as error:
             return error
         return None
+
+    def _must_be_free(self, path: str) -> None:
+        if self._look(path) is not None:
+            raise PayloadExistsError(storage=self.name, path=path)
 
     def _move(self, source: str, destination: str) -> None:
         self._look_at(source, self._server.mv, self._full(source), self._full(destination))

@@ -520,8 +520,8 @@ LIFECYCLE = (
     Mutant(
         "xrootd-rename-replaces",
         "dlm_core/storages/xrootd.py",
-        "            if self._look(destination) is not None:",
-        "            if False:",
+        "        if self._look(path) is not None:\n            raise PayloadExistsError",
+        "        if False:\n            raise PayloadExistsError",
         "XRootD's rename replaces what is there",
         ("storages/test_xrootd.py::test_the_protocol_would_overwrite_and_we_do_not",),
     ),

@@ -41,6 +41,7 @@ _TEMP = temp_path("")
 _SAFE = "/-._~!$&'()*+,;=:@"
 _REDIRECTS = {301, 302, 307, 308}
 _ABSENT = {404, 410}
+_LOCKS = 64
 _DENIED = {401, 403, 407}
 _REFUSED = {400, 405, 411, 413, 414, 415, 422}
 _DAV = "{DAV:}"
@@ -87,6 +88,7 @@ class WebdavStorage(Listed):
         self._with_folders: set[str] = set()
         self._secret: tuple[float, str] = (float("-inf"), "")
         self._lock = threading.Lock()
+        self._moving = [threading.Lock() for _ in range(_LOCKS)]
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -454,7 +456,9 @@ class WebdavStorage(Listed):
         if parent and parent not in self._folders and self._look(source) is not None:
             self._make_folder(parent)  # nothing is made for no source
         headers = {"Destination": self._origin() + self._target(destination), "Overwrite": "F"}
-        return self._done("MOVE", source, headers=headers)
+        # some servers (WsgiDAV) look whether the name is free, and move then: of ours one waits
+        with self._moving[hash(destination) % _LOCKS]:
+            return self._done("MOVE", source, headers=headers)
 
     def remove(self, path: str) -> None:
         status = self._done("DELETE", self._path(path))

@@ -85,8 +85,7 @@ def register(
     from dlm_core.types import make_uri
 
     make_uri(scheme, f"{prefix}x")  # told once, not for every payload
-    if path.startswith("/") and path != "/":
-        raise InvalidValueError(what="path", value=path, expected="one below the storage's root")
+    below = _below_root(path)
     if path and list_file:
         raise InvalidValueError(what="--list", value=path, expected="a path, or a list of them")
     sums = parse_checksums(_read(checksums)) if checksums else {}
@@ -113,7 +112,7 @@ def register(
         if paths is not None:
             report = register_list(context, source, paths, _progress)
         else:
-            report = register_tree(context, source, path.strip("/"), _progress)
+            report = register_tree(context, source, below, _progress)
     _tell(report, as_json)
 
 
@@ -125,6 +124,12 @@ def _read(path: Path) -> str:
             what="file", value=str(path), expected=f"a readable file ({error.strerror})"
         ) from None
     return data.decode("utf-8", "surrogateescape")
+
+
+def _below_root(path: str) -> str:
+    if path.startswith("/") and path != "/":
+        raise InvalidValueError(what="path", value=path, expected="one below the storage's root")
+    return path.strip("/")
 
 
 def _lines(text: str) -> list[str]:

@@ -62,6 +62,8 @@ _DELETING = (OperationKind.TRASH, OperationKind.PURGE)
 _LOOK_AGAIN_SECONDS = 60.0
 #: inode of the namespace that all processes of a machine are in (PROC_PID_INIT_INO of Linux)
 _MACHINE = 0xEFFFFFFC
+#: what the port asks of every storage
+_CALLS = {name for name in vars(Storage) if not name.startswith("_")}
 #: slowest and first failed operations that a report names
 _SLOWEST = 10
 
@@ -143,7 +145,8 @@ class StoragePool:
 
 
 class _Unavailable:
-    """Stands for a storage that could not be opened: every call says why."""
+    """Stands for a storage that could not be opened: every call that each storage has says why, and
+    it has none of the others."""
 
     concurrency = 1
     atomic_write = False
@@ -151,12 +154,14 @@ class _Unavailable:
     tells_content = False
     part_size = None
     stager = None
-    digest_many = read_many = write_many = rename_many = take_many = copy_from = write_on = None
 
     def __init__(self, name: str, message: str) -> None:
         self.name, self._message = name, message
 
     def __getattr__(self, attribute: str) -> Callable[..., Any]:
+        if attribute not in _CALLS:
+            raise AttributeError(attribute)
+
         def refuse(*_: object, **__: object) -> None:
             raise StorageUnavailableError(storage=self.name, message=self._message)
 

@@ -10,10 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from dlm_core.errors import AccessDeniedError, StorageUnavailableError
+from dlm_core.errors import AccessDeniedError, PayloadNotFoundError, StorageUnavailableError
 from dlm_core.lifecycle.work import StoragePool
 from dlm_core.storages import s3_keys
 from dlm_core.storages.open import open_storage
+from dlm_core.transfers.mover import CopyTask, copy_batch
+from dlm_core.types import PayloadKind
 
 
 @pytest.fixture
@@ -74,6 +76,14 @@ def test_a_storage_whose_secret_came_later_is_opened_then(s3, folder):
     pool = StoragePool()
     with pytest.raises(StorageUnavailableError):
         pool.open(row).check()
+    # nothing is copied from there nor to it, and the worker goes on
+    disk = open_storage("disk", "posix", str(folder), {})
+    task = CopyTask(
+        uuid.uuid4(), "x", "y", PayloadKind.FILE, 1, "sha256:" + "0" * 64, (), uuid.uuid4().hex
+    )
+    for ends in ((pool.open(row), disk), (disk, pool.open(row))):
+        (result,) = copy_batch(*ends, [task])
+        assert isinstance(result.error, StorageUnavailableError | PayloadNotFoundError)
     (folder / "secret_key").write_text(s3.secret_key)
     pool.open(row).check()
 

@@ -184,7 +184,8 @@ def uri_path(uri: str) -> str:
     InvalidValueError
         if ``uri`` is not in the one form that :func:`make_uri` gives.
     """
-    scheme, colon, rest = uri.partition(":")
+    # programs give what is no text at all
+    scheme, colon, rest = uri.partition(":") if isinstance(uri, str) else ("", "", "")
     path = decode_path(rest)
     if not colon or make_uri(scheme, path) != uri:
         raise InvalidValueError(

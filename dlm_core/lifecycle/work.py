@@ -59,7 +59,7 @@ _BESIDE = (OperationKind.ADMIT, OperationKind.COPY)
 _DELETIONS = 1000
 _DELETING = (OperationKind.TRASH, OperationKind.PURGE)
 #: when the mark of a storage that could not be reached is looked at again
-_LOOK_AGAIN_SECONDS = 60.0
+_LOOK_AGAIN_SECONDS = 10.0
 #: inode of the namespace that all processes of a machine are in (PROC_PID_INIT_INO of Linux)
 _MACHINE = 0xEFFFFFFC
 #: what the port asks of every storage
@@ -78,6 +78,8 @@ class _Opened:
     storage: Storage
     #: when its mark is looked at, in monotonic seconds
     look_from: float
+    #: why it could not be looked at when that was tried last
+    outage: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -116,30 +118,33 @@ class StoragePool:
                 except DlmError as error:
                     # it fails its operations one by one like one that is down, and must not stop
                     # the work on the others; not kept: the secret that it wants may come
-                    return cast(Storage, _Unavailable(row["name"], str(error)))
+                    return _unavailable(row, str(error))
                 looks = self._looks and row["managed"] and getattr(storage, "stager", None) is None
                 kept = _Opened(stamp, storage, 0.0 if looks else math.inf)
                 self._open[row["storage_id"]] = kept
-        if time.monotonic() < kept.look_from:
+        if kept.look_from == math.inf:
             return kept.storage
         # not under the lock of all: it may be waited for
         with kept.lock:
             return self._looked_at(row, kept)
 
     def _looked_at(self, row: Mapping[str, Any], kept: _Opened) -> Storage:
-        """The adapter unless another's mark is at its place: two disks that were swapped would have
-        all their copies missing."""
+        """The adapter, once its mark was looked for and another's is not at its place: two disks
+        that were swapped would have all their copies missing."""
         if time.monotonic() < kept.look_from:
-            return kept.storage
+            return _unavailable(row, kept.outage)
         try:
             mark = mark_of(kept.storage)
-        except DlmError:
-            # its calls will tell; whoever waits for them need not wait for this each time
+        except StorageUnavailableError as error:
+            # whoever wants it meanwhile need not wait for this each time
             kept.look_from = time.monotonic() + _LOOK_AGAIN_SECONDS
-            return kept.storage
+            kept.outage = str(error.details["message"])
+            return _unavailable(row, kept.outage)
+        except DlmError:
+            mark = None  # its calls will tell
         if mark not in (None, str(row["storage_id"])):
             message = f"the key of another storage is there ({mark}), of another disk or server"
-            return cast(Storage, _Unavailable(row["name"], message))
+            return _unavailable(row, message)
         kept.look_from = math.inf
         return kept.storage
 
@@ -166,6 +171,10 @@ class _Unavailable:
             raise StorageUnavailableError(storage=self.name, message=self._message)
 
         return refuse
+
+
+def _unavailable(row: Mapping[str, Any], message: str) -> Storage:
+    return cast(Storage, _Unavailable(row["name"], message))
 
 
 def _open_row(row: Mapping[str, Any]) -> Storage:

@@ -11,7 +11,9 @@ import pytest
 from sqlalchemy import Engine
 
 from dlm_core.catalogue.engine import begin, run
+from dlm_core.errors import StorageUnavailableError
 from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.register import storage_by_name
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.work import Context, drain
 from dlm_core.settings import load_settings
@@ -212,6 +214,22 @@ def test_a_disk_that_is_mounted_where_another_belongs_is_an_outage(
     verified = dlm("status", "--json").json["operations"]["verify"]
     assert verified == {"DONE": 1}
     assert dlm("status", "--json").json["replicas"] == before
+
+
+def test_a_storage_is_not_used_before_its_key_was_looked_at(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path, engine: Engine
+) -> None:
+    """Of a worker that begins while a disk is away, and another comes in its place: nothing is
+    looked for there either."""
+    (storages["a"] / "x").write_bytes(b"payload")
+    context = Context(engine, load_settings(), "user:test")
+    row = storage_by_name(context, "a")
+    storages["a"].rename(tmp_path / "away")
+    with pytest.raises(StorageUnavailableError):
+        context.storages.open(row).check()
+    storages["b"].rename(storages["a"])
+    with pytest.raises(StorageUnavailableError):
+        context.storages.open(row).stat("x")
 
 
 def work_anew(engine: Engine) -> None:

@@ -112,6 +112,12 @@ def test_metadata_that_json_cannot_tell_are_refused(site, metadata):
     assert site.item(oid)["metadata"] == {"s": "a\\u0000b"}
 
 
+def test_a_uri_is_text(site):
+    """What a program gives by mistake is refused in words."""
+    with pytest.raises(InvalidValueError, match="uri 5"):
+        init_data_item(site.context, 5)
+
+
 def test_a_kind_is_one_of_two(site):
     """And may be told as text."""
     oid = init_data_item(site.context, "t:x")

@@ -21,6 +21,16 @@ class DlmError(Exception):
     def __str__(self) -> str:
         return " ".join((type(self).__doc__ or "").split()).format(**self.details)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _told_elsewhere, (type(self), self.details)
+
+
+def _told_elsewhere(kind: type[DlmError], details: dict[str, object]) -> DlmError:
+    """The error of another process."""
+    error = kind.__new__(kind)
+    DlmError.__init__(error, **details)
+    return error
+
 
 # --- input: exit code 2 -----------------------------------------------------------------------
 

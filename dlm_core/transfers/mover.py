@@ -16,27 +16,27 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from hashlib import md5, sha256
 from typing import Any, cast
 
 from dlm_core.errors import (
-    DestinationDamagedError,
     DlmError,
     PathRefusedError,
     PayloadExistsError,
-    PayloadNotFoundError,
-    SourceDamagedError,
     StorageUnavailableError,
 )
-from dlm_core.storages.port import Storage, remove_file, temp_path
+from dlm_core.storages.port import Storage, temp_path
+from dlm_core.storages.posix import PosixStorage
+from dlm_core.transfers.beside import PROCESSES, Call, LostError
 from dlm_core.transfers.bringing import bringing
 from dlm_core.transfers.checksums import observe
-from dlm_core.transfers.pooled import MAX_CHUNK, TINY, Turns, at_once, in_chunks, near
+from dlm_core.transfers.pooled import MAX_CHUNK, TINY, Turns, at_once, in_chunks, near, together
 from dlm_core.transfers.proving import Prover
-from dlm_core.transfers.reading import HashingReader, Interrupted, Progress, read_up_to
+from dlm_core.transfers.publishing import Publisher
+from dlm_core.transfers.reading import HashingReader, Interrupted, Progress
 from dlm_core.transfers.resuming import Resuming, write_in_parts
 from dlm_core.transfers.tasks import (
     AT_ONCE,
@@ -52,14 +52,21 @@ from dlm_core.transfers.tasks import (
     groups,
     interrupted,
     last_at_work,
+    of_destination,
     sub_batches,
 )
+from dlm_core.transfers.throttle import bare, held_back
+from dlm_core.transfers.tiny import copy_each, read_whole
 from dlm_core.types import PayloadKind
 
 __all__ = ["CopyResult", "CopyTask", "Lane", "copy_batch", "last_at_work"]
 
 # folders for temporary files: threads that make files in one folder wait for each other
 _SLOTS = 16
+#: processes beside that tiny files are given to first, and from how many files on: fewer are
+#: copied before a process has begun
+_PROCESSES = 2
+_WORTH_PROCESSES = 250
 _NOTHING: Mapping[str, bytes] = {}
 
 
@@ -90,7 +97,8 @@ def copy_batch(
     lane : limits on files at once that others have a part in, and who watches.
     """
     threads = concurrency or at_once(source, destination)
-    mover = _Mover(source, destination, progress, stop, lane or Lane(), Turns(threads))
+    files = sum(len(task.manifest) or 1 for task in tasks)
+    mover = _Mover(source, destination, progress, stop, lane or Lane(), threads, files)
     if resume_bytes is not None:
         mover.resumed_above = resume_bytes
     going: deque[Future[list[CopyResult]]] = deque()
@@ -114,16 +122,16 @@ class _Mover:
         progress: Progress | None,
         stop: threading.Event | None,
         lane: Lane,
-        turns: Turns,
+        threads: int,
+        files: int,
     ) -> None:
         self.source, self.destination, self.lane = source, destination, lane
-        self.turns, self.near = turns, near(source, destination)
+        self.near = near(source, destination)
         self.progress, self.stop = progress, stop or threading.Event()
         self.atomic = bool(getattr(destination, "atomic_write", False))
         self.part_size: Callable[[int], int] | None = getattr(destination, "part_size", None)
         self.read_many = getattr(source, "read_many", None)
         self.write_many = getattr(destination, "write_many", None)
-        self.rename_many = getattr(destination, "rename_many", None)
         self.copy_from = getattr(destination, "copy_from", None)
         self.write_on = getattr(destination, "write_on", None)
         self.write_in_parts = getattr(destination, "write_in_parts", None)
@@ -134,7 +142,11 @@ class _Mover:
             self.together = min(most, getattr(source, "reads_at_once", TOGETHER))
         self.resumed_above = sys.maxsize
         self.outage: DlmError | None = None
+        ends = {type(bare(source)), type(bare(destination))}
+        self.beside = ends == {PosixStorage} and files >= _WORTH_PROCESSES
+        self.turns = Turns(threads, PROCESSES.begin(_PROCESSES) if self.beside else 1)
         self.prover = Prover(source, destination, self.stop, lane, self._turn)
+        self.publisher = Publisher(destination, self.near, self.stop, lane, self._turn)
         self.bringing = bringing(source, destination, self.prover, self.stop, lane)
 
     def copy(self, tasks: Sequence[CopyTask], pool: ThreadPoolExecutor) -> list[CopyResult]:
@@ -177,10 +189,10 @@ class _Mover:
             self.prover.ask_for_digests(files)
         unproven = [file for file in files if not file.error and not file.proven]
         in_chunks(pool, self.prover.read_back, unproven, self.prover.opened_ahead)
-        results = self._publish(copies, pool)
+        results = self.publisher.publish(copies, pool)
         stopped = self.stop.is_set()
         if not self.atomic:
-            results = self._make_names_durable(results)
+            results = self.publisher.make_names_durable(results)
         self._clear_together(copies)
         if not stopped:
             return results
@@ -256,9 +268,16 @@ class _Mover:
             except DlmError:
                 pass  # the sweep finds it
 
-    def _turn(self, files: Sequence[File]) -> AbstractContextManager[None]:
-        """Held while tiny files are at work between near storages."""
-        return self.turns.one() if self._is_tiny(files) else nullcontext()
+    @contextmanager
+    def _turn(self, files: Sequence[File]) -> Iterator[Call | None]:
+        """Held while tiny files are at work between near storages; gives what calls the process
+        that does the work, if there is one."""
+        if not self._is_tiny(files):
+            yield None
+            return
+        may = self.beside and not held_back(self.source, self.destination)
+        with self.turns.one(), PROCESSES.one() if may else nullcontext() as call:
+            yield call
 
     def _is_tiny(self, files: Sequence[File]) -> bool:
         return self.near and all(file.size <= TINY for file in files)
@@ -268,24 +287,53 @@ class _Mover:
             for file in files:
                 self._write(file)
             return []
-        self._each_tiny(files, self._write_small, True)
+        self._each_tiny(files, self._write_small, self._turn(files))
         return []
 
     def _each_tiny(
-        self, files: Sequence[File], work: Callable[[File], None], in_turns: bool
+        self,
+        files: Sequence[File],
+        work: Callable[[File], None],
+        turn: AbstractContextManager[Call | None],
     ) -> None:
-        """``work`` on files one after the other, in one place."""
+        """``work`` on files one after the other, in one place; or have them copied in a turn that
+        has a process for it."""
         try:
             # who waits for a place keeps no turn meanwhile
-            with (
-                self.lane.places(False, max(file.size for file in files)),
-                self.turns.one() if in_turns else nullcontext(),
-            ):
+            with self.lane.places(False, max(file.size for file in files)), turn as call:
+                if call is not None:
+                    self._copy_beside(call, files)
+                    return
                 for file in files:
                     self._attempt(file, partial(work, file), Lane())
         except Interrupted:
             for file in files:
                 file.error = file.error or interrupted(self.source)
+
+    def _copy_beside(self, call: Call, files: Sequence[File]) -> None:
+        """As ``_attempt`` of each of ``files``."""
+        if self.stop.is_set():
+            raise Interrupted
+        if self.outage is not None:
+            for file in files:
+                file.error = self.outage
+            return
+        wanted = [(file.source, file.written, file.size, file.digest) for file in files]
+        try:
+            ended = call(copy_each, bare(self.source), bare(self.destination), wanted)
+        except LostError:
+            # how far it came is not known: the next try has other temporary names
+            message = "the process that copied to it ended"
+            lost = StorageUnavailableError(storage=self.destination.name, message=message)
+            ended = [(lost, 0.0)] * len(files)
+        for file, (error, seconds) in zip(files, ended, strict=True):
+            file.seconds += seconds
+            if error is not None:
+                self._note(file, error)
+                continue
+            file.made = True
+            if self.progress is not None:
+                self.progress(file.size)
 
     def _write(self, file: File) -> None:
         def work() -> None:
@@ -327,23 +375,21 @@ class _Mover:
         """Small files that the source gives, or the destination takes, many of at once."""
         given = self._read_together(files)
         if self.write_many is None:
-            self._each_tiny(files, partial(self._write_small, given=given), False)
+            self._each_tiny(files, partial(self._write_small, given=given), nullcontext())
             return
         data: dict[str, bytes] = {}
 
         def read_in(file: File) -> None:
             data[file.written] = self._read(file, given)
 
-        self._each_tiny(files, read_in, near(self.source))
+        self._each_tiny(files, read_in, self.turns.one() if near(self.source) else nullcontext())
         read = [file for file in files if file.written in data]
         if not read:
             return
         begun = time.monotonic()
         try:
             with self.lane.places(False, SMALL):
-                errors = self._together(
-                    self.write_many, [(f.written, data[f.written]) for f in read]
-                )
+                errors = together(self.write_many, [(f.written, data[f.written]) for f in read])
         except Interrupted:
             errors = [interrupted(self.source)] * len(read)
         for file, error in zip(read, errors, strict=True):
@@ -354,13 +400,6 @@ class _Mover:
             file.made = True
             if self.progress is not None:
                 self.progress(file.size)
-
-    @staticmethod
-    def _together(call: Callable[..., Any], things: Sequence[Any]) -> Sequence[DlmError | None]:
-        try:
-            return cast(Sequence[DlmError | None], call(things))
-        except DlmError as error:
-            return [error] * len(things)
 
     def _read_together(self, files: Sequence[File]) -> dict[str, bytes]:
         """What the source gives in one request; anything amiss is told by reading one by one."""
@@ -377,16 +416,7 @@ class _Mover:
         data = given.get(file.source, b"")
         if len(data) == file.size and f"sha256:{sha256(data).hexdigest()}" == file.digest:
             return data
-        with self.source.open_read(file.source) as stream:
-            data = read_up_to(stream, file.size + 1)
-        found = f"sha256:{sha256(data).hexdigest()}"
-        if found != file.digest or len(data) != file.size:
-            raise SourceDamagedError(
-                where=f"{self.source.name}:{file.source}",
-                expected=f"{file.digest} ({file.size} bytes)",
-                found=f"{found} (the first {len(data)} bytes)",
-            )
-        return data
+        return read_whole(self.source, file.source, file.size, file.digest)
 
     def _write_small(self, file: File, given: Mapping[str, bytes] = _NOTHING) -> None:
         data = self._read(file, given)
@@ -459,7 +489,7 @@ class _Mover:
         try:
             seen = observe(self.destination, file.written, stop=self.stop)
         except DlmError as failure:
-            file.error = _of_destination(failure, file)
+            file.error = of_destination(failure, file)
             return
         if self.stop.is_set():
             file.error = interrupted(self.destination)
@@ -476,119 +506,3 @@ class _Mover:
         except DlmError as error:
             for file in files:
                 file.error = file.error or error
-
-    # --- publish ---------------------------------------------------------------------------------
-
-    def _publish(self, copies: Sequence[Copy], pool: ThreadPoolExecutor) -> list[CopyResult]:
-        # far away all of them in one request, near by few at a time
-        far = {} if self.near else self._rename_together(copies)
-
-        def settle(some: Sequence[Copy]) -> list[CopyResult]:
-            with self._turn([]):
-                renamed = self._rename_together(some) if self.near else far
-                return [self._settle(copy, renamed) for copy in some]
-
-        if self.atomic and all(copy.task.kind is PayloadKind.FILE for copy in copies):
-            return settle(copies)  # what is whole is visible: nothing to wait for the pool for
-        return in_chunks(pool, settle, copies)
-
-    def _rename_together(self, copies: Sequence[Copy]) -> dict[str, DlmError | None]:
-        """How the renaming of each verified copy ended, by temporary name; or nothing."""
-        if self.rename_many is None:
-            return {}
-        good = [copy for copy in copies if copy.first_error() is None]
-        pairs = [(copy.written, copy.task.destination_path) for copy in good]
-        errors = self._together(self.rename_many, pairs)
-        return {copy.written: error for copy, error in zip(good, errors, strict=True)}
-
-    def _settle(self, copy: Copy, renamed: Mapping[str, DlmError | None]) -> CopyResult:
-        error = copy.first_error()
-        if error is None:
-            error = self._look_for_strangers(copy) if self.atomic else self._reveal(copy, renamed)
-        if error is not None:
-            self._clear(copy, error)
-        kept = copy.written if copy.kept() else None
-        return CopyResult(copy.task, error, sum(file.seconds for file in copy.files), kept)
-
-    def _reveal(self, copy: Copy, renamed: Mapping[str, DlmError | None]) -> DlmError | None:
-        try:
-            if (failure := renamed.get(copy.written)) is not None:
-                raise failure
-            if copy.written not in renamed:
-                self.destination.rename(copy.written, copy.task.destination_path)
-        except PayloadExistsError as error:
-            return self._same_already(copy, error)
-        except DlmError as error:
-            return _of_destination(error, copy.files[0])
-        return None
-
-    def _same_already(self, copy: Copy, error: DlmError) -> DlmError | None:
-        task = copy.task
-        try:
-            seen = observe(self.destination, task.destination_path, task.kind, self.stop)
-            if self.stop.is_set():
-                return interrupted(self.destination)
-            if (seen.size, seen.digest) != (task.size, task.digest):
-                return error
-            self.destination.remove(copy.written)
-        except PathRefusedError:
-            return error  # something of another kind
-        except DlmError as failure:
-            return _of_destination(failure, copy.files[0])
-        return None
-
-    def _look_for_strangers(self, copy: Copy) -> DlmError | None:
-        """On an object store a directory is what begins with its name: nothing else may."""
-        if copy.task.kind is PayloadKind.FILE:
-            return None
-        mine = {file.written for file in copy.files}
-        try:
-            for entry in self.destination.walk(copy.written):
-                if entry.path not in mine:
-                    return PayloadExistsError(storage=self.destination.name, path=entry.path)
-        except DlmError as error:
-            return _of_destination(error, copy.files[0])
-        return None
-
-    def _make_names_durable(self, results: list[CopyResult]) -> list[CopyResult]:
-        if not any(result.error is None for result in results):
-            return results
-        try:
-            self.destination.flush()
-        except DlmError as error:
-            return [replace(result, error=result.error or error) for result in results]
-        return results
-
-    def _clear(self, copy: Copy, error: DlmError) -> None:
-        """Take back what was written by this try, and only that."""
-        if copy.kept():
-            return
-        try:
-            if not self.atomic:
-                self.destination.remove(copy.written)
-                return
-            # after an outage the next try adopts the files that came through
-            made = [
-                file.written
-                for file in copy.files
-                if file.made
-                and (isinstance(file.error, DestinationDamagedError) or not error.retryable)
-            ]
-            if made:
-                with self.lane.taking_back(copy.task.operation_id, self.destination) as storage:
-                    if storage is None:
-                        return
-                    for path in made:
-                        remove_file(storage, path)
-        except DlmError:
-            pass  # the sweep finds it; the task's own error is the one to tell
-
-
-def _of_destination(error: DlmError, file: File) -> DlmError:
-    """ "Not found" is said of sources only: the catalogue would suspect a good one."""
-    if isinstance(error, PayloadNotFoundError):
-        storage = error.details["storage"]
-        return StorageUnavailableError(
-            storage=storage, message=f"{file.final} went while it was looked at"
-        )
-    return error

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
+from dlm_core.errors import DlmError
 from dlm_core.storages.port import Storage
 
 MAX_CHUNK = 32
@@ -43,14 +44,15 @@ class Turns:
 
     The interpreter runs one thread at a time, and threads that want it in turns after every call of
     the system may spend more on the handing over than on the files: on a fast disk one is the best,
-    on a busy network file system ``most`` are. So it begins with one, and goes on doubling while
-    that makes it faster.
+    on a busy network file system ``most`` are. So it begins with ``first``, and goes on doubling
+    while that makes it faster.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most, self._width, self._free = most, 1, 1
+    def __init__(self, most: int, first: int = 1) -> None:
+        first = max(1, min(first, most))
+        self._most, self._width, self._free = most, first, first
         self._lock, self._waiting = threading.Lock(), deque[threading.Lock]()
-        self._trying = most > 1
+        self._trying = most > first
         self._ended, self._begun, self._rate = 0, 0.0, 0.0
 
     @contextmanager
@@ -106,3 +108,11 @@ def in_chunks(
     length = max(1, min(longest, len(things) // (4 * pool._max_workers)))
     chunks = [things[n : n + length] for n in range(0, len(things), length)]
     return [one for done in pool.map(function, chunks) for one in done]
+
+
+def together(call: Callable[..., Any], things: Sequence[Any]) -> Sequence[DlmError | None]:
+    """How each of several things ended in one call; what that raises is the error of each."""
+    try:
+        return cast(Sequence[DlmError | None], call(things))
+    except DlmError as error:
+        return [error] * len(things)

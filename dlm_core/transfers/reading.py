@@ -19,14 +19,6 @@ class Interrupted(Exception):
     """Raised inside a read when the copying is to stop."""
 
 
-def read_up_to(stream: Readable, size: int) -> bytes:
-    """The first ``size`` bytes, or all there are."""
-    data = stream.read(size)
-    while data and len(data) < size and (more := stream.read(size - len(data))):
-        data += more
-    return data
-
-
 class HashingReader:
     """A stream that computes digests of what is read, and fails before its end if they are wrong.
 

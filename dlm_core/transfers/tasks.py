@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from dlm_core.errors import DlmError, StorageUnavailableError
+from dlm_core.errors import DlmError, PayloadNotFoundError, StorageUnavailableError
 from dlm_core.storages.port import Storage
+from dlm_core.transfers.beside import Call
 from dlm_core.types import ManifestEntry, PayloadKind
 
 #: files up to this size are read whole: one read, one hash, one write
@@ -109,6 +110,10 @@ class Copy:
         return None
 
 
+#: held while some files are at work; gives what calls a process that does it, if there is one
+Turn = Callable[[Sequence[File]], AbstractContextManager[Call | None]]
+
+
 def _anywhere(_: bool, __: int) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -197,3 +202,13 @@ def groups(files: Sequence[File], most: int = TOGETHER) -> Iterator[list[File]]:
         size += file.size
     if group:
         yield group
+
+
+def of_destination(error: DlmError, file: File) -> DlmError:
+    """ "Not found" is said of sources only: the catalogue would suspect a good one."""
+    if isinstance(error, PayloadNotFoundError):
+        storage = error.details["storage"]
+        return StorageUnavailableError(
+            storage=storage, message=f"{file.final} went while it was looked at"
+        )
+    return error

@@ -294,9 +294,9 @@ LIFECYCLE = (
     ),
     Mutant(
         "damaged-source-copied",
-        "dlm_core/transfers/mover.py",
-        "        if found != file.digest or len(data) != file.size:",
-        "        if len(data) != file.size:",
+        "dlm_core/transfers/tiny.py",
+        "    if found != digest or len(data) != size:",
+        "    if len(data) != size:",
         "a small file is copied without a look at what was read",
         ("transfers/test_mover.py::test_a_damaged_source_is_never_visible",),
         "SKA DLM 12: no checksum is compared",
@@ -335,10 +335,10 @@ LIFECYCLE = (
         "dlm_core/transfers/mover.py",
         (
             "        in_chunks(pool, self.prover.read_back, unproven, self.prover.opened_ahead)\n"
-            "        results = self._publish(copies, pool)\n"
+            "        results = self.publisher.publish(copies, pool)\n"
         ),
         (
-            "        results = self._publish(copies, pool)\n"
+            "        results = self.publisher.publish(copies, pool)\n"
             "        in_chunks(pool, self.prover.read_back, unproven, self.prover.opened_ahead)\n"
         ),
         "a copy is visible before it was verified",

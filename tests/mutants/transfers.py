@@ -41,6 +41,14 @@ TRANSFERS = (
         ),
     ),
     Mutant(
+        "process-beside-believed",
+        "dlm_core/transfers/proving.py",
+        "                self._compare(file, size, found)\n        return True",
+        "                file.proven = True\n        return True",
+        "what a process beside has read back is compared with nothing",
+        ("transfers/test_beside.py::test_bytes_that_changed_on_the_medium_are_noticed_there",),
+    ),
+    Mutant(
         "source-blamed-for-partial",
         "dlm_core/transfers/resuming.py",
         "            if not begun:\n                raise\n",

@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 
 #: without the site's packages, of which nothing is needed: it is there in a twentieth of a second
 _PYTHON = (sys.executable, "-I", "-S", "-c")
-_BEGIN = f"import sys; sys.path.insert(0, sys.argv[1]); from {__name__} import serve; serve()"
+_BEGIN = f"import sys; sys.path.append(sys.argv[1]); from {__name__} import serve; serve()"
 _PACKAGES = str(Path(__file__).resolve().parents[2])
 
 #: ``call(work, *arguments)``: what ``work(*arguments)`` gives or raises in the process; all of that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dlm_core.errors import PathRefusedError, PayloadNotFoundError
+from dlm_core.storages.bundles import Bundled
 from dlm_core.storages.port import PRIVATE, Storage
 
 MARK = f"{PRIVATE}/storage-id"
@@ -16,6 +17,8 @@ def mark_of(storage: Storage) -> str | None:
     StorageError
         if it cannot be read.
     """
+    if isinstance(storage, Bundled):
+        storage = storage.inner  # it is in no bundle, and there while an index is to be made anew
     try:
         with storage.open_read(MARK) as stream:
             return stream.read(100).decode("ascii", "replace").strip()

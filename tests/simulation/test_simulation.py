@@ -151,6 +151,7 @@ def test_what_is_broken_in_bundles_and_tapes_is_found(engine, monkeypatch, sabot
     assert result.violation.split(":")[0] in promises
 
 
+@pytest.mark.slow
 def test_the_shortest_story_breaks_the_same_promise(engine, monkeypatch):
     """What has nothing to do with a violation is left out of its story; what is left breaks the
     same promise again, every time."""

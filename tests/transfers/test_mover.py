@@ -42,7 +42,10 @@ def leftovers(storage):
     return [] if storage.stat(".dlm/tmp") is None else list(storage.walk(".dlm/tmp"))
 
 
-@pytest.mark.parametrize("size", [0, 1, 10_000, 8 << 20, (8 << 20) + 5, 30 << 20])
+_SLOW = [pytest.param(size, marks=pytest.mark.slow) for size in (1, 8 << 20)]
+
+
+@pytest.mark.parametrize("size", [0, 10_000, (8 << 20) + 5, 30 << 20, *_SLOW])
 def test_a_copy_has_the_bytes_of_its_source(source, storage, size):
     """Any size, to any storage; no temporary file stays."""
     data = os.urandom(size)
@@ -56,7 +59,7 @@ def test_a_copy_has_the_bytes_of_its_source(source, storage, size):
 def test_many_files_in_one_batch(source, storage):
     """More than one sub-batch; each task has its own result."""
     # who packs after every change has enough of a few
-    count = 20 if isinstance(storage, Packing) else 300
+    count = 20 if isinstance(storage, Packing) else 160
     tasks = [task(source, f"{n}", b"%d" % n) for n in range(count)]
     results = list(copy_batch(source, storage, tasks))
     assert [r.error for r in results] == [None] * count

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dlm_cli.session import catalogue
+from dlm_core.catalogue.engine import must_take_writes
 from dlm_core.errors import DlmError
 from dlm_core.settings import load_settings
 
@@ -40,6 +41,11 @@ def examine() -> Iterator[tuple[str, str | None]]:
         yield f"the Dagster UI at {running['ui_url']}", problem
         if not problem:
             yield from _dagster(running["ui_url"])
+    if settings.compute_logs_bucket is not None:
+        from dlm_pipelines.instance import check_compute_logs
+
+        bucket = f"the bucket {settings.compute_logs_bucket} of what runs print"
+        yield bucket, _problem(check_compute_logs)
     problem = _problem(_open)
     yield "the catalogue and its schema", problem
     if problem:
@@ -52,8 +58,8 @@ def examine() -> Iterator[tuple[str, str | None]]:
 
 
 def _open() -> None:
-    with catalogue():
-        pass
+    with catalogue() as context:
+        context.transact(must_take_writes)
 
 
 def _python() -> str | None:

@@ -84,7 +84,8 @@ def up() -> None:
     def ready(ui_url: str) -> None:
         print(f"the DLM is up on {settings.home}\n  UI: {ui_url}\n  Ctrl-C stops it", flush=True)
 
-    print("starting PostgreSQL, the Dagster daemon and the UI ...", flush=True)
+    database = "PostgreSQL, " if settings.database_url is None else ""
+    print(f"starting {database}the Dagster daemon and the UI ...", flush=True)
     with stop_on_signals(stop):
         try:
             run_services(settings, ready, stop)

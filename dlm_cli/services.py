@@ -321,6 +321,8 @@ def _keep_running(
     while not stop.is_set():
         # a list, so that all are looked at
         started = [_keep_database(settings), *(_keep_child(settings, c) for c in children)]
+        for child in children:
+            _keep_short(_log_of(settings, child))
         if any(started):
             _write_state(settings, children, ui_url)
         if not announced and is_healthy(ui_url):
@@ -365,10 +367,19 @@ def _keep_child(settings: Settings, child: Child) -> bool:
     return True
 
 
-def _spawn(settings: Settings, child: Child) -> subprocess.Popen[bytes]:
-    path = settings.home / "log" / f"{child.name}.log"
+def _log_of(settings: Settings, child: Child) -> Path:
+    return settings.home / "log" / f"{child.name}.log"
+
+
+def _keep_short(path: Path) -> None:
+    """Begin a log anew that has grown too long, under the hands of whoever appends to it."""
     if path.exists() and path.stat().st_size > _LOG_LIMIT_BYTES:
-        path.replace(path.with_suffix(".log.1"))
+        shutil.copyfile(path, path.with_suffix(".log.1"))
+        os.truncate(path, 0)
+
+
+def _spawn(settings: Settings, child: Child) -> subprocess.Popen[bytes]:
+    path = _log_of(settings, child)
     with path.open("ab") as output:
         return subprocess.Popen(
             child.command,

@@ -119,11 +119,14 @@ class SchemaMismatchError(CatalogueError):
 
 
 class ServiceUnavailableError(DlmError):
-    """{service} is not running ({reason}); start it with 'dlm up'"""
+    """{service} cannot be used ({reason}); {hint}"""
 
     code = "DLM-203"
     exit_code = 3
     retryable = True
+
+    def __init__(self, service: str, reason: str, hint: str = "is it running? ('dlm up')") -> None:
+        super().__init__(service=service, reason=reason, hint=hint)
 
 
 class AlreadyRunningError(DlmError):

@@ -27,6 +27,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.exc import DisconnectionError
 
 from dlm_core.catalogue.dsn import dagster_dsn, sqlalchemy_url
+from dlm_core.errors import StorageUnavailableError
 from dlm_core.settings import Settings, load_settings
 
 _IN_PROGRESS = [
@@ -111,17 +112,26 @@ class ComputeLogs(LocalComputeLogManager):
         if settings.compute_logs_bucket is None:
             return cls(folder, inst_data=inst_data)
         # boto3 takes a second to import: only who uses it pays
+        import boto3
+        from botocore.config import Config
         from dagster_aws.s3 import S3ComputeLogManager
 
-        return S3ComputeLogManager(
+        manager = S3ComputeLogManager(
             bucket=settings.compute_logs_bucket,
             endpoint_url=settings.compute_logs_endpoint,
             local_dir=folder,
             prefix="dlm-compute-logs",
             upload_interval=30,
-            skip_empty_files=True,
             inst_data=inst_data,
         )
+        # the end of each run waits for its upload: by boto3's own patience, minutes for a bucket
+        # that hangs, and nothing else of its job is done meanwhile. dagster-aws takes no config
+        tries = {"mode": "standard", "total_max_attempts": 2}
+        patience = Config(connect_timeout=5, read_timeout=10, retries=tries)
+        manager._s3_session = boto3.client(
+            "s3", endpoint_url=settings.compute_logs_endpoint, config=patience
+        )
+        return manager
 
 
 class ArtifactStorage(LocalArtifactStorage):
@@ -136,6 +146,27 @@ class ArtifactStorage(LocalArtifactStorage):
         cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, Any]
     ) -> ArtifactStorage:
         return cls(str(dagster_home(load_settings())), inst_data=inst_data)
+
+
+def check_compute_logs() -> None:
+    """Ask for the bucket of what ops print, if there is one.
+
+    Raises
+    ------
+    StorageUnavailableError
+        if it does not let itself be used.
+    """
+    manager = ComputeLogs.from_config_value(None, {})
+    if isinstance(manager, ComputeLogs):
+        return
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket = load_settings().compute_logs_bucket or ""
+    try:
+        manager._s3_session.head_bucket(Bucket=bucket)  # type: ignore[attr-defined]
+    except (BotoCoreError, ClientError) as error:
+        told = f"{str(error).strip().splitlines()[0]}; what runs print stays in DLM_HOME meanwhile"
+        raise StorageUnavailableError(storage=bucket, message=told) from None
 
 
 def end_lost_runs(instance: DagsterInstance) -> int:

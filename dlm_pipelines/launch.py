@@ -208,6 +208,12 @@ def _ask(ui_url: str, query: str, variables: Mapping[str, Any]) -> dict[str, Any
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             answer = json.load(response)
+    except urllib.error.HTTPError as error:
+        raise ServiceUnavailableError(
+            service="the Dagster UI",
+            reason=f"it answers: {error}",
+            hint="its database may be away; log/webserver.log in DLM_HOME tells more",
+        ) from None
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise ServiceUnavailableError(service="the Dagster UI", reason=str(error)) from None
     if answer.get("errors"):

@@ -13,6 +13,16 @@ from dlm_core.catalogue import embedded
 from dlm_core.errors import CatalogueUnavailableError, InvalidValueError
 from dlm_core.settings import Settings
 
+#: a machine that vanished ends no connection: without these a worker waits for it for hours, and
+#: no standby takes its place. Seconds, but for the last: milliseconds
+_PATIENCE = {
+    "connect_timeout": "10",
+    "keepalives_idle": "15",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
+
 
 def catalogue_url(settings: Settings) -> str:
     """The libpq URL of the catalogue; starts the embedded server if it is that and sleeps.
@@ -47,7 +57,8 @@ def dagster_dsn(settings: Settings) -> str:
 def sqlalchemy_url(dsn: str, driver: str) -> URL:
     """A libpq address (URL or ``key=value``, one host or several) for a driver of SQLAlchemy.
 
-    ``driver`` is ``psycopg`` or ``psycopg2``. Passwords are in the result.
+    ``driver`` is ``psycopg`` or ``psycopg2``. Passwords are in the result. A connection to a machine
+    that vanished ends after half a minute, unless the address says otherwise.
 
     Raises
     ------
@@ -77,7 +88,7 @@ def sqlalchemy_url(dsn: str, driver: str) -> URL:
         username=parts.pop("user", None),
         password=parts.pop("password", None),
         database=parts.pop("dbname", None),
-        query={**parts, **where},
+        query={**_PATIENCE, **parts, **where},
     )
 
 

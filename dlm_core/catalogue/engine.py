@@ -39,6 +39,8 @@ _TRY_AGAIN = {"40P01", "40001"}
 _TRIES = 6
 #: program_limit_exceeded: of what we write, a name that does not fit into an index
 _LIMIT = "54000"
+#: read_only_sql_transaction
+_READ_ONLY = "25006"
 #: type of a column of uuids that are given as bytes (types.new_key) to copy_rows and copy_into
 KEY = "key"
 #: rows that :func:`each` makes at once
@@ -132,8 +134,8 @@ _BEGIN = text(
 def make_engine(url: str, *, pool_size: int = 8) -> Engine:
     """An engine on the catalogue.
 
-    ``url`` is a libpq URL (``postgresql://…``); several hosts are given as repeated ``host``
-    parameters, ``?host=a:5432&host=b:5432&target_session_attrs=read-write``.
+    ``url`` is an address as libpq takes it, of one host or of a primary with standbys:
+    ``postgresql://user@a:5432,b:5432/dlm?target_session_attrs=read-write``.
     """
     return create_engine(
         sqlalchemy_url(url, "psycopg"),
@@ -142,7 +144,7 @@ def make_engine(url: str, *, pool_size: int = 8) -> Engine:
         pool_pre_ping=True,
         # whose plans and caches are warm is taken again
         pool_use_lifo=True,
-        connect_args={"application_name": "dlm", "connect_timeout": 10},
+        connect_args={"application_name": "dlm"},
     )
 
 
@@ -237,6 +239,17 @@ def transact(
     raise AssertionError("unreachable")
 
 
+def must_take_writes(connection: Connection) -> None:
+    """Refuse a server that takes no writes, as a standby.
+
+    Raises
+    ------
+    CatalogueError
+    """
+    # refused there, and changes nothing
+    connection.execute(text("SELECT FROM alembic_version FOR UPDATE"))
+
+
 # to look for the parameters of a statement costs as much as some rows of it
 _parsed = lru_cache(maxsize=1024)(text)
 
@@ -298,5 +311,9 @@ def _translated(error: exc.DBAPIError | psycopg.Error) -> DlmError:
         return TooLongError(message=message)
     if lost or isinstance(error, exc.OperationalError | psycopg.OperationalError):
         if state not in _TRY_AGAIN:
-            return CatalogueUnavailableError(reason=message, hint="is it running? ('dlm up')")
+            hint = "is it running? 'dlm up' starts the embedded one"
+            return CatalogueUnavailableError(reason=message, hint=hint)
+    if state == _READ_ONLY:
+        message += "; if a standby was reached, DLM_DATABASE_URL lacks the primary, or "
+        message += "target_session_attrs=read-write"
     return CatalogueError(message=message)

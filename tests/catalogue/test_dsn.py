@@ -7,13 +7,13 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from sqlalchemy import create_engine, make_url, text
 
 from dlm_core.catalogue import embedded
 from dlm_core.catalogue.dsn import sqlalchemy_url
-from dlm_core.catalogue.engine import make_engine, rows, transact
-from dlm_core.errors import InvalidValueError
+from dlm_core.catalogue.engine import make_engine, must_take_writes, rows, transact
+from dlm_core.errors import CatalogueError, InvalidValueError
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,37 @@ def test_hosts_may_have_colons(dsn: str, driver: str) -> None:
     url = make_url(sqlalchemy_url(dsn, driver).render_as_string(hide_password=False))
     _, found = create_engine(url).dialect.create_connect_args(url)
     assert (found["host"], found["port"]) == ("::1,::2", "5433,5432")
+
+
+def test_a_machine_that_vanished_is_not_waited_for(database_url: str) -> None:
+    """Libpq asks whether it is there, for both drivers, unless the address says how."""
+    given = sqlalchemy_url(make_conninfo(database_url, keepalives_idle=7), "psycopg")
+    usual = sqlalchemy_url(database_url, "psycopg2")
+    for url, idle in ((given, "7"), (usual, "15")):
+        engine = create_engine(url)
+        try:
+            with engine.connect() as connection:
+                driver = connection.connection.driver_connection
+                assert driver is not None
+                found = (
+                    driver.get_dsn_parameters()
+                    if url.drivername.endswith("psycopg2")
+                    else driver.info.get_parameters()
+                )
+        finally:
+            engine.dispose()
+        assert (found["keepalives_idle"], found["tcp_user_timeout"]) == (idle, "30000")
+
+
+def test_a_server_that_takes_no_writes_is_told(database_url: str) -> None:
+    """With what would be right: a standby may have been reached."""
+    options = "-c default_transaction_read_only=on"
+    engine = make_engine(make_conninfo(database_url, options=options))
+    try:
+        with pytest.raises(CatalogueError, match="target_session_attrs=read-write"):
+            transact(engine, "user:test", must_take_writes)
+    finally:
+        engine.dispose()
 
 
 @pytest.mark.parametrize("dsn", ["host=a,b,c port=1,2", "host=a port=1,2", "host=a,b port=x"])

@@ -21,6 +21,7 @@ import psutil
 import psycopg
 import pytest
 
+from dlm_cli import services
 from dlm_cli.services import processes_of, read_services, run_services
 from dlm_core.catalogue import embedded
 from dlm_core.errors import AlreadyRunningError, ServiceUnavailableError
@@ -210,6 +211,18 @@ def test_leftovers_of_a_killed_supervisor_are_ended(site: Site) -> None:
     assert left
     site.up()
     assert not any(_lives(process) for process in left)
+
+
+def test_a_log_that_grew_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While somebody goes on writing it; what was in it is kept once."""
+    monkeypatch.setattr(services, "_LOG_LIMIT_BYTES", 10)
+    path = tmp_path / "daemon.log"
+    with path.open("ab", buffering=0) as log:
+        for line in (b"first line\n", b"then\n", b"second line\n"):
+            log.write(line)
+            services._keep_short(path)
+    assert path.read_bytes() == b""
+    assert path.with_suffix(".log.1").read_bytes() == b"then\nsecond line\n"
 
 
 def test_a_service_that_cannot_start_is_reported(another_site: Site) -> None:

@@ -5,7 +5,8 @@ import os
 import boto3
 import pytest
 
-from dlm_pipelines.instance import ComputeLogs
+from dlm_core.errors import StorageUnavailableError
+from dlm_pipelines.instance import ComputeLogs, check_compute_logs
 
 
 @pytest.fixture
@@ -28,3 +29,16 @@ def test_what_is_printed_is_uploaded(bucket, capfd):
     texts = [o.get()["Body"].read() for o in bucket.objects.filter(Prefix="dlm-compute-logs/")]
     assert any(b"copied 17 files" in text for text in texts)
     assert b"copied 17 files" in manager.get_log_data(key).stdout
+
+
+def test_a_bucket_that_cannot_be_used_is_told(bucket, monkeypatch):
+    """The doctor asks for it: runs do not fail for its sake, so nobody else would tell."""
+    check_compute_logs()
+    monkeypatch.setenv("DLM_COMPUTE_LOGS_BUCKET", "no-such-bucket")
+    with pytest.raises(StorageUnavailableError, match="no-such-bucket"):
+        check_compute_logs()
+    monkeypatch.setenv("DLM_COMPUTE_LOGS_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(StorageUnavailableError, match=r"127\.0\.0\.1:9"):
+        check_compute_logs()
+    monkeypatch.delenv("DLM_COMPUTE_LOGS_BUCKET")
+    check_compute_logs()

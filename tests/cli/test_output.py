@@ -17,7 +17,7 @@ def test_a_reader_that_goes_away_is_no_error(dlm: Dlm, storages: Any, more: str)
     # so much that it does not fit into the pipe
     lines = "import sys; sys.argv[1:] = ['storage', 'list'" + (", '--json'" if more else "") + "]"
     many = "import dlm_core.catalogue.places as p; l = p.list_storages"
-    code = f"{lines}; {many}; p.list_storages = lambda c: l(c) * 5000"
+    code = f"{lines}; {many}; p.list_storages = lambda c: l(c) * 700"
     code += "; from dlm_cli.main import main; main()"
     command = f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

@@ -204,6 +204,7 @@ def test_kill_9_of_everything(site: Site) -> None:
     assert site.status(run_id) == "FAILURE"
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_killed_supervisor_are_ended(site: Site) -> None:
     """The next supervisor ends the daemon of a killed one, so that no two ever work at once."""
     site.running().kill()
@@ -225,6 +226,7 @@ def test_a_log_that_grew_is_begun_anew(tmp_path: Path, monkeypatch: pytest.Monke
     assert path.with_suffix(".log.1").read_bytes() == b"then\nsecond line\n"
 
 
+@pytest.mark.slow
 def test_a_service_that_cannot_start_is_reported(another_site: Site) -> None:
     """A daemon that ends at once again and again is an error that names the logs."""
     site = another_site

@@ -251,6 +251,7 @@ def test_kill_9_in_mid_copy(up: Up, victim: str) -> None:
     _all_right(up)
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_died_unseen_ends(up: Up) -> None:
     """With the code server gone too, nobody tells; run monitoring finds the process gone."""
     run = launch_job(up.services["ui_url"], "verification", {"linger_seconds": 600})

@@ -66,7 +66,7 @@ def test_many_files_in_one_batch(source, storage):
     assert len(list(storage.walk())) == count
 
 
-@pytest.mark.parametrize("size", [10, 20 << 20])
+@pytest.mark.parametrize("size", [10, pytest.param(20 << 20, marks=pytest.mark.slow)])
 def test_a_damaged_source_is_never_visible(source, storage, size):
     """Bytes that are not what the catalogue says do not appear, the others do."""
     bad = task(source, "bad", os.urandom(size), digest="sha256:" + "0" * 64)

@@ -149,17 +149,16 @@ def serve() -> None:
     sys.stdout = sys.stderr
     answers.write(b"!")
     answers.flush()
-    while True:
-        try:
+    # who asks may be killed while it does, or before it is answered
+    with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):
+        while True:
             work, arguments = pickle.load(requests)
-        except EOFError:
-            return
-        answer: tuple[Any, Exception | None]
-        try:
-            answer = work(*arguments), None
-        except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
-            answer = None, error
-        _send(answers, answer)
+            answer: tuple[Any, Exception | None]
+            try:
+                answer = work(*arguments), None
+            except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
+                answer = None, error
+            _send(answers, answer)
 
 
 #: those of this process

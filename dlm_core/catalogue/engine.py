@@ -41,6 +41,7 @@ _TRIES = 6
 _LIMIT = "54000"
 #: read_only_sql_transaction
 _READ_ONLY = "25006"
+_TO_WRITE = "if a standby was reached, DLM_DATABASE_URL lacks the primary, or target_session_attrs=read-write"
 #: type of a column of uuids that are given as bytes (types.new_key) to copy_rows and copy_into
 KEY = "key"
 #: rows that :func:`each` makes at once
@@ -246,8 +247,8 @@ def must_take_writes(connection: Connection) -> None:
     ------
     CatalogueError
     """
-    # refused there, and changes nothing
-    connection.execute(text("SELECT FROM alembic_version FOR UPDATE"))
+    if rows(connection, "SHOW transaction_read_only")[0]["transaction_read_only"] == "on":
+        raise CatalogueError(message=f"the server takes no writes; {_TO_WRITE}")
 
 
 # to look for the parameters of a statement costs as much as some rows of it
@@ -314,6 +315,5 @@ def _translated(error: exc.DBAPIError | psycopg.Error) -> DlmError:
             hint = "is it running? 'dlm up' starts the embedded one"
             return CatalogueUnavailableError(reason=message, hint=hint)
     if state == _READ_ONLY:
-        message += "; if a standby was reached, DLM_DATABASE_URL lacks the primary, or "
-        message += "target_session_attrs=read-write"
+        message += f"; {_TO_WRITE}"
     return CatalogueError(message=message)

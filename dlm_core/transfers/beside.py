@@ -25,13 +25,13 @@ _PYTHON = (sys.executable, "-I", "-S", "-c")
 _BEGIN = f"import sys; sys.path.append(sys.argv[1]); from {__name__} import serve; serve()"
 _PACKAGES = str(Path(__file__).resolve().parents[2])
 
-#: ``call(work, *arguments)``: what ``work(*arguments)`` gives or raises in the process; all of that
-#: pickle has to know. Raises LostError.
+#: ``call(work, *arguments)``: what ``work(*arguments)`` gives in the process; pickle has to know
+#: all of that. Raises LostError, also if ``work`` raises: it tells the errors that it knows of.
 Call = Callable[..., Any]
 
 
 class LostError(Exception):
-    """The process ended before it had answered."""
+    """The process ended before it had answered, or its work raised an error."""
 
 
 class _Process:
@@ -55,14 +55,14 @@ class _Process:
         return self._begun
 
     def call(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        # until it has answered, whatever happens: the answer to one call is none to the next
+        self.lost = True
         try:
             _send(self._requests, (work, arguments))
-            answer, error = pickle.load(self._answers)
+            answer = pickle.load(self._answers)
         except (OSError, EOFError, pickle.UnpicklingError):
-            self.lost = True
             raise LostError from None
-        if error is not None:
-            raise error
+        self.lost = False
         return answer
 
     def end(self) -> None:
@@ -153,12 +153,7 @@ def serve() -> None:
     with suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):
         while True:
             work, arguments = pickle.load(requests)
-            answer: tuple[Any, Exception | None]
-            try:
-                answer = work(*arguments), None
-            except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
-                answer = None, error
-            _send(answers, answer)
+            _send(answers, work(*arguments))
 
 
 #: those of this process

@@ -327,13 +327,17 @@ class _Mover:
             lost = StorageUnavailableError(storage=self.destination.name, message=message)
             ended = [(lost, 0.0)] * len(files)
         for file, (error, seconds) in zip(files, ended, strict=True):
-            file.seconds += seconds
-            if error is not None:
-                self._note(file, error)
-                continue
-            file.made = True
-            if self.progress is not None:
-                self.progress(file.size)
+            self._ended(file, error, seconds)
+
+    def _ended(self, file: File, error: DlmError | None, seconds: float) -> None:
+        """Note how a file went that was written together with others."""
+        file.seconds += seconds
+        if error is not None:
+            self._note(file, error)
+            return
+        file.made = True
+        if self.progress is not None:
+            self.progress(file.size)
 
     def _write(self, file: File) -> None:
         def work() -> None:
@@ -392,14 +396,9 @@ class _Mover:
                 errors = together(self.write_many, [(f.written, data[f.written]) for f in read])
         except Interrupted:
             errors = [interrupted(self.source)] * len(read)
+        each = (time.monotonic() - begun) / len(read)
         for file, error in zip(read, errors, strict=True):
-            file.seconds += (time.monotonic() - begun) / len(read)
-            if error is not None:
-                self._note(file, error)
-                continue
-            file.made = True
-            if self.progress is not None:
-                self.progress(file.size)
+            self._ended(file, error, each)
 
     def _read_together(self, files: Sequence[File]) -> dict[str, bytes]:
         """What the source gives in one request; anything amiss is told by reading one by one."""

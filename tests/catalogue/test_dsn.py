@@ -110,6 +110,8 @@ def test_a_server_that_takes_no_writes_is_told(database_url: str) -> None:
     try:
         with pytest.raises(CatalogueError, match="target_session_attrs=read-write"):
             transact(engine, "user:test", must_take_writes)
+        with pytest.raises(CatalogueError, match="target_session_attrs=read-write"):
+            transact(engine, "user:test", lambda c: rows(c, "CREATE TABLE t () "))
     finally:
         engine.dispose()
 

@@ -196,10 +196,26 @@ def test_an_interrupt_of_the_terminal_is_the_parents(processes):
         pid = call(os.getpid)
         os.kill(pid, signal.SIGINT)
         assert call(os.getpid) == pid != os.getpid()
-        with pytest.raises(ZeroDivisionError):
-            call(divmod, 1, 0)
     with processes.one() as call, pytest.raises(LostError):
         call(os._exit, 1)
+
+
+def test_an_answer_that_was_not_taken_is_none_to_the_next_call(processes, monkeypatch):
+    """However a call ends without one: renamed or not would be said of other files. That process
+    is not called again, nor is one whose work failed."""
+
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    with processes.one() as call, monkeypatch.context() as patch:
+        patch.setattr(pickle, "load", fail)
+        with pytest.raises(MemoryError):
+            call(os.getpid)
+    with processes.one() as call, pytest.raises(LostError):
+        call(divmod, 1, 0)
+    assert len(processes._free) == 2
+    with processes.one() as call:
+        assert call(divmod, 7, 2) == (3, 1)
 
 
 def test_they_end_with_their_parent():

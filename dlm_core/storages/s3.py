@@ -11,13 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import obstore
 from obstore import exceptions
 from obstore.store import S3Store
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dlm_core.errors import (
     AccessDeniedError,
@@ -31,11 +29,10 @@ from dlm_core.storages.config import read_config
 from dlm_core.storages.port import PRIVATE, Entry, Readable, ReadStream, Usage
 from dlm_core.storages.prefetch import Prefetched
 from dlm_core.storages.ranges import Slice
-from dlm_core.storages.s3_client import S3Client, authorities
-from dlm_core.storages.s3_keys import KeyProvider, from_aws_chain, from_references
+from dlm_core.storages.s3_client import S3Client
+from dlm_core.storages.s3_config import S3Config, keys_of, trusting
 from dlm_core.storages.s3_parts import Owned, Parts
 from dlm_core.storages.s3_versions import Versions
-from dlm_core.storages.secrets import SecretReference
 
 #: objects up to this size are one PUT with If-None-Match; larger ones are uploaded in such parts
 PART_SIZE = 8 << 20
@@ -51,37 +48,8 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 _NO_KEYS = "External AWS credential provider: "
 # CopyObject's limit (S3 API reference)
 _COPY_LIMIT = 5 << 30
-
-
-class S3Config(BaseModel):
-    """What ``config`` of an S3 storage may hold. Keys are named by reference, never given."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    endpoint: str | None = Field(
-        None,
-        # nothing else may stand there: neither user:password@ nor a query has a place in it
-        pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]+)?/?$|^https?://\[[0-9A-Fa-f:]+\](:[0-9]+)?/?$",
-        description="URL of the service; unset: AWS.",
-    )
-    region: str = Field(
-        "us-east-1", pattern="^[a-z0-9-]{1,40}$", description="Region that requests are signed for."
-    )
-    access_key: SecretReference | None = None
-    secret_key: SecretReference | None = None
-    session_token: SecretReference | None = None
-    path_style: bool = Field(True, description="Bucket in the path rather than the host name.")
-    storage_class: str | None = Field(
-        None, pattern="^[A-Z_]{1,40}$", description="What objects are written as, e.g. GLACIER."
-    )
-
-    @model_validator(mode="after")
-    def _both_keys(self) -> Self:
-        if (self.access_key is None) != (self.secret_key is None):
-            raise ValueError("access_key and secret_key go together")
-        if self.session_token is not None and self.access_key is None:
-            raise ValueError("session_token goes with access_key and secret_key")
-        return self
+# how obstore tells what servers answer that do not know a condition
+_UNKNOWN = ("501 Not Implemented", "405 Method Not Allowed")
 
 
 def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
@@ -113,7 +81,7 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
         # a whole request may take long, its silence may not
         "read_timeout": "120s",
         "timeout": "86400s",
-        **({} if plain else _trusting(name)),
+        **({} if plain else trusting(name)),
     }
     keys = keys_of(name, parsed)
     build = partial(
@@ -121,6 +89,7 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
         bucket,
         virtual_hosted_style_request=not parsed.path_style,
         checksum_algorithm="crc64nvme",
+        copy_if_not_exists="header: If-None-Match: *",
         retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=20)},
         credential_provider=keys,
         **options,
@@ -141,28 +110,6 @@ def open_s3(name: str, root: str, config: Mapping[str, Any]) -> S3Storage:
     return storage
 
 
-def _trusting(name: str) -> dict[str, str]:
-    """The certificates that boto3 trusts, for obstore, which adds them to the system's."""
-    file = authorities()
-    if file is None or Path(file).is_dir():
-        return {}
-    try:
-        return {"root_certificate": Path(file).read_text("ascii", "replace")}
-    except OSError as error:
-        raise InvalidValueError(
-            what=f"AWS_CA_BUNDLE or SSL_CERT_FILE, for storage {name}",
-            value=file,
-            expected=f"a file of certificates ({error.strerror})",
-        ) from None
-
-
-def keys_of(name: str, config: S3Config) -> KeyProvider:
-    """Where the keys of a storage come from: its references, or AWS's own chain."""
-    if config.access_key and config.secret_key:
-        return from_references(name, config.access_key, config.secret_key, config.session_token)
-    return from_aws_chain(name)
-
-
 @dataclass(frozen=True, slots=True)
 class Within:
     """Where in which bucket a storage lies, and how to reach all of it."""
@@ -178,10 +125,9 @@ class S3Storage:
 
     An object becomes visible whole or not at all: up to ``PART_SIZE`` bytes by one PUT with a
     CRC-64/NVME, above in parts with their MD5s, which the server checks. Both are created with
-    If-None-Match; a server that does not know this of parts is asked without, and the key is looked
-    at just before. Renaming and :meth:`copy_from` only look: CopyObject has no such condition on
-    most servers, and the catalogue gives every path one owner. Names that not every server keeps as
-    they are (no UTF-8, control characters, backslashes) are refused.
+    If-None-Match, and so is what the server copies, in a rename too; one that says that it does not
+    know this of parts or of copies is asked without, and the key is looked at just before. Names
+    that not every server keeps as they are (no UTF-8, control characters, backslashes) are refused.
 
     Where the bucket keeps versions, what is removed or renamed goes with all of its versions.
     """
@@ -204,6 +150,7 @@ class S3Storage:
         self._attributes: Any = {"Storage-Class": storage_class} if storage_class else None
         self._store = store
         self._large = threading.BoundedSemaphore(_MULTIPARTS_AT_ONCE)
+        self._conditional = True
 
     def _key(self, path: str) -> str:
         parts = path.split("/")
@@ -390,8 +337,7 @@ class S3Storage:
         self, source: Any, source_path: str, path: str, size: int, moved: Callable[[int], None]
     ) -> bool:
         """By a server that has both, and takes the same keys for both. Within a bucket it is one
-        CopyObject, which replaces what comes to the key after a look; from another one, and above
-        5 GiB, it is in parts, and creates."""
+        CopyObject; from another one, and above 5 GiB, it is in parts."""
         here, there = self.within, getattr(source, "within", None)
         if here is None or not isinstance(there, Within) or here.server != there.server:
             return False
@@ -401,7 +347,7 @@ class S3Storage:
         try:
             if here.bucket == there.bucket and size <= _COPY_LIMIT:
                 with self._translated(path):
-                    obstore.copy(here.whole(), *keys)
+                    self._create(here.whole(), *keys, path)
                 moved(size)
             else:
                 self._parts.copy(there.bucket, keys[0], path, size, moved, free)
@@ -431,7 +377,7 @@ class S3Storage:
         """Nothing to do: S3 answers a PUT once the object is durable."""
 
     def rename(self, source: str, destination: str) -> None:
-        """Copy, check, delete. The destination is only looked at before, see :meth:`copy_from`."""
+        """Copy, check, delete."""
         entry = self.stat(source)
         if entry is None:
             raise PayloadNotFoundError(storage=self.name, path=source)
@@ -475,7 +421,27 @@ class S3Storage:
             self._parts.copy_within(entry.path, self._key(destination), entry.size, free)
             return
         with self._translated(entry.path):
-            obstore.copy(self._store, entry.path, self._key(destination))
+            self._create(self._store, entry.path, self._key(destination), destination)
+
+    def _create(self, store: S3Store, source: str, key: str, path: str) -> None:
+        """CopyObject to ``key``, which is ``path`` of this storage, if there is nothing.
+
+        Of servers that do not know this condition some say so; the others replace what came there
+        after it was looked at. To SeaweedFS what is left of a folder is something too.
+        """
+        if self._conditional:
+            try:
+                obstore.copy(store, source, key, overwrite=False)
+                return
+            except exceptions.AlreadyExistsError as error:
+                self._must_be_free(path)
+                if "409 Conflict" in str(error):
+                    raise self._unavailable(f"something else is being written to {path}") from None
+            except exceptions.BaseError as error:
+                if not any(answer in str(error) for answer in _UNKNOWN):
+                    raise
+                self._conditional = False
+        obstore.copy(store, source, key)
 
     def remove(self, path: str) -> None:
         key = self._key(path)

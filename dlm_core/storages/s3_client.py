@@ -19,7 +19,7 @@ from dlm_core.errors import (
 from dlm_core.storages.s3_keys import KeyProvider, Keys
 
 if TYPE_CHECKING:
-    from dlm_core.storages.s3 import S3Config
+    from dlm_core.storages.s3_config import S3Config
 
 #: requests at once, at most
 AT_ONCE = 32

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dlm_core.errors import InvalidValueError, PayloadNotFoundError
 from dlm_core.storages.config import read_config
-from dlm_core.storages.s3 import S3Config, keys_of
 from dlm_core.storages.s3_client import AT_ONCE, S3Client, code_of
+from dlm_core.storages.s3_config import S3Config, keys_of
 from dlm_core.storages.staging import Place
 
 #: objects of these classes cannot be read until they are restored (S3 user guide)

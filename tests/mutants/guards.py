@@ -64,6 +64,17 @@ GUARDS = (
         ("storages/test_s3.py::test_what_was_put_there_during_a_rename_is_not_deleted",),
     ),
     Mutant(
+        "copied-object-replaces",
+        "dlm_core/storages/s3.py",
+        "obstore.copy(store, source, key, overwrite=False)",
+        "obstore.copy(store, source, key)",
+        "a rename replaces the object that came to its destination after the look there",
+        (
+            "storages/test_s3.py::test_a_rename_replaces_nothing_that_came_after_its_look",
+            "storages/test_s3.py::test_a_copy_by_the_server_replaces_nothing_that_came_after_its_look",
+        ),
+    ),
+    Mutant(
         "late-look-sets-aside",
         "dlm_core/lifecycle/quarantine.py",
         "uids = [uid for operation_id, uid in pairs if operation_id in held]",

@@ -4,6 +4,7 @@ import hashlib
 import io
 import time
 import uuid
+from contextlib import contextmanager
 
 import boto3
 import obstore
@@ -21,6 +22,7 @@ from dlm_core.transfers.checksums import observe
 from dlm_core.types import PayloadKind
 from tests.backends import s3_config
 from tests.payloads import put
+from tests.servers import answering
 
 PART = adapter.PART_SIZE
 
@@ -190,12 +192,12 @@ def test_renaming_a_tree_that_was_cut_off_is_completed(bucket, monkeypatch):
         with monkeypatch.context() as patch:
             real, done = getattr(obstore, phase), []
 
-            def cut(store, what, *rest, real=real, done=done):
+            def cut(store, what, *rest, real=real, done=done, **options):
                 done.append(what)
                 if isinstance(what, list):
                     real(store, what[:2])
                 elif len(done) < 3:
-                    return real(store, what, *rest)
+                    return real(store, what, *rest, **options)
                 raise KeyboardInterrupt
 
             patch.setattr(obstore, phase, cut)
@@ -213,8 +215,8 @@ def test_what_was_put_there_during_a_rename_is_not_deleted(bucket, monkeypatch, 
     put(bucket, source, b"old")
     real = obstore.copy
 
-    def copy(*arguments):
-        real(*arguments)
+    def copy(*arguments, **options):
+        real(*arguments, **options)
         bucket.remove(source)
         put(bucket, source, b"new")
 
@@ -223,6 +225,83 @@ def test_what_was_put_there_during_a_rename_is_not_deleted(bucket, monkeypatch, 
         bucket.rename(source.partition("/")[0], ".dlm/trash/it")
     with bucket.open_read(source) as stream:
         assert stream.read() == b"new"
+
+
+def into(bucket, call, where, monkeypatch):
+    """Let somebody put an object to ``where`` between the look there and the copy."""
+    real = obstore.copy
+
+    def copy(*arguments, **options):
+        monkeypatch.undo()
+        put(bucket, where, b"theirs")
+        real(*arguments, **options)
+
+    monkeypatch.setattr(obstore, "copy", copy)
+    with pytest.raises(PayloadExistsError):
+        call()
+    with bucket.open_read(where) as stream:
+        assert stream.read() == b"theirs"
+
+
+def test_a_rename_replaces_nothing_that_came_after_its_look(bucket, monkeypatch):
+    """What goes stays where it is, what came stays too; of a tree as of a file."""
+    put(bucket, "x", b"mine")
+    into(bucket, lambda: bucket.rename("x", "y"), "y", monkeypatch)
+    put(bucket, "tree/x", b"mine")
+    into(bucket, lambda: bucket.rename("tree", "there"), "there/x", monkeypatch)
+    assert paths(bucket) == ["there/x", "tree/x", "x", "y"]
+
+
+def test_a_copy_by_the_server_replaces_nothing_that_came_after_its_look(bucket, monkeypatch):
+    """Within a bucket, where it is one request."""
+    put(bucket, "x", b"mine")
+    into(bucket, lambda: bucket.copy_from(bucket, "x", "y", 4, lambda _: None), "y", monkeypatch)
+
+
+@pytest.fixture
+def dumb(monkeypatch):
+    """Another server for the bucket's conditional copies, which answers a status to all."""
+    real, asked = obstore.copy, []
+    monkeypatch.setenv("DLM_TEST_KEY", "k")
+    key = "env:DLM_TEST_KEY"
+
+    @contextmanager
+    def answers(status):
+        with answering(status) as (url, heard):
+            other = open_storage(
+                "dumb", "s3", "bucket", {"endpoint": url, "access_key": key, "secret_key": key}
+            )
+
+            def copy(store, *rest, **options):
+                asked.append(options)
+                return real(other._store if options else store, *rest, **options)
+
+            monkeypatch.setattr(obstore, "copy", copy)
+            yield asked, heard
+
+    return answers
+
+
+@pytest.mark.parametrize("status", [501, 405])
+def test_a_server_that_knows_no_condition_of_copies_is_asked_without(bucket, dumb, status):
+    """Once; the key is looked at just before in any case."""
+    put(bucket, "x", b"1")
+    put(bucket, "y", b"2")
+    with dumb(status) as (asked, heard):
+        bucket.rename("x", "a")
+        bucket.rename("y", "b")
+    assert heard[0][2].get("if-none-match") == "*"
+    assert asked == [{"overwrite": False}, {}, {}]
+    assert paths(bucket) == ["a", "b"]
+
+
+def test_what_is_written_there_at_the_moment_is_not_replaced(bucket, dumb):
+    """AWS answers 409 while somebody else writes the key: an outage, until it is over."""
+    put(bucket, "x", b"1")
+    with dumb(409) as (asked, _), pytest.raises(StorageUnavailableError, match="written to y"):
+        bucket.rename("x", "y")
+    assert asked == [{"overwrite": False}]
+    assert paths(bucket) == ["x"]
 
 
 def test_a_tree_is_not_mixed_with_another(bucket):

@@ -220,6 +220,15 @@ def test_what_was_put_there_at_the_last_moment_of_a_rename_stays(
         assert stream.read() == b"new"
 
 
+def test_where_a_folder_was_there_is_room(bucket, client, name):
+    """What a server keeps of a folder whose files are gone is nothing to whoever moves a file."""
+    put(bucket, "there/x")
+    bucket.remove("there")
+    put(bucket, "file", b"bytes")
+    bucket.rename("file", "there")
+    assert kept(client, name) == {"p/there": 1}
+
+
 def test_a_version_that_is_held_is_no_success(s3, client):
     """Object Lock: the removal says so, and what right may be missing; nothing is hidden."""
     name = f"l{uuid.uuid4().hex}"

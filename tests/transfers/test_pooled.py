@@ -16,8 +16,17 @@ from dlm_core.transfers.pooled import Turns
 _THREADS = 4
 
 
-def most_at_once(turns: Turns, work: Callable[[], None], count: int) -> list[int]:
-    """How many were at it when each of ``count`` turns began."""
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """What the turns are timed with; a machine that stands still for a moment does not move it."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(pooled, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def most_at_once(turns: Turns, work: Callable[[int], None], count: int) -> list[int]:
+    """How many were at it when each of ``count`` turns began. ``work`` is called with how many are
+    at it when its turn is about to end, one call at a time."""
     at_it, seen, lock = 0, [], threading.Lock()
 
     def one(_: int) -> None:
@@ -26,8 +35,9 @@ def most_at_once(turns: Turns, work: Callable[[], None], count: int) -> list[int
             with lock:
                 at_it += 1
                 seen.append(at_it)
-            work()
+            time.sleep(0.005)  # so that others come for a turn
             with lock:
+                work(at_it)
                 at_it -= 1
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -35,23 +45,23 @@ def most_at_once(turns: Turns, work: Callable[[], None], count: int) -> list[int
     return seen
 
 
-def test_who_waits_gets_company():
+def test_who_waits_gets_company(clock):
     """Work that waits, as for a network file system, is done by all threads before long."""
-    seen = most_at_once(Turns(_THREADS), lambda: time.sleep(0.01), 80)
+
+    def work(at_it: int) -> None:
+        clock.now += 0.01 / at_it
+
+    seen = most_at_once(Turns(_THREADS), work, 80)
     assert seen[0] == 1
     assert max(seen[-20:]) == _THREADS
 
 
-def test_what_cannot_be_shared_stays_with_one(monkeypatch):
+def test_what_cannot_be_shared_stays_with_one(clock):
     """Work that takes as long however many are at it, as what the interpreter does, is not given to
     several: a second one is tried, is not faster, and is sent away."""
-    clock, lock = SimpleNamespace(now=0.0), threading.Lock()
-    monkeypatch.setattr(pooled, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
-    def work() -> None:
-        with lock:
-            clock.now += 0.005
-        time.sleep(0.001)
+    def work(_: int) -> None:
+        clock.now += 0.01
 
     seen = most_at_once(Turns(_THREADS), work, 60)
     assert max(seen) <= 2
@@ -60,7 +70,7 @@ def test_what_cannot_be_shared_stays_with_one(monkeypatch):
 
 def test_a_single_thread_needs_no_trial():
     """With room for one there is never a second."""
-    assert max(most_at_once(Turns(1), lambda: time.sleep(0.001), 30)) == 1
+    assert max(most_at_once(Turns(1), lambda _: None, 30)) == 1
 
 
 def test_a_turn_that_fails_is_given_back():
@@ -69,4 +79,4 @@ def test_a_turn_that_fails_is_given_back():
     for _ in range(30):
         with pytest.raises(OSError, match="medium"), turns.one():
             raise OSError("medium")
-    assert max(most_at_once(turns, lambda: None, 10)) >= 1
+    assert max(most_at_once(turns, lambda _: None, 10)) >= 1

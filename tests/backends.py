@@ -136,7 +136,10 @@ _KINDS = (
     "posix", "s3", "sftp", "sftp_shell", "wsgidav", "rclonedav", "rclone", "rclone_wsgidav",
     "rclone_memory", "xrootd", "quota", "faulty", "faulty_s3", "faulty_sftp", "tape",
     "bundled", "bundled_s3", "bundled_faulty", "bundled_tape",
-    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bundled_sftp", "bundled_wsgidav")),
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("bundled_sftp", "bundled_wsgidav", "bundled_xrootd")
+    ),
 )  # fmt: skip
 
 

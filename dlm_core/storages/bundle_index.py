@@ -17,8 +17,6 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
-from io import BytesIO
 from typing import Any, TypeVar
 
 from dlm_core.errors import (
@@ -32,11 +30,11 @@ from dlm_core.storages.bundle_base import (
     BASES,
     Base,
     SupersededError,
-    read_back,
     write_base,
 )
 from dlm_core.storages.bundle_tar import FOLDER, Member, list_path, parse_listing
-from dlm_core.storages.port import Storage, temp_path
+from dlm_core.storages.bundle_writing import write_record
+from dlm_core.storages.port import Storage
 
 #: where the log lies
 LOG = f"{FOLDER}/log"
@@ -72,34 +70,14 @@ class _Wish:
     done: bool = False
 
 
-def write_new(storage: Storage, path: str, data: bytes) -> None:
-    """Write a small file so that it appears whole, durable, and over nothing.
-
-    Raises
-    ------
-    PayloadExistsError
-    """
-    if getattr(storage, "atomic_write", False):
-        storage.write(path, BytesIO(data), len(data))
-        return
-    written = temp_path(f"bundle/{uuid.uuid4().hex}")
-    storage.write(written, BytesIO(data), len(data))
-    try:
-        storage.flush()  # else a name might outlive a crash that the bytes did not
-        read_back(storage, written, sha256(data).digest())
-        storage.rename(written, path)
-    except BaseException:
-        with suppress(StorageError):
-            storage.remove(written)
-        raise
-
-
 class BundleIndex:
     """The index of one storage's bundles, as far as this process has followed it. Thread-safe:
     :attr:`lock` is held while it is looked at."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
+        #: behind the number of a record, where that names the folder in which it lies
+        self._within = "/record" if getattr(storage, "exclusive", None) == "folder" else ""
         self.lock = threading.RLock()
         self._looked = 0.0
         self._wishing = threading.Lock()
@@ -202,11 +180,14 @@ class BundleIndex:
                 self._begin_anew()
                 return work()
 
+    def _record(self, generation: int) -> str:
+        return _place(generation) + self._within
+
     def _stat(self, generation: int) -> bool:
-        return self._storage.stat(_record(generation)) is not None
+        return self._storage.stat(self._record(generation)) is not None
 
     def _read(self, generation: int) -> dict[str, Any]:
-        with self._storage.open_read(_record(generation)) as stream:
+        with self._storage.open_read(self._record(generation)) as stream:
             data = stream.read(-1)
         try:
             record: dict[str, Any] = json.loads(data)
@@ -227,7 +208,11 @@ class BundleIndex:
             entries = list(self._storage.walk(LOG))
         except PayloadNotFoundError:
             return []
-        return sorted(int(entry.path.rpartition("/")[2]) for entry in entries)
+        names = (entry.path[len(LOG) + 1 :] for entry in entries)
+        return sorted(
+            int(number) for number, _, rest in (name.partition("/") for name in names)
+            if rest == self._within[1:]
+        )  # fmt: skip
 
     def _load(self) -> None:
         """Begin anew: from the newest fold, or the first record."""
@@ -482,7 +467,7 @@ class BundleIndex:
         """Whether the record is the next one."""
         data = json.dumps(record).encode("ascii")
         try:
-            write_new(self._storage, _record(self.generation + 1), data)
+            write_record(self._storage, self._record(self.generation + 1), data)
         except PayloadExistsError:
             return False
         # if the one before was removed, this one may have been too, long ago, and was made again
@@ -518,7 +503,8 @@ class BundleIndex:
             self._forget()
             self.generation = behind
             record = {"token": name, "changes": [["fold", name]]}
-            write_new(self._storage, _record(behind + 1), json.dumps(record).encode("ascii"))
+            data = json.dumps(record).encode("ascii")
+            write_record(self._storage, self._record(behind + 1), data)
             self._storage.flush()
             self._begin_anew()
 
@@ -543,7 +529,7 @@ class BundleIndex:
         for number in self.numbers():
             if number >= self._based_on - _KEPT_RECORDS:
                 break
-            self._storage.remove(_record(number))
+            self._storage.remove(_place(number))
         for bundle in self._old_lists:
             self._storage.remove(list_path(bundle))
         names: set[str] = set()
@@ -568,7 +554,7 @@ def _has(paths: Sequence[str], path: str) -> bool:
     )
 
 
-def _record(generation: int) -> str:
+def _place(generation: int) -> str:
     return f"{LOG}/{generation:016d}"
 
 

@@ -152,6 +152,12 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
             expected="none with bundles: let a rule of the bucket archive .dlm/bundles/tar/",
         )
     storage = known[interface](name, root, adapters)
+    if bundling is not None and not getattr(storage, "exclusive", None):
+        raise InvalidValueError(
+            what=f"bundle_bytes of storage {name}",
+            value=bundling.bundle_bytes,
+            expected=f"none: {interface} may replace what another process makes at the same moment",
+        )
     if staging:
         stager, terms = open_stager(Place(name, interface, root, adapters), staging)
         storage = cast(Storage, ColdStorage(storage, stager, terms))

@@ -24,7 +24,7 @@ from dlm_core.errors import (
     PayloadNotFoundError,
     StorageUnavailableError,
 )
-from dlm_core.storages.bundle_index import Bundle, Change, write_new
+from dlm_core.storages.bundle_index import Bundle, Change
 from dlm_core.storages.bundle_tar import (
     Layout,
     Member,
@@ -34,6 +34,7 @@ from dlm_core.storages.bundle_tar import (
     read_tar,
     tar_path,
 )
+from dlm_core.storages.bundle_writing import write_new
 from dlm_core.storages.bundles import Bundled, sweep
 from dlm_core.storages.cold import ColdStorage
 from dlm_core.storages.port import Entry, Readable, remove_file, temp_path

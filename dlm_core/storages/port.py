@@ -94,6 +94,11 @@ class Storage(Protocol):
         before it reads.
     ``remote = True``
         every call costs a round trip: its ``concurrency`` is used whatever the other end's is.
+    ``exclusive = "file"`` or ``"folder"``
+        of several that make or rename something to one new path at the same moment, from other
+        processes and machines too, one succeeds: of files; or only of full folders that are
+        renamed (the server looks first and replaces a file then, or nests a folder, which who
+        reads back finds out). Bundles are kept on such storages only.
     ``write_many([(path, bytes), …])`` and ``rename_many([(source, destination), …])``
         as :meth:`write` of small files and :meth:`rename`, many at once; for each the error that
         the single call would raise, or None. Handing over each by itself costs more than it does.

@@ -60,6 +60,7 @@ class PosixStorage:
     """
 
     atomic_write = False
+    exclusive = "file"
 
     def __init__(
         self, name: str, root: str, concurrency: int = 4, mount: str | None = None

@@ -133,6 +133,7 @@ class S3Storage:
     """
 
     atomic_write = True
+    exclusive = "file"
     tells_content = True
     within: Within | None = None
 

@@ -105,6 +105,7 @@ class SftpStorage:
     """
 
     atomic_write = False
+    exclusive = "file"
     remote = True
 
     def __init__(

@@ -75,6 +75,7 @@ class WebdavStorage(Listed):
     """
 
     atomic_write = False
+    exclusive = "folder"
     remote = True
 
     def __init__(self, name: str, root: str, config: WebConfig, concurrency: int = 16) -> None:

@@ -155,6 +155,7 @@ class XrootdStorage(Listed):
     """
 
     atomic_write = False
+    exclusive = "folder"
     remote = True
 
     def __init__(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.site import Dlm, refused
+from tests.servers import USER, DavServer
 
 
 def test_a_storage_is_packed_by_command(
@@ -49,14 +50,16 @@ def test_what_cannot_be_packed_is_refused(dlm: Dlm, storages: dict[str, Path]) -
 
 
 def test_from_a_shell_without_its_credential_a_storage_tells_what_to_do(
-    dlm: Dlm, storages: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    rclonedav: DavServer,
+) -> None:  # fmt: skip
     """Whichever command it is that opens it: a line with what would be right."""
-    root, folder = tmp_path / "vault", tmp_path / "credentials"
-    root.mkdir(), folder.mkdir()
-    (folder / "key").write_text("any")
-    terms = ("type=local", "secret_token=credential:key", "bundle_bytes=1MiB")
-    where = ("--location", "there", "--interface", "rclone", "--root", str(root))
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    (folder / "key").write_text(rclonedav.password)
+    terms = (f"user={USER}", "password=credential:key", "bundle_bytes=1MiB")
+    root = rclonedav.make_collection()
+    where = ("--location", "there", "--interface", "webdav", "--root", root)
     add = ("storage", "add", "vault", *where, *(w for term in terms for w in ("--config", term)))
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
     wanted = "systemd-run --pty --property=LoadCredential=key:"

@@ -79,6 +79,25 @@ BUNDLES = (
         ("storages/test_bundles.py::test_bundles_without_their_log_are_an_outage",),
     ),
     Mutant(
+        "record-is-not-read-back",
+        "dlm_core/storages/bundle_writing.py",
+        "        if sha256(stream.read(-1)).digest() == digest:\n",
+        "        if True:\n",
+        "a record counts whose place another process has",
+        ("storages/test_exclusive.py::test_a_record_that_is_not_at_its_place_was_another_s",),
+    ),
+    Mutant(
+        "record-is-a-file-everywhere",
+        "dlm_core/storages/bundle_writing.py",
+        '    if getattr(storage, "exclusive", None) != "folder":\n',
+        "    if True:\n",
+        "two processes write the same record of the log, where a rename replaces files",
+        (
+            "storages/test_exclusive.py::test_several_processes_change_one_index[xrootd]",
+            "storages/test_exclusive.py::test_a_record_that_is_not_at_its_place_was_another_s",
+        ),
+    ),
+    Mutant(
         "no-log-is-empty",
         "dlm_core/storages/bundle_index.py",
         '                if entry.path.endswith(".tar"):\n',

@@ -380,7 +380,7 @@ def expire(
             return
         if not uri:
             raise EmptySelectorError(expected="name the item that is to expire, or use --dry-run")
-        if not reason and not never:
+        if not (reason or "").strip() and not never:
             raise InvalidValueError(what="--reason", value="", expected="why it may go")
         why = reason or ""
         if never and at is not None:

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, text
 
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.catalogue.expiring import item_due
-from dlm_core.errors import IllegalTransitionError, NotFoundError
+from dlm_core.errors import IllegalTransitionError, InvalidValueError, NotFoundError
 from dlm_core.types import uri_path
 
 #: above every character that may follow a prefix, in bytewise order
@@ -303,26 +303,36 @@ def set_item_expiry(
     Raises
     ------
     NotFoundError
+    InvalidValueError
+        if it is to expire without a reason.
     IllegalTransitionError
         for an item that is not READY, CORRUPTED or INITIALISED.
     """
-    item = get_item(connection, uri, version)
-    if item["state"] in ("EXPIRED", "DELETED"):
-        raise IllegalTransitionError(
-            noun="item", key=uri, old=item["state"], new="another time of expiry"
-        )
-    run(
+    oid: uuid.UUID = get_item(connection, uri, version)["oid"]
+    # expiry may have it locked at this moment: what counts is its state after that
+    if not run(
         connection,
         """UPDATE data_item SET expiry_reason = :reason, expires_at = CASE
                   -- greatest() passes over NULL: 'never' would become 'at once'
                   WHEN CAST(:at AS timestamptz) IS NULL THEN NULL
-                  ELSE greatest(CAST(:at AS timestamptz), created_at) END WHERE oid = :oid""",
+                  ELSE greatest(CAST(:at AS timestamptz), created_at) END
+            WHERE oid = :oid AND state NOT IN ('EXPIRED', 'DELETED')""",
         at=expires_at,
-        reason=reason if expires_at else None,
-        oid=item["oid"],
-    )
-    oid: uuid.UUID = item["oid"]
+        reason=_reason(expires_at, reason),
+        oid=oid,
+    ):
+        state = get_item(connection, uri, version)["state"]
+        raise IllegalTransitionError(noun="item", key=uri, old=state, new="another time of expiry")
     return oid
+
+
+def _reason(expires_at: datetime | None, reason: str) -> str | None:
+    """Why something is to expire: it stands in the certificate."""
+    if expires_at is None:
+        return None
+    if not reason.strip():
+        raise InvalidValueError(what="reason", value=reason, expected="why it may go")
+    return reason
 
 
 def set_replica_expiry(
@@ -341,6 +351,8 @@ def set_replica_expiry(
     ------
     NotFoundError
         no such item or storage, or no copy there that is neither trashed nor deleted.
+    InvalidValueError
+        if it is to leave without a reason.
     """
     item = get_item(connection, uri, version)
     found = rows(
@@ -351,7 +363,7 @@ def set_replica_expiry(
             WHERE oid = :oid AND storage_id = :storage AND live
            RETURNING uid""",
         at=expires_at,
-        reason=reason if expires_at else None,
+        reason=_reason(expires_at, reason),
         oid=item["oid"],
         storage=_id_of(connection, "storage", storage),
     )

@@ -131,7 +131,8 @@ def _prove(
     # of all that the proof filters by: where READY ones are taken for few they are compared with
     # what goes pair by pair
     run(connection, "ANALYZE item (oid), copy (uid, oid, state, storage_id, expires_at)")
-    run(connection, f"CREATE TEMPORARY TABLE proof ON COMMIT DROP AS {_PROVE}")
+    made = f"CREATE TEMPORARY TABLE proof ON COMMIT DROP AS {_PROVE}"
+    run(connection, made, with_item=WITH_ITEM)
     return [_proof(row) for row in each(connection, _PROVEN)]
 
 
@@ -147,7 +148,8 @@ target AS (
          r.state IN ('READY', 'SUSPECT') AND (r.checked_at IS NULL OR r.checked_at < known.floor) AS unseen,
          known.unconfirmed,
          i.uri, i.collection_id, i.state AS item_state, i.target_phase,
-         coalesce(r.expiry_reason, i.expiry_reason, 'its time is over') AS reason
+         CASE WHEN r.expiry_reason = :with_item THEN concat_ws(': ', r.expiry_reason, i.expiry_reason)
+              ELSE coalesce(r.expiry_reason, i.expiry_reason, 'its time is over') END AS reason
     FROM going g JOIN copy r USING (uid) JOIN item i ON i.oid = r.oid JOIN storage s USING (storage_id)
     CROSS JOIN known),
 place AS MATERIALIZED (

@@ -352,17 +352,28 @@ def replica_details(
 
 
 def select_unmarked(
-    connection: Connection, storage_id: uuid.UUID, limit: int
+    connection: Connection,
+    storage_id: uuid.UUID,
+    limit: int,
+    after: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Replicas on a storage that are not leaving, coldest first, then largest."""
+    """Replicas on a storage that are not leaving, coldest first, then largest; those behind the row
+    ``after``, if one is given."""
+    behind = (
+        """AND accessed_at >= :accessed_at
+           AND (accessed_at, -size, uid) > (:accessed_at, -CAST(:size AS bigint), :uid)"""
+        if after
+        else ""
+    )
     return rows(
         connection,
-        """SELECT uid, oid, size, state FROM replica
-            WHERE storage_id = :storage AND expires_at IS NULL AND live
-              AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING')
-            ORDER BY accessed_at, size DESC LIMIT :limit""",
+        f"""SELECT uid, oid, size, state, accessed_at FROM replica
+             WHERE storage_id = :storage AND expires_at IS NULL AND live
+               AND state IN ('READY', 'SUSPECT', 'CORRUPTED', 'MISSING') {behind}
+             ORDER BY accessed_at, size DESC, uid LIMIT :limit""",
         storage=storage_id,
         limit=limit,
+        **({key: after[key] for key in ("accessed_at", "size", "uid")} if after else {}),
     )
 
 

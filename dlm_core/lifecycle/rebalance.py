@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import uuid
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from sqlalchemy import Connection
@@ -28,7 +29,9 @@ from dlm_core.types import ItemState
 _BATCH = 2000
 #: a storage without a given capacity is asked for it this often
 ASK_AGAIN = timedelta(minutes=10)
-_STUCK = timedelta(minutes=5)
+#: a storage of which nothing may leave is looked at again after so long, or so many times as long
+#: as the look took
+_STUCK, _PAUSE_SHARE = timedelta(minutes=5), 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +53,7 @@ def plan_rebalance(context: Context) -> int:
         # what they told earlier counts what was purged since: it would leave once more
         observe_usage(context, {storage["storage_id"] for storage in due})
         due = _to_relieve(context)
-    return sum(
-        len(context.transact(partial(_relieve, context=context, storage=storage)))
-        for storage in due
-    )
+    return sum(len(_relieve(context, storage, context.transact)) for storage in due)
 
 
 def _to_relieve(context: Context) -> list[dict[str, Any]]:
@@ -68,7 +68,11 @@ def propose_rebalance(context: Context) -> list[Leaving]:
 
     def look(connection: Connection) -> list[Leaving]:
         due = catalogue.storages_to_relieve(connection, context.clock())
-        return [one for storage in due for one in _relieve(connection, context, storage)]
+        return [
+            one
+            for storage in due
+            for one in _relieve(context, storage, lambda work: work(connection))
+        ]
 
     return context.rehearse(look)
 
@@ -97,13 +101,42 @@ def observe_usage(context: Context, these: Collection[uuid.UUID] | None = None) 
         )
 
 
-def _relieve(connection: Connection, context: Context, storage: Mapping[str, Any]) -> list[Leaving]:
-    now = context.clock()
-    if storage["undrained"] and not catalogue.lock_draining(connection, storage["storage_id"]):
-        return []  # the drain was called off since: what is marked now would leave all the same
-    candidates = replicas.select_unmarked(connection, storage["storage_id"], _BATCH)
+def _relieve(
+    context: Context,
+    storage: Mapping[str, Any],
+    transact: Callable[[Callable[[Connection], Any]], Any],
+) -> list[Leaving]:
+    """Mark what leaves a storage now. Where none of the coldest may, those behind them are looked
+    at: else the storage would stay full for their sake."""
+    begun, leaving, after = monotonic(), list[Leaving](), None
+    while not context.stop.is_set():
+        page = partial(_relieve_page, context=context, storage=storage, after=after)
+        leaving, after = transact(page)
+        if leaving or after is None:
+            break
+    if not leaving and not storage["undrained"]:
+        pause = max(_STUCK, timedelta(seconds=_PAUSE_SHARE * (monotonic() - begun)))
+        key, until = storage["storage_id"], context.clock() + pause
+        transact(lambda c: catalogue.put_off_rebalance(c, key, until))
+    return leaving
+
+
+def _relieve_page(
+    connection: Connection,
+    context: Context,
+    storage: Mapping[str, Any],
+    after: Mapping[str, Any] | None,
+) -> tuple[list[Leaving], Mapping[str, Any] | None]:
+    """What leaves of the coldest behind ``after``, and the last that was looked at if there are
+    more."""
+    now, key = context.clock(), storage["storage_id"]
+    if storage["undrained"] and not catalogue.lock_draining(connection, key):
+        # the drain was called off since: what is marked now would leave all the same
+        return [], None
+    candidates = replicas.select_unmarked(connection, key, _BATCH, after)
+    last = candidates[-1] if len(candidates) == _BATCH else None
     if storage["undrained"]:
-        candidates += replicas.select_staying(connection, storage["storage_id"], now, _BATCH)
+        candidates += replicas.select_staying(connection, key, now, _BATCH)
         reason = f"drain: storage {storage['name']} is being drained"
         leaving = [
             Leaving(row["uid"], row["oid"], row["size"], storage["name"], reason)
@@ -111,11 +144,9 @@ def _relieve(connection: Connection, context: Context, storage: Mapping[str, Any
         ]
     else:
         leaving = _choose(connection, context, storage, candidates, now)
-        if not leaving:
-            catalogue.put_off_rebalance(connection, storage["storage_id"], now + _STUCK)
     for reason, uids in _by_reason(leaving).items():
         replicas.mark_leaving(connection, uids, reason, now)
-    return leaving
+    return leaving, last
 
 
 def _by_reason(leaving: Sequence[Leaving]) -> dict[str, list[uuid.UUID]]:

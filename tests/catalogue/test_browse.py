@@ -181,7 +181,7 @@ def test_why_tells_errors_holds_and_certificates(site: Site) -> None:
     assert (found["state"], found["holds"]) == ("DELETED", [])
     steps = sorted((c["step"], c["storage"]) for c in found["certificates"])
     assert steps == [("purge", "a"), ("purge", "b"), ("trash", "a"), ("trash", "b")]
-    assert {c["reason"] for c in found["certificates"]} == {"its item has expired"}
+    assert {c["reason"] for c in found["certificates"]} == {"its item has expired: embargo over"}
 
 
 # --- expiry as users say it -----------------------------------------------------------------------

@@ -31,7 +31,7 @@ def test_every_step_of_a_deletion_is_told_with_who_and_why(
     assert [e["storage"] for e in made] == ["a", "b"] and made[1]["why"]
     trashed = [e for e in entries if e["new_state"] == "TRASHED"]
     assert {e["certificate"]["step"] for e in trashed} == {"trash"}
-    assert {"ticket 42", "its item has expired"} >= {e["why"] for e in trashed}
+    assert {"ticket 42", "its item has expired: ticket 43"} >= {e["why"] for e in trashed}
     (expired,) = (e for e in entries if e["new_state"] == "EXPIRED")
     assert (expired["why"], expired["uri"]) == ("ticket 43", "ska:x")
     lines = dlm("audit").out.splitlines()

@@ -44,6 +44,7 @@ _WRONG = [
     (["expire"], "DLM-106"),
     (["expire", "test:nothing"], "DLM-101"),
     (["expire", "test:nothing", "--reason", "r"], "DLM-102"),
+    (["expire", "test:nothing", "--reason", " "], "DLM-101"),
     (["restore", "test:nothing"], "DLM-102"),
     (["verify"], "DLM-106"),
     (["verify", "--storage", "nope"], "DLM-102"),

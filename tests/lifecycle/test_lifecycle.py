@@ -156,7 +156,7 @@ def test_an_expired_item_goes_in_two_steps_with_certificates(site):
     assert site.private("a", "trash") == []
     certificates = site.query("SELECT * FROM deletion ORDER BY deletion_id")
     assert [c["step"] for c in certificates] == ["trash"] * 2 + ["purge"] * 2
-    assert {c["reason"] for c in certificates} >= {"its item has expired"}
+    assert {c["reason"] for c in certificates} >= {"its item has expired: no longer wanted"}
 
 
 def test_trash_can_be_restored_until_its_grace_ends(site):

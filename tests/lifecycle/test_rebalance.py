@@ -6,6 +6,7 @@ import pytest
 
 from dlm_core.catalogue.capacity import storages_to_relieve
 from dlm_core.catalogue.places import set_storage
+from dlm_core.lifecycle import rebalance
 from dlm_core.lifecycle.rebalance import _relieve
 from dlm_core.lifecycle.work import _open_row
 from dlm_core.storages.port import Usage
@@ -61,7 +62,7 @@ def test_nothing_leaves_for_a_drain_that_was_called_off_meanwhile(site):
     site.set_storage("a", mode="draining")
     (found,) = site.context.transact(lambda c: storages_to_relieve(c, site.now))
     site.context.transact(lambda c: set_storage(c, "a", {"mode": "read_write"}))
-    assert site.context.transact(lambda c: _relieve(c, site.context, found)) == []
+    assert _relieve(site.context, found, site.context.transact) == []
     assert site.replica(oid, "a")["expires_at"] is None
 
 
@@ -80,3 +81,29 @@ def test_a_storage_of_others_that_is_drained_is_replaced_and_its_files_are_left(
     assert site.visible("theirs") == {"x": b"good bytes"}
     assert list((site.folder / "theirs").iterdir()) == [site.folder / "theirs" / "x"]
     site.set_storage("theirs", mode="retired", retired_at=site.now)
+
+
+@pytest.mark.parametrize("batch", [5, 4, 2000])
+def test_a_copy_that_may_leave_is_found_behind_those_that_may_not(site, monkeypatch, batch):
+    """The coldest of a full storage have no other place: what is surplus among the warmer ones goes
+    all the same, whatever is looked at at once, and then it is not asked again for a while."""
+    monkeypatch.setattr(rebalance, "_BATCH", batch)
+    cold = [site.add_item(f"cold-{n}", bytes(100), "a") for n in range(12)]
+    site.advance(hours=1)
+    warm = [site.add_item(f"warm-{n}", bytes(100), "a") for n in range(3)]
+    site.settle()
+    for name in "bc":
+        site.set_storage(name, mode="read_only")
+    for oid in warm:
+        site.execute("UPDATE data_item SET target_phase = 'LIQUID' WHERE oid = :oid", oid=oid)
+    site.set_storage("a", capacity_bytes=1600, high_watermark=0.9, low_watermark=0.8)
+    site.settle()
+    site.advance(hours=2)
+    site.settle()
+    gone = [oid for oid in warm if site.replicas(oid)["a"] == "DELETED"]
+    assert len(gone) == 3
+    assert {site.replicas(oid)["a"] for oid in cold} == {"READY"}
+    site.set_storage("a", low_watermark=0.5, high_watermark=0.6)
+    site.settle()
+    (row,) = site.query("SELECT rebalance_after FROM storage WHERE name = 'a'")
+    assert row["rebalance_after"] >= site.now

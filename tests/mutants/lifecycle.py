@@ -6,6 +6,28 @@ from tests.mutants.mutant import Mutant
 
 LIFECYCLE = (
     Mutant(
+        "expiry-state-looked-at-before",
+        "dlm_core/catalogue/browse.py",
+        "            WHERE oid = :oid AND state NOT IN ('EXPIRED', 'DELETED')\"\"\",",
+        '            WHERE oid = :oid""",',
+        "an item that expires at this moment is told to have more time",
+        (
+            "lifecycle/test_interleavings.py::"
+            "test_an_item_that_expires_at_this_moment_gets_no_other_time",
+        ),
+    ),
+    Mutant(
+        "rebalance-looks-at-the-coldest-only",
+        "dlm_core/lifecycle/rebalance.py",
+        "        if leaving or after is None:\n",
+        "        if True:\n",
+        "a storage stays full for the sake of its coldest copies, which have no other place",
+        (
+            "lifecycle/test_rebalance.py::"
+            "test_a_copy_that_may_leave_is_found_behind_those_that_may_not",
+        ),
+    ),
+    Mutant(
         "token-used-again",
         "dlm_core/lifecycle/work.py",
         "context, token = self._context, new_id()",

@@ -30,6 +30,14 @@ RULES = (
         ("schema/test_untrue.py::test_a_certificate_names_what_is_so",),
     ),
     Mutant(
+        "expired-gets-more-time",
+        "schema/sql/0018_expiry.sql",
+        "  WHEN (OLD.state IN ('EXPIRED', 'DELETED')",
+        "  WHEN (false AND OLD.state IN ('EXPIRED', 'DELETED')",
+        "an item whose copies go is promised more time",
+        ("schema/test_sense.py::test_what_has_expired_gets_no_other_time",),
+    ),
+    Mutant(
         "events-by-hand",
         "schema/sql/0017_telling.sql",
         "  WHEN (pg_trigger_depth() = 0)",

@@ -82,6 +82,11 @@ _FILL = (
 )
 
 
+def _second_page(c: Connection) -> list[dict[str, Any]]:
+    storage = rows(c, "SELECT storage_id FROM storage LIMIT 1")[0]["storage_id"]
+    return replicas.select_unmarked(c, storage, 100, replicas.select_unmarked(c, storage, 100)[-1])
+
+
 @pytest.fixture(scope="module")
 def site(postgres_home: Path, template_database: str) -> Iterator[Engine]:
     """A catalogue with much that is at rest and little that is due; gone after these tests."""
@@ -273,6 +278,7 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         ),
         {"replica_coldest"},
     ),
+    "those behind them are selected": (lambda c: _second_page(c), {"replica_coldest"}),
     "storages with checks due are found": (
         lambda c: checks.storages_with_checks_due(c, LATER),
         {"replica_check"},

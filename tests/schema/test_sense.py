@@ -1,4 +1,4 @@
-"""What makes no sense is refused whoever writes it (revisions 0016 and 0017)."""
+"""What makes no sense is refused whoever writes it (revisions 0016 to 0018)."""
 
 from __future__ import annotations
 
@@ -208,3 +208,15 @@ def test_texts_can_be_shown_on_a_line(db: Connection, column: str, value: str) -
     """An empty one means nothing; escapes would be played by terminals."""
     assert f"{column}_told" in refusal(db, add_item, **{column: value})
     assert refusal(db, add_item, **{column: "text/plain; charset=utf-8"}) == ""
+
+
+@pytest.mark.parametrize("state", ["EXPIRED", "DELETED"])
+@pytest.mark.parametrize("at", [NOW + timedelta(days=30), None])
+def test_what_has_expired_gets_no_other_time(db: Connection, state: str, at: object) -> None:
+    """Its copies go all the same; only what is restored gets one."""
+    oid = ready_item(db)[0] if state == "EXPIRED" else add_item(db)
+    run(db, "UPDATE data_item SET expires_at = :now WHERE oid = :oid", now=NOW, oid=oid)
+    set_item(db, oid, state)
+    wanted = "UPDATE data_item SET expires_at = :at WHERE oid = :oid"
+    assert "its time of expiry is over" in refusal(db, run, wanted, at=at, oid=oid)
+    assert refusal(db, run, wanted, at=NOW, oid=oid) == ""

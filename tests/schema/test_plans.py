@@ -278,7 +278,7 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
         ),
         {"replica_coldest"},
     ),
-    "those behind them are selected": (lambda c: _second_page(c), {"replica_coldest"}),
+    "those behind them are selected": (_second_page, {"replica_coldest"}),
     "storages with checks due are found": (
         lambda c: checks.storages_with_checks_due(c, LATER),
         {"replica_check"},

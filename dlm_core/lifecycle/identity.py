@@ -21,12 +21,12 @@ from dlm_core.errors import (
     AlreadyExistsError,
     DlmError,
     InvalidValueError,
+    NotOnlineError,
 )
 from dlm_core.lifecycle.rules import Trial, give_rules
-from dlm_core.lifecycle.staging import is_cold
 from dlm_core.lifecycle.work import Context
 from dlm_core.storages.bundles import split_bundling
-from dlm_core.storages.mark import MARK, mark_of
+from dlm_core.storages.mark import MARK, OFFLINE, mark_of
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage, remove_file
 from dlm_core.storages.staging import split_config
@@ -91,8 +91,8 @@ def taking_place(
 ) -> Iterator[None]:
     """Put the mark of a storage where it is to be; taken away again if the block fails.
 
-    Storages that have none get theirs by this too. What cannot be reached, and what lies on tape,
-    is not looked at.
+    Storages that have none get theirs by this too. What cannot be reached is not looked at, nor is
+    a mark read that is offline.
 
     Parameters
     ----------
@@ -102,32 +102,34 @@ def taking_place(
     ------
     AlreadyExistsError
         if the place is that of another storage in use.
+    NotOnlineError
+        if a mark is there that is offline, of a storage that is new: it may be another's place.
     StorageError
         if the mark cannot be written.
     """
-    if is_cold(storage):
-        yield
-        return
+    known = context.transact(context.storages.load)
     others = [
         row
-        for row in context.transact(context.storages.load).values()
+        for row in known.values()
         # a lost one may come back
         if row["mode"] != StorageMode.RETIRED and row["storage_id"] != storage_id
     ]
     with ThreadPoolExecutor(_AT_ONCE, "dlm-mark") as pool:
-        list(pool.map(lambda row: _mark_known(context, row), others))
+        before = list(pool.map(lambda row: _mark_known(context, row), others))
         there, mine = mark_of(storage), str(storage_id)
         _must_be_nobodys(there, others)
-        written = written and there != mine
+        if there == OFFLINE and storage_id not in known:
+            raise NotOnlineError(storage.name, MARK, "it tells whether the place is another's")
+        written = written and there not in (mine, OFFLINE)
         if written:
             if there is not None:
                 remove_file(storage, MARK)  # of a catalogue that was, or a storage that is retired
             _write_mark(storage, storage_id)
         try:
             # those that cannot have a mark of their own show ours if they are the same place
-            seen = pool.map(lambda row: (_mark_known(context, row), row), others if written else ())
-            for mark, row in seen:
-                if mark == mine:
+            seen = pool.map(lambda row: _mark_known(context, row), others if written else ())
+            for row, earlier, mark in zip(others, before, seen, strict=False):
+                if mark == mine or (earlier is None and mark == OFFLINE):
                     raise AlreadyExistsError(noun="this place as storage", key=row["name"])
             yield
         except BaseException:
@@ -138,16 +140,16 @@ def taking_place(
 
 
 def _mark_known(context: Context, row: Mapping[str, Any]) -> str | None:
-    """The mark at a known storage's place, written now if it has none and may have one."""
+    """The mark at a known storage's place, written now if it has none and may have one; an empty
+    one if that cannot be told."""
     with suppress(DlmError):
         storage = context.storages.open(row)
-        if is_cold(storage):
-            return None
         mark = mark_of(storage)
         if mark is None and row["managed"] and row["mode"] in _WRITTEN:
             _write_mark(storage, row["storage_id"])
+            return str(row["storage_id"])
         return mark
-    return None
+    return ""
 
 
 def _write_mark(storage: Storage, storage_id: uuid.UUID) -> None:
@@ -201,7 +203,7 @@ def change_config(context: Context, name: str, changes: Mapping[str, str]) -> No
 
 
 def _must_be_the_same(context: Context, row: Mapping[str, Any], storage: Storage) -> None:
-    if not is_cold(storage) and mark_of(storage) == str(row["storage_id"]):
+    if mark_of(storage) == str(row["storage_id"]):
         return
     known = context.transact(
         lambda c: rows(

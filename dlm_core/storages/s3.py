@@ -26,6 +26,7 @@ from dlm_core.errors import (
     StorageUnavailableError,
 )
 from dlm_core.storages.config import read_config
+from dlm_core.storages.mark import MARK
 from dlm_core.storages.port import PRIVATE, Entry, Readable, ReadStream, Usage
 from dlm_core.storages.prefetch import Prefetched
 from dlm_core.storages.ranges import Slice
@@ -301,10 +302,12 @@ class S3Storage:
         key = self._key(path)
         if size <= PART_SIZE:
             body = b"".join(iter(lambda: source.read(PART_SIZE), b""))
+            # whose place it is has to be told at any time
+            attributes = None if path == MARK else self._attributes
             with self._translated_making(path):
-                return obstore.put(
-                    self._store, key, body, mode="create", attributes=self._attributes
-                )["e_tag"]
+                return obstore.put(self._store, key, body, mode="create", attributes=attributes)[
+                    "e_tag"
+                ]
         return self._upload(path, source, size)
 
     def _must_be_free(self, path: str) -> None:

@@ -68,6 +68,72 @@ def test_a_place_that_is_only_read_is_found_too(
     assert names(dlm) == ["a", "b", "read"] and not (tmp_path / "theirs" / MARK).exists()
 
 
+def on_tape(command: str, *more: str) -> list[str]:
+    """Options of a cold storage; ``command`` tells what is online, if it is named."""
+    pairs = ["stage=command", "stage_command=true", *more]
+    pairs += [f"online_command={command}"] if command else []
+    return [part for pair in pairs for part in ("--config", pair)]
+
+
+@pytest.mark.parametrize("bundles", [(), ("bundle_bytes=1MiB",)])
+@pytest.mark.parametrize("first", ["disk", "tape", "read"])
+def test_a_place_on_tape_is_one_storage_too(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path, first: str, bundles: tuple[str, ...]
+) -> None:
+    """Its one copy would count as two: beside the same folder as a disk, or on another tape; in
+    whatever order they are added, with or without bundles."""
+    (tmp_path / "hsm").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "hsm")
+    cold = on_tape("", *bundles)
+    more = {"disk": [], "tape": cold, "read": [*cold, "--read-only"]}[first]
+    assert add(dlm, "one", tmp_path / "hsm", *more).code == 0
+    assert (tmp_path / "hsm" / MARK).exists() == (first != "read")
+    assert "'one'" in refused(add(dlm, "again", tmp_path / "link", *cold), "DLM-103", 2)
+    if first != "disk":
+        assert "'one'" in refused(add(dlm, "again", tmp_path / "link"), "DLM-103", 2)
+    assert names(dlm) == ["a", "b", "one"]
+
+
+def test_a_tape_from_before_gets_its_mark(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path
+) -> None:
+    """As others do; it is its own storage still, and a changed config is taken."""
+    for name in ("hsm", "new"):
+        (tmp_path / name).mkdir()
+    assert add(dlm, "tape", tmp_path / "hsm", *on_tape("")).code == 0
+    mark = tmp_path / "hsm" / MARK
+    key = mark.read_text()
+    mark.unlink()
+    assert add(dlm, "new", tmp_path / "new").code == 0
+    assert mark.read_text() == key
+    assert dlm("storage", "set", "tape", "--config", "mount=/").code == 0
+
+
+@pytest.mark.parametrize("first", ["disk", "read"])
+def test_a_mark_that_is_offline_is_not_recalled(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path, first: str
+) -> None:
+    """Whose place it is cannot be told then: nothing is added there, and what is known goes on.
+    Nor is a place added whose mark shows up, unread, where there was none before."""
+    (tmp_path / "hsm").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "hsm")
+    nothing = on_tape("true")
+    if first == "disk":
+        assert add(dlm, "disk", tmp_path / "hsm").code == 0
+        again = add(dlm, "again", tmp_path / "link", *nothing)
+        assert MARK in refused(again, "DLM-308", 4)
+        (tmp_path / "hsm" / MARK).unlink()
+        assert dlm("storage", "drain", "disk").code == dlm("storage", "retire", "disk").code == 0
+        assert add(dlm, "tape", tmp_path / "hsm", *nothing).code == 0
+        assert dlm("storage", "set", "tape", "--config", "mount=/").code == 0
+        (tmp_path / "new").mkdir()
+        assert add(dlm, "new", tmp_path / "new").code == 0
+    else:
+        assert add(dlm, "tape", tmp_path / "hsm", *nothing, "--read-only").code == 0
+        assert "'tape'" in refused(add(dlm, "again", tmp_path / "link"), "DLM-103", 2)
+        assert not (tmp_path / "hsm" / MARK).exists()
+
+
 def test_storages_from_before_get_their_marks(
     dlm: Dlm, storages: dict[str, Path], tmp_path: Path
 ) -> None:

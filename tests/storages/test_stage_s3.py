@@ -15,6 +15,7 @@ from dlm_core.errors import (
     StorageUnavailableError,
 )
 from dlm_core.lifecycle.trash import request_restore
+from dlm_core.storages.mark import MARK, OFFLINE, mark_of
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.stage_s3 import can_be_read
 from tests.backends import archive_config, s3_config
@@ -65,6 +66,20 @@ def test_a_rename_of_what_is_archived_is_refused_until_it_is_restored(glacier):
     assert glacier.stat("x") is not None and glacier.stat("y") is None
     glacier.remove("x")
     assert glacier.stat("x") is None
+
+
+def test_the_mark_of_an_archive_can_be_read(glacier):
+    """It has the bucket's own class; what a rule of the bucket archived is not read."""
+    key = str(uuid.uuid4()).encode()
+    assert mark_of(glacier) is None
+    glacier.write(MARK, io.BytesIO(key), len(key))
+    assert mark_of(glacier) == key.decode()
+    glacier.remove(MARK)
+    client = glacier.stager._s3
+    client.connected().put_object(
+        Bucket=client.bucket, Key=client.prefix + MARK, Body=key, StorageClass="GLACIER"
+    )
+    assert mark_of(glacier) == OFFLINE
 
 
 class _Busy(BaseHTTPRequestHandler):

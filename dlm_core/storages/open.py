@@ -14,6 +14,7 @@ from dlm_core.errors import InvalidValueError
 from dlm_core.storages.bundles import Bundled, split_bundling
 from dlm_core.storages.cold import ColdStorage
 from dlm_core.storages.config import read_config
+from dlm_core.storages.plug_in import open_plug_in
 from dlm_core.storages.port import Storage
 from dlm_core.storages.staging import Place, open_stager, split_config
 
@@ -102,16 +103,9 @@ def interfaces() -> dict[str, Opener]:
 
 
 def _by(point: EntryPoint) -> Opener:
-    """Loaded when it is used: one that is broken is in nobody's way."""
-
     def opener(name: str, root: str, config: Mapping[str, Any]) -> Storage:
-        try:
-            load: Opener = point.load()
-        except (ImportError, AttributeError) as error:
-            raise InvalidValueError(
-                what="interface", value=point.name, expected=f"one that can be loaded: {error}"
-            ) from None
-        return load(name, root, config)
+        found: Storage = open_plug_in(point, f"interface of storage {name}", name, root, config)
+        return found
 
     return opener
 

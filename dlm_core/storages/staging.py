@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dlm_core.errors import InvalidValueError
 from dlm_core.storages.config import read_config
+from dlm_core.storages.plug_in import open_plug_in
 
 
 class Stager(Protocol):
@@ -100,8 +101,16 @@ def stagers() -> dict[str, StagerOpener]:
     """Openers by name: ours, and others' found by the entry point group 'dlm.stagers'."""
     found: dict[str, StagerOpener] = {"command": _command, "s3": _s3}
     for point in entry_points(group="dlm.stagers"):
-        found.setdefault(point.name, point.load())
+        found.setdefault(point.name, _by(point))
     return found
+
+
+def _by(point: EntryPoint) -> StagerOpener:
+    def opener(place: Place, options: Mapping[str, Any]) -> Stager:
+        found: Stager = open_plug_in(point, f"stage of storage {place.name}", place, options)
+        return found
+
+    return opener
 
 
 def split_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,5 +1,8 @@
 """Replication, verification, expiry, restore and rebalancing on real files."""
 
+import json
+from importlib.metadata import EntryPoint
+
 import pytest
 
 from dlm_core.catalogue import deletions
@@ -13,6 +16,8 @@ from dlm_core.lifecycle.replicate import plan_replication, propose_replication
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import drain
+from dlm_core.storages import open as opening
+from dlm_core.storages import staging
 from dlm_core.types import OperationKind
 from tests.site import make_site
 
@@ -135,6 +140,38 @@ def expire(site, oid):
         oid=oid,
         now=site.now,
     )
+
+
+@pytest.mark.parametrize("broken", ["adapter", "stager"])
+def test_a_broken_plug_in_stops_its_own_storage_only(site, tmp_path, monkeypatch, broken):
+    """Whatever it raises when it is loaded: copies between the others are made, those to its own
+    storage wait as in an outage."""
+    (tmp_path / "dlm_test_no_licence.py").write_text("raise RuntimeError('no licence')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module, caches = (
+        (opening, opening.interfaces) if broken == "adapter" else (staging, staging.stagers)
+    )
+    point = EntryPoint("mine", "dlm_test_no_licence:opened", "")
+    monkeypatch.setattr(module, "entry_points", lambda group: [point])
+    caches.cache_clear()
+    config = {"interface": "mine"} if broken == "adapter" else {"config": '{"stage": "mine"}'}
+    site.add_storage("plugged", "P", **config)
+    tape = {"stage": "command", "stage_command": "true"}
+    site.add_storage("tape", "T", config=json.dumps(tape), phase="GAS")
+    for name in ("a", "b", "plugged"):
+        site.set_storage(name, phase="GAS")
+    site.set_storage("c", mode="read_only")
+    oid = site.add_item("f", b"payload", "a")
+    try:
+        report = site.settle()
+    finally:
+        caches.cache_clear()
+    assert report.done == {"copy": 2} and report.retried == {"DLM-301": 1} and not report.failed
+    assert site.replicas(oid) == {
+        "a": "READY", "b": "READY", "tape": "READY", "plugged": "PENDING"
+    }  # fmt: skip
+    (told,) = site.query("SELECT error FROM operation WHERE error IS NOT NULL")
+    assert "'mine'" in told["error"] and "no licence" in told["error"]
 
 
 def test_an_expired_item_goes_in_two_steps_with_certificates(site):

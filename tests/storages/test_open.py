@@ -1,8 +1,12 @@
 """Storages are opened from what the catalogue says of them."""
 
+from importlib.metadata import EntryPoint
+
 import pytest
 
 from dlm_core.errors import InvalidValueError
+from dlm_core.storages import open as opening
+from dlm_core.storages import staging
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.secrets import read_secret
 
@@ -101,3 +105,51 @@ def test_a_secret_in_a_value_is_refused_and_not_shown(interface, root, config):
     with pytest.raises(InvalidValueError) as caught:
         open_storage("x", interface, root, config)
     assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """Plug-ins for storages and stagers that cannot be loaded or opened, by name."""
+    texts = {
+        "licence": "raise RuntimeError('no licence')",
+        "syntax": "def (",
+        "opener": "def opened(*_):\n    raise KeyError('host')",
+        "nothing": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"dlm_test_{name}.py").write_text(text + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = [*texts, "missing"]
+
+    def points(group):
+        return [EntryPoint(name, f"dlm_test_{name}:opened", group) for name in names]
+
+    monkeypatch.setattr(opening, "entry_points", points)
+    monkeypatch.setattr(staging, "entry_points", points)
+    opening.interfaces.cache_clear(), staging.stagers.cache_clear()
+    yield names
+    opening.interfaces.cache_clear(), staging.stagers.cache_clear()
+
+
+def test_a_broken_plug_in_is_told_by_name_and_in_nobodys_way(broken, tmp_path):
+    """Whatever it raises: in one line, of the storage that wants it alone; others open."""
+    for name in broken:
+        with pytest.raises(InvalidValueError, match=f"interface.*'{name}'") as adapter:
+            open_storage("x", name, "/x", {})
+        with pytest.raises(InvalidValueError, match=f"stage of storage x.*'{name}'") as stager:
+            open_storage("x", "posix", str(tmp_path), {"stage": name})
+        assert "\n" not in str(adapter.value) + str(stager.value)
+    cold = {"stage": "command", "stage_command": "true"}
+    assert open_storage("x", "posix", str(tmp_path), cold).stager is not None
+
+
+def test_what_a_plug_in_says_of_a_config_is_told_as_it_is(broken, tmp_path, monkeypatch):
+    """An error of ours that its opener raises is the operator's answer."""
+
+    def opened(*_):
+        raise InvalidValueError(what="host", value="x", expected="a host")
+
+    monkeypatch.setattr(EntryPoint, "load", lambda _: opened)
+    for interface, config in (("licence", {}), ("posix", {"stage": "licence"})):
+        with pytest.raises(InvalidValueError, match="a host"):
+            open_storage("x", interface, str(tmp_path), config)

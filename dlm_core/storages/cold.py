@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from dlm_core.errors import NotOnlineError
-from dlm_core.storages.port import Readable, ReadStream, Storage
+from dlm_core.storages.port import Readable, ReadStream, Storage, temp_path
 from dlm_core.storages.ranges import open_range
 from dlm_core.storages.staging import Stager, StageTerms
 
 #: what was online is taken to be so for this long, in seconds
 _TRUSTED_SECONDS = 600.0
 _MOST_REMEMBERED = 200_000
+_TEMP = temp_path("")
 
 
 class ColdStorage:
@@ -22,7 +23,8 @@ class ColdStorage:
 
     Reading a file that is not online raises ``NotOnlineError`` instead of recalling it by
     accident, one by one; who has many to read asks :meth:`look` for all of them first. What this
-    process wrote to disk a moment ago is online. All else goes through to the adapter.
+    process wrote to disk a moment ago is online, and so are temporary files, of whoever's: they are
+    written and read at once. All else goes through to the adapter.
     """
 
     def __init__(self, inner: Storage, stager: Stager, terms: StageTerms) -> None:
@@ -36,8 +38,10 @@ class ColdStorage:
         if attribute == "read_many":
             raise AttributeError(attribute)  # one by one, each if it is online
         found = getattr(self.inner, attribute)
-        if attribute == "write_in_parts":
+        if attribute in ("write_in_parts", "write_on"):
             return self._remembering_one(found)
+        if attribute == "copy_from":
+            return self._remembering_copy(found)
         if attribute == "open_read_at":
             return self._if_online(found)
         return self._remembering(found) if attribute == "write_many" else found
@@ -108,6 +112,8 @@ class ColdStorage:
             self._until.pop(path, None)
 
     def _must_be_online(self, path: str) -> None:
+        if path.startswith(_TEMP) and not self.renames_read:
+            return
         if self._until.get(path, 0.0) > time.monotonic() or path in self.look([path]):
             return
         entry = self.inner.stat(path)
@@ -131,13 +137,22 @@ class ColdStorage:
 
         return write
 
-    def _remembering_one(self, write_in_parts: Callable[..., Any]) -> Callable[..., Any]:
+    def _remembering_one(self, write_one: Callable[..., Any]) -> Callable[..., Any]:
         def write(path: str, *rest: Any) -> Any:
-            etag = write_in_parts(path, *rest)
+            etag = write_one(path, *rest)
             self._remember_written([path])
             return etag
 
         return write
+
+    def _remembering_copy(self, copy_from: Callable[..., bool]) -> Callable[..., bool]:
+        def copy(source: Storage, source_path: str, path: str, *rest: Any) -> bool:
+            done = copy_from(source, source_path, path, *rest)
+            if done:
+                self._remember_written([path])
+            return done
+
+        return copy
 
     def _remember_written(self, paths: Iterable[str]) -> None:
         """What a disk takes stays there for a while; an archive class is offline at once."""

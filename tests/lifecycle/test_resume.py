@@ -165,6 +165,27 @@ def test_a_copy_goes_on_after_a_drainer_was_stopped(site: Site) -> None:
     assert went_over(site, source) - before < len(_DATA)
 
 
+@pytest.mark.parametrize("site", ["sftp", "posix", "xrootd"], indirect=True)
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_copy_to_tape_goes_on_too(site: Site, limited: bool) -> None:
+    """What was just written is read back, and so is what an earlier try left, whatever the site's
+    command knows of the DLM's temporary files; beneath a limit of bytes a second too."""
+    interface, root, config = site.far
+    cold = {"stage": "command", "stage_command": "true", "online_command": "true"}
+    site.far = interface, root, config | cold
+    if limited:
+        site.set_storage("b", max_bytes_per_second=1 << 30)
+    oid = site.add_item("x", _DATA, "a")
+    cut(site, 12 * _MB, unavailable)
+    plan_replication(site.context)
+    drain(site.context, _COPY)
+    assert partial(site) is not None
+    site.advance(minutes=5)
+    report = drain(site.context, _COPY)
+    assert report.done == {"copy": 1}, report
+    assert site.replicas(oid)["b"] == "READY" and left_over(site) == []
+
+
 @ON_DISK
 def test_damage_to_what_was_left_is_not_the_sources(site: Site) -> None:
     """A flipped byte in the partial file: the copy is made anew, the source stays READY."""

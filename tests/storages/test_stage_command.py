@@ -21,6 +21,10 @@ from tests.tape import Tape
 ODD = ["a b", "-rf", "quo'te\"$(x)`;", "new\nline", "ünï/星", "\udcff\udcfe.dat", "*"]
 
 
+#: as of a command that knows of no file yet
+NOTHING_ONLINE = {"stage": "command", "stage_command": "true", "online_command": "true"}
+
+
 @pytest.fixture
 def tape(tmp_path):
     root = tmp_path / "root"
@@ -69,6 +73,33 @@ def test_many_are_looked_at_in_one_call_and_remembered(tape):
     for name in names[1:]:
         other.open_read(name).close()
     assert len(tape.calls("online")) == 1
+
+
+def test_what_was_just_written_is_online_however_it_was_written(tape):
+    """A large file that may be gone on with, and one that the kernel copied, under their new names
+    too; what it says that it could not copy is none."""
+    storage = open_storage("tape", "posix", str(tape.root), NOTHING_ONLINE)
+    storage.write_on("d/x", io.BytesIO(b"bytes"), 0)
+    other = open_storage("other", "posix", str(tape.root), {})
+    assert storage.copy_from(other, "d/x", "y", 5, lambda _: None)
+    for name in ("d/x", "y"):
+        storage.rename(name, f"{name}-new")
+        storage.open_read(f"{name}-new").close()
+    assert not storage.copy_from(other, "d/x-new", "z", 4, lambda _: None)
+    other.write("z", io.BytesIO(b"bytes"), 5)
+    with pytest.raises(NotOnlineError):
+        storage.open_read("z")
+
+
+def test_temporary_files_are_read_as_they_are(tape):
+    """They are ours, and of this moment: a command need not know of them. Trash may be offline."""
+    storage = open_storage("tape", "posix", str(tape.root), NOTHING_ONLINE)
+    for name in (".dlm/tmp/l/x", ".dlm/trash/x"):
+        open_storage("other", "posix", str(tape.root), {}).write(name, io.BytesIO(b"x"), 1)
+    for opening in (storage.open_read, lambda path: storage.open_range(path, 0, 1)):
+        opening(".dlm/tmp/l/x").close()
+        with pytest.raises(NotOnlineError):
+            opening(".dlm/trash/x")
 
 
 def test_what_is_no_file_is_told_as_ever(tape):

@@ -27,7 +27,7 @@ from dlm_core.lifecycle.rules import Trial, give_rules
 from dlm_core.lifecycle.work import Context
 from dlm_core.storages.bundles import split_bundling
 from dlm_core.storages.mark import MARK, OFFLINE, mark_of
-from dlm_core.storages.open import open_storage
+from dlm_core.storages.open import must_have_options, open_storage
 from dlm_core.storages.port import Storage, remove_file
 from dlm_core.storages.staging import split_config
 from dlm_core.types import PayloadKind, StorageMode, decode_path, new_id
@@ -68,6 +68,7 @@ def join_storage(
         if it cannot be reached, or its mark not be written.
     """
     storage, storage_id = open_storage(name, interface, root, config), new_id()
+    must_have_options(name, interface, config)
     storage.check()
 
     def add(connection: Connection) -> Trial | None:
@@ -194,6 +195,7 @@ def change_config(context: Context, name: str, changes: Mapping[str, str]) -> No
     if not of_the_place or of_the_place == {"mount": ""}:
         context.transact(lambda c: set_config(c, storage_id, config))
         return
+    must_have_options(name, row["interface"], config)
     storage.check()
     written = row["managed"] and row["mode"] in _WRITTEN
     _must_be_the_same(context, row, storage)

@@ -110,6 +110,20 @@ def _by(point: EntryPoint) -> Opener:
     return opener
 
 
+def must_have_options(name: str, interface: str, config: Mapping[str, Any]) -> None:
+    """Look at what only the program that serves a storage can tell of its config: opening does not.
+
+    Raises
+    ------
+    InvalidValueError
+        if a key of it would be ignored.
+    """
+    if interface == "rclone":
+        from dlm_core.storages import rclone_config
+
+        rclone_config.must_have_options(name, split_config(split_bundling(name, config)[1])[0])
+
+
 def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]) -> Storage:
     """The adapter for a storage; opening touches neither disk nor network.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dlm_core.errors import InvalidValueError
 from dlm_core.storages.config import read_config
+from dlm_core.storages.rclone_daemon import RcloneError, daemon
 from dlm_core.storages.secrets import SecretReference, read_secret
+from dlm_core.storages.wire import WireError
 
 #: Asked at each call for what the backend needs, secrets as they are then.
 Options = Callable[[], Mapping[str, str]]
@@ -22,6 +25,11 @@ _SECRET_NAMES = re.compile(
     r"|connection_string|(^|_)(keys?|pem|sas(_url)?|headers|access_grant|session_id)$"
 )
 _CREDENTIALS = re.compile("://[^/]*@")
+#: what these backends read and rclone does not tell of (by its sources, 1.76)
+_UNTOLD = {
+    "jottacloud": {"configVersion", "tokenURL", "device", "mountpoint", "username"},
+    "pikpak": {"captcha_token"},
+}
 
 
 class RcloneConfig(BaseModel):
@@ -52,6 +60,32 @@ def read_rclone_config(name: str, config: Mapping[str, Any]) -> tuple[str, Optio
 
     options()
     return parsed.type, options
+
+
+def must_have_options(name: str, config: Mapping[str, Any]) -> None:
+    """Ask rclone whether its backend has these options: those that it has not it would ignore.
+
+    Raises
+    ------
+    InvalidValueError
+        of the first that it has not, with what is near. Not if rclone tells nothing of it.
+    """
+    kind = str(config.get("type"))
+    try:
+        known = daemon().options_of(kind)
+    except (RcloneError, WireError):
+        return  # whoever looks at the storage is told why
+    for key in config if known else ():
+        option = key.removeprefix(_SECRET)
+        if key == "type" or option in known or option in _UNTOLD.get(kind, ()):
+            continue
+        prefix = key.removesuffix(option)
+        near = [prefix + one for one in difflib.get_close_matches(option, known)]
+        some = f"perhaps {' or '.join(near)}" if near else f"see 'rclone help backend {kind}'"
+        raise InvalidValueError(
+            what=f"option of storage {name}", value=key,
+            expected=f"rclone's {kind} has none of that name; {some}",
+        )  # fmt: skip
 
 
 def _check_options(name: str, plain: Mapping[str, str], secrets: Mapping[str, str]) -> None:

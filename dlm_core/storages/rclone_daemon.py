@@ -152,6 +152,21 @@ class Daemon:
         with self._wire.ask("POST", f"/{command}", {"Content-Type": "application/json"}, body) as r:
             return _answer(r)
 
+    def options_of(self, kind: str) -> set[str]:
+        """Names of the options that a backend has, with those of rclone's own that may be set for
+        a remote; empty if there is no such backend.
+
+        Raises
+        ------
+        RcloneError, WireError
+        """
+        for backend in self.call("config/providers", {})["providers"]:
+            if kind in (backend["Prefix"], backend["Name"].replace(" ", "")):
+                main = [option["Name"] for option in self.call("options/info", {})["main"]]
+                own = {f"{scope}.{option}" for scope in ("override", "global") for option in main}
+                return own | {option["Name"] for option in backend["Options"]}
+        return set()
+
     def open(self, fs: str, path: str, headers: Headers) -> Reply:
         """The bytes of a file as a reply with status 200, or 206 if ``headers`` ask for a part.
 

@@ -233,6 +233,35 @@ def test_a_config_does_not_lead_to_another_storages_place(
     assert moved.code == 0, moved.error
 
 
+@pytest.mark.parametrize(
+    ("option", "near"),
+    [
+        ("copy_linksss=true", "copy_links"),
+        ("secret_descripton=env:HOME", "secret_description"),
+        ("override.chekers=3", "override.checkers"),
+        ("pacer_min_sleep=0s", "rclone help backend local"),
+        ("checkers=3", "override.checkers"),
+    ],
+)
+def test_an_option_that_rclone_would_ignore_is_refused(
+    dlm: Dlm, storages: dict[str, Path], tmp_path: Path, option: str, near: str
+) -> None:
+    """When a storage is added and when it is changed; what is near is named. What the backend has,
+    and rclone's own for a backend, is taken."""
+    (tmp_path / "new").mkdir()
+    more = ("--interface", "rclone", "--config", "type=local")
+    name = option.partition("=")[0]
+    line = refused(add(dlm, "new", tmp_path / "new", *more, "--config", option), "DLM-101", 2)
+    assert f"'{name}'" in line and near in line
+    good = ("copy_links=true", "override.checkers=3", "bundle_bytes=1MiB")
+    options = [word for one in good for word in ("--config", one)]
+    added = add(dlm, "new", tmp_path / "new", *more, *options)
+    assert added.code == 0, added.error
+    line = refused(dlm("storage", "set", "new", "--config", option), "DLM-101", 2)
+    assert f"'{name}'" in line and near in line
+    assert dlm("storage", "set", "new", "--config", "copy_links=").code == 0
+
+
 def test_the_place_of_a_lost_storage_is_taken(
     dlm: Dlm, storages: dict[str, Path], tmp_path: Path
 ) -> None:

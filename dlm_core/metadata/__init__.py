@@ -28,7 +28,7 @@ def _load(point: EntryPoint) -> Extractor:
     try:
         loaded: Extractor = point.load()
         return loaded
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever others' code raises
         reason = f"{point.value} cannot be loaded: {error}"
 
     def broken(storage: Storage, path: str, seen: Observation) -> dict[str, Any] | None:
@@ -48,6 +48,8 @@ def extract_all(storage: Storage, path: str, seen: Observation) -> dict[str, Any
             result = extract(storage, path, seen)
         except (ValueError, OSError, DlmError) as error:
             result = {"error": str(error).split("\n")[0][:300]}
+        except Exception as error:  # noqa: BLE001 - whatever others' code raises
+            result = {"error": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
         if result:
             found[name] = result
     return found

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+from importlib.metadata import EntryPoint
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dlm_core import metadata
 from dlm_core.catalogue.engine import rows
 from dlm_core.catalogue.items import Admitted, Announcement, Terms, announce
 from dlm_core.catalogue.items import admit as admit_rows
@@ -421,6 +423,25 @@ def test_metadata_come_from_the_plug_ins(site):
     product = found["test:p/ska-data-product.yaml"]["metadata"]["ska_data_product"]
     assert product == {"execution_block": "eb-1"}
     assert "error" in found["test:bad.fits"]["metadata"]["fits"]
+
+
+def test_a_broken_metadata_plug_in_keeps_no_bytes_out(site, tmp_path, monkeypatch):
+    """Whatever it raises, when it is loaded or when it reads: it is told with the item."""
+    (tmp_path / "dlm_test_licence.py").write_text("raise RuntimeError('no licence')\n")
+    (tmp_path / "dlm_test_reads.py").write_text("def extract(*_):\n    raise KeyError('OBJECT')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = ("licence", "reads")
+    points = [EntryPoint(name, f"dlm_test_{name}:extract", "") for name in names]
+    monkeypatch.setattr(metadata, "entry_points", lambda group: points)
+    metadata.extractors.cache_clear()
+    write(site, {"x": b"1"})
+    register_tree(site.context, Source("in", "test"))
+    try:
+        assert admit(site).done["admit"] == 1
+    finally:
+        metadata.extractors.cache_clear()
+    found = items(site)["test:x"]["metadata"]
+    assert "no licence" in found["licence"]["error"] and "OBJECT" in found["reads"]["error"]
 
 
 def test_two_drainers_admit_each_item_once(site, engine):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from dlm_core.errors import NotOnlineError
+from dlm_core.errors import DlmError, NotOnlineError, StorageUnavailableError
 from dlm_core.storages.port import Readable, ReadStream, Storage, temp_path
 from dlm_core.storages.ranges import open_range
 from dlm_core.storages.staging import Stager, StageTerms
@@ -16,6 +16,8 @@ from dlm_core.storages.staging import Stager, StageTerms
 _TRUSTED_SECONDS = 600.0
 _MOST_REMEMBERED = 200_000
 _TEMP = temp_path("")
+
+_T = TypeVar("_T")
 
 
 class ColdStorage:
@@ -65,7 +67,7 @@ class ColdStorage:
         """
         found: set[str] = set()
         for batch in _batches(paths, self.terms.stage_batch):
-            found |= self.stager.online(batch) & set(batch)
+            found |= self._told(self._online, batch)
         with self._lock:
             for path in set(paths) - found:
                 self._until.pop(path, None)
@@ -80,9 +82,26 @@ class ColdStorage:
         StorageUnavailableError, AccessDeniedError
             if the storage does not take the request.
         """
+        for batch in _batches(self._told(self._ordered, paths), self.terms.stage_batch):
+            self._told(self.stager.stage, batch)
+
+    def _online(self, paths: Sequence[str]) -> set[str]:
+        return set(self.stager.online(paths)) & set(paths)
+
+    def _ordered(self, paths: Sequence[str]) -> Sequence[str]:
         order = getattr(self.stager, "order", None)
-        for batch in _batches(order(paths) if order else paths, self.terms.stage_batch):
-            self.stager.stage(batch)
+        return [*order(paths)] if order else paths
+
+    def _told(self, ask: Callable[[Sequence[str]], _T], paths: Sequence[str]) -> _T:
+        """What the stager answers; it may be somebody else's, and fail in a way of its own."""
+        try:
+            return ask(paths)
+        except DlmError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever others' code raises
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            message = f"its stager {self.terms.stage!r} failed: {told}"
+            raise StorageUnavailableError(storage=self.inner.name, message=message) from None
 
     def open_read(self, path: str) -> ReadStream:
         self._must_be_online(path)

@@ -35,7 +35,7 @@ def mark_of(storage: Storage) -> str | None:
 
 def _is_online(storage: ColdStorage) -> bool:
     try:
-        return MARK in storage.stager.online([MARK])
+        return MARK in storage.look([MARK])
     except StorageError:
         return False  # the storage is there; only what brings its files online is not
 

@@ -104,7 +104,8 @@ def interfaces() -> dict[str, Opener]:
 
 def _by(point: EntryPoint) -> Opener:
     def opener(name: str, root: str, config: Mapping[str, Any]) -> Storage:
-        found: Storage = open_plug_in(point, f"interface of storage {name}", name, root, config)
+        what, calls = f"interface of storage {name}", ("check", "stat", "open_read", "write")
+        found: Storage = open_plug_in(point, what, calls, name, root, config)
         return found
 
     return opener

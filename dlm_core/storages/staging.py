@@ -107,7 +107,8 @@ def stagers() -> dict[str, StagerOpener]:
 
 def _by(point: EntryPoint) -> StagerOpener:
     def opener(place: Place, options: Mapping[str, Any]) -> Stager:
-        found: Stager = open_plug_in(point, f"stage of storage {place.name}", place, options)
+        what, calls = f"stage of storage {place.name}", ("stage", "online")
+        found: Stager = open_plug_in(point, what, calls, place, options)
         return found
 
     return opener

@@ -115,6 +115,7 @@ def broken(tmp_path, monkeypatch):
         "syntax": "def (",
         "opener": "def opened(*_):\n    raise KeyError('host')",
         "nothing": "",
+        "silent": "def opened(*_):\n    pass",
     }
     for name, text in texts.items():
         (tmp_path / f"dlm_test_{name}.py").write_text(text + "\n")

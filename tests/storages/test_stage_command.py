@@ -179,6 +179,19 @@ def test_only_on_posix_can_one_look_without_a_command(sshd, tmp_path):
     assert cold.look(["x", "y"]) == {"x", "y"}
 
 
+class Jammed:
+    """A stager of somebody else's whose every call fails in a way of its own."""
+
+    def __init__(self, place, options):
+        pass
+
+    def stage(self, paths):
+        raise KeyError("drive")
+
+    def online(self, paths):
+        return None
+
+
 class Robot:
     """A stager of somebody else's."""
 
@@ -190,6 +203,24 @@ class Robot:
 
     def online(self, paths):
         return {path for path in paths if any(path in one for one in self.asked)}
+
+
+def test_a_stager_that_fails_in_a_way_of_its_own_is_an_outage(tmp_path, monkeypatch):
+    """Of its storage: whoever works on many goes on with the others."""
+    point = EntryPoint("jammed", f"{__name__}:Jammed", "dlm.stagers")
+    monkeypatch.setattr(EntryPoint, "load", lambda _: Jammed)
+    monkeypatch.setattr(staging, "entry_points", lambda group: [point])
+    staging.stagers.cache_clear()
+    try:
+        storage = open_storage("tape", "posix", str(tmp_path), {"stage": "jammed"})
+        (tmp_path / "x").write_bytes(b"x")
+        with pytest.raises(StorageUnavailableError, match="drive"):
+            storage.stage(["x"])
+        for asking in (lambda: storage.look(["x"]), lambda: storage.open_read("x")):
+            with pytest.raises(StorageUnavailableError, match="stager"):
+                asking()
+    finally:
+        staging.stagers.cache_clear()
 
 
 def test_others_add_stagers_by_entry_point(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -19,6 +20,8 @@ from dlm_core.storages.config import read_config
 from dlm_core.storages.staging import Place
 
 _LONGEST_LINE = 200
+#: what was killed is waited for so long
+_DEATH_SECONDS = 5.0
 #: what a command may print of somebody's password is not repeated
 _SECRET = re.compile(r"(?i)(://)[^/@\s]*@|((?:password|passwd|secret|token|key)\s*[=:]\s*)\S+")
 #: variables that hold secrets, ours or others', are none of a command's business
@@ -112,22 +115,27 @@ class CommandStager:
         return stat.S_ISREG(status.st_mode) and status.st_blocks * 512 >= status.st_size
 
     def _run(self, what: str, words: Sequence[str], paths: Sequence[str]) -> bytes:
-        """Run a command to its end; what it printed. Files, not pipes: a process that it leaves
-        running may keep those open."""
+        """Run a command to its end; what it printed."""
+        told = b"".join(self._octets(path) + b"\0" for path in paths)
+        try:
+            return self._printed(what, words, told)
+        except OSError as error:
+            reason = error.strerror or error
+            raise self._unavailable(f"{what} cannot be run: {reason}") from None
+
+    def _printed(self, what: str, words: Sequence[str], told: bytes) -> bytes:
+        """Files, not pipes: a process that the command leaves running may keep those open."""
         with (
             tempfile.TemporaryFile() as given,
             tempfile.TemporaryFile() as printed,
             tempfile.TemporaryFile() as complained,
         ):
-            given.write(b"".join(self._octets(path) + b"\0" for path in paths))
+            given.write(told)
             given.seek(0)
-            try:
-                process = subprocess.Popen(
-                    words, stdin=given, stdout=printed, stderr=complained, cwd="/",
-                    env=_environment(), start_new_session=True,
-                )  # fmt: skip
-            except OSError as error:
-                raise self._unavailable(f"{what} cannot be run: {error.strerror}") from None
+            process = subprocess.Popen(
+                words, stdin=given, stdout=printed, stderr=complained, cwd="/",
+                env=_environment(), start_new_session=True,
+            )  # fmt: skip
             self._wait(what, process)
             if process.returncode:
                 line = _first_line(complained)
@@ -144,9 +152,11 @@ class CommandStager:
             raise self._unavailable(f"{what} did not end within {seconds:g} s") from None
         finally:
             if process.returncode is None:
-                # its session is its own: whatever it has started goes with it
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                # its session is its own: whatever it has started goes with it; what runs as
+                # somebody else (by sudo) may not be ended, and is left alone
+                with suppress(PermissionError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait(_DEATH_SECONDS)
 
     def _unavailable(self, message: str) -> StorageUnavailableError:
         return StorageUnavailableError(storage=self._name, message=message)

@@ -1,8 +1,11 @@
 """The stager that runs commands: names, answers, faults; and the gate in front of the bytes."""
 
+import errno
 import io
 import os
 import sys
+import tempfile
+import time
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -145,6 +148,31 @@ def test_a_command_that_does_not_do_its_work_is_an_outage(tape, command, words):
     )
     with pytest.raises(StorageUnavailableError, match=words):
         storage.stage(["x"])
+
+
+def test_a_command_that_may_not_be_ended_is_left_alone(tape, monkeypatch):
+    """By sudo, say: it runs as somebody else. It is an outage as any that takes too long."""
+
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "killpg", refused)
+    storage = opened(tape, stage_command="sleep 2", stage_timeout_seconds=0.2)
+    begun = time.monotonic()
+    with pytest.raises(StorageUnavailableError, match="did not end within"):
+        storage.stage(["x"])
+    assert time.monotonic() - begun < 1.5
+
+
+def test_no_room_for_what_a_command_is_told_is_an_outage(tape, monkeypatch):
+    """Its input and output are temporary files here."""
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(StorageUnavailableError, match=r"stage_command.*No space"):
+        opened(tape).stage(["x"])
 
 
 def test_a_command_sees_no_secret_of_ours(tape, monkeypatch):

@@ -37,11 +37,13 @@ class ColdStorage:
         self.renames_read = bool(getattr(stager, "renames_read", False))
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute == "read_many":
+        if attribute == "read_many" or (attribute == "rename_many" and self.renames_read):
             raise AttributeError(attribute)  # one by one, each if it is online
         found = getattr(self.inner, attribute)
         if attribute in ("write_in_parts", "write_on"):
             return self._remembering_one(found)
+        if attribute == "rename_many":
+            return self._remembering_moves(found)
         if attribute == "copy_from":
             return self._remembering_copy(found)
         if attribute == "open_read_at":
@@ -120,10 +122,7 @@ class ColdStorage:
         if self.renames_read:
             self._must_be_online(source)
         self.inner.rename(source, destination)
-        with self._lock:
-            until = self._until.pop(source, None)
-            if until is not None:
-                self._until[destination] = until
+        self._remember_moved([(source, destination)])
 
     def remove(self, path: str) -> None:
         self.inner.remove(path)
@@ -172,6 +171,22 @@ class ColdStorage:
             return done
 
         return copy
+
+    def _remembering_moves(self, rename_many: Callable[..., Any]) -> Callable[..., Any]:
+        def rename(pairs: Sequence[tuple[str, str]]) -> Any:
+            errors = rename_many(pairs)
+            together = zip(pairs, errors, strict=True)
+            self._remember_moved([pair for pair, error in together if error is None])
+            return errors
+
+        return rename
+
+    def _remember_moved(self, pairs: Iterable[tuple[str, str]]) -> None:
+        with self._lock:
+            for source, destination in pairs:
+                until = self._until.pop(source, None)
+                if until is not None:
+                    self._until[destination] = until
 
     def _remember_written(self, paths: Iterable[str]) -> None:
         """What a disk takes stays there for a while; an archive class is offline at once."""

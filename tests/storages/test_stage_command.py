@@ -14,10 +14,12 @@ from dlm_core.errors import (
     InvalidValueError,
     NotOnlineError,
     PathRefusedError,
+    PayloadExistsError,
     PayloadNotFoundError,
     StorageUnavailableError,
 )
 from dlm_core.storages import staging
+from dlm_core.storages.cold import ColdStorage
 from dlm_core.storages.open import open_storage
 from tests.tape import Tape
 
@@ -92,6 +94,32 @@ def test_what_was_just_written_is_online_however_it_was_written(tape):
     other.write("z", io.BytesIO(b"bytes"), 5)
     with pytest.raises(NotOnlineError):
         storage.open_read("z")
+
+
+def test_many_that_are_renamed_at_once_are_still_online(tape):
+    """As those that are renamed one by one; what stayed where it was has no new name."""
+    storage = open_storage("tape", "posix", str(tape.root), NOTHING_ONLINE)
+    for name in ("x", "y", "there"):
+        storage.write(name, io.BytesIO(b"x"), 1)
+    moved, refused = storage.rename_many([("x", "d/x"), ("y", "there")])
+    assert moved is None and isinstance(refused, PayloadExistsError)
+    for name in ("d/x", "y", "there"):
+        storage.open_read(name).close()
+    open_storage("other", "posix", str(tape.root), {}).write("x", io.BytesIO(b"x"), 1)
+    with pytest.raises(NotOnlineError):
+        storage.open_read("x")
+
+
+def test_where_a_rename_reads_many_are_not_renamed_at_once(tape):
+    """Each is looked at first."""
+    storage = open_storage("tape", "posix", str(tape.root), NOTHING_ONLINE)
+    assert ColdStorage(storage.inner, storage.stager, storage.terms).rename_many is not None
+    storage.stager.renames_read = True
+    cold = ColdStorage(storage.inner, storage.stager, storage.terms)
+    assert getattr(cold, "rename_many", None) is None
+    cold.write("x", io.BytesIO(b"x"), 1)
+    with pytest.raises(NotOnlineError):
+        cold.rename("x", "y")
 
 
 def test_temporary_files_are_read_as_they_are(tape):

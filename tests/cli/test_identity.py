@@ -253,7 +253,7 @@ def test_an_option_that_rclone_would_ignore_is_refused(
     name = option.partition("=")[0]
     line = refused(add(dlm, "new", tmp_path / "new", *more, "--config", option), "DLM-101", 2)
     assert f"'{name}'" in line and near in line
-    good = ("copy_links=true", "override.checkers=3", "bundle_bytes=1MiB")
+    good = ("copy_links=true", "override.checkers=3")
     options = [word for one in good for word in ("--config", one)]
     added = add(dlm, "new", tmp_path / "new", *more, *options)
     assert added.code == 0, added.error

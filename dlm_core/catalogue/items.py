@@ -16,8 +16,16 @@ from dlm_core.catalogue.engine import KEY, copy_rows, rows, run
 from dlm_core.catalogue.replicas import CHECKED
 from dlm_core.catalogue.urgency import STEP, Urgency
 from dlm_core.errors import IllegalTransitionError, InvalidValueError
-from dlm_core.types import Observation, PayloadKind, encode_path, new_key, uri_bucket
+from dlm_core.types import (
+    Observation,
+    PayloadKind,
+    StorageMode,
+    encode_path,
+    new_key,
+    uri_bucket,
+)
 
+_NOT_READ = (StorageMode.OFFLINE, StorageMode.AUDITING, StorageMode.LOST, StorageMode.RETIRED)
 _STAGED = {
     "uri": "text", "uri_bucket": "text", "path": "text", "size": "int8", "mtime": "float8",
     "kind": "text", "digest": "text", "oid": KEY, "uid": KEY, "operation_id": KEY,
@@ -110,9 +118,9 @@ def announce(
     Raises
     ------
     IllegalTransitionError
-        if the storage is retired.
+        if the storage is not read from: see :func:`must_be_read`.
     """
-    _must_be_in_use(connection, storage_id)
+    must_be_read(_must_be_in_use(connection, storage_id))
     copy_rows(
         connection,
         "announced",
@@ -214,11 +222,25 @@ class _Merging:
             )
 
 
-def _must_be_in_use(connection: Connection, storage_id: uuid.UUID) -> None:
-    """Refuse a retired or lost storage; one that is to be retired now waits for us, or we for it."""
+def must_be_read(storage: Mapping[str, Any]) -> None:
+    """What registration asks of a storage: offline, auditing, lost and retired ones are not read.
+
+    Raises
+    ------
+    IllegalTransitionError
+    """
+    if storage["mode"] in _NOT_READ:
+        name, mode = storage["name"], storage["mode"]
+        raise IllegalTransitionError(noun="storage", key=name, old=mode, new="use")
+
+
+def _must_be_in_use(connection: Connection, storage_id: uuid.UUID) -> dict[str, Any]:
+    """Refuse a retired or lost storage; one that is to be retired now waits for us, or we for it.
+    Returns its name and mode."""
     found = rows(
         connection,
-        """SELECT name FROM storage WHERE storage_id = :id AND mode NOT IN ('retired', 'lost') FOR KEY SHARE""",
+        """SELECT name, mode FROM storage
+            WHERE storage_id = :id AND mode NOT IN ('retired', 'lost') FOR KEY SHARE""",
         id=storage_id,
     )
     if not found:
@@ -227,6 +249,7 @@ def _must_be_in_use(connection: Connection, storage_id: uuid.UUID) -> None:
         )
         name, mode = known[0].values() if known else (storage_id, "retired")
         raise IllegalTransitionError(noun="storage", key=name, old=mode, new="use")
+    return found[0]
 
 
 def jsonb(value: Mapping[str, Any] | None) -> Jsonb:

@@ -16,10 +16,10 @@ from dlm_core.types import new_id
 
 _TOLD = 20
 
-# on a storage that is out of use nothing can be registered
+# a storage that is out of use is not looked at; back in use its watches are due at once
 _DUE_WATCHES = """
   SELECT w.watch_id FROM watch w JOIN storage s USING (storage_id)
-   WHERE w.scan_at <= :now AND s.mode NOT IN ('retired', 'lost')"""
+   WHERE w.scan_at <= :now AND s.mode NOT IN ('offline', 'auditing', 'retired', 'lost')"""
 
 
 def count_watches_due(connection: Connection, now: datetime) -> int:

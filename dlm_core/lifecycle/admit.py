@@ -7,7 +7,7 @@ import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import count
 from typing import Any
 
@@ -58,7 +58,7 @@ def execute_admit(context: Context, claim: Claim) -> Report:
     over: list[queue.Outcome] = []
     for operation in claim.operations:
         row = announced[operation["uid"]]
-        refusal = _refuse(operation, row, storages[row["storage_id"]])
+        refusal = _refuse(context, operation, row, storages[row["storage_id"]])
         if refusal is not None:
             over.append(refusal)
             continue
@@ -87,8 +87,8 @@ def _easing(looks: Iterator[Look], most: int, claim: Claim) -> Iterator[Look]:
     claim.eased.set()
 
 
-def _refuse(operation: Row, row: Row, storage: Row) -> queue.Outcome | None:
-    """Why there is nothing to read, or None."""
+def _refuse(context: Context, operation: Row, row: Row, storage: Row) -> queue.Outcome | None:
+    """Why there is nothing to read (now), or None."""
     key = operation["operation_id"]
     if storage["mode"] == StorageMode.LOST:
         # visible, and retried by 'dlm retry' should the storage come back
@@ -97,6 +97,10 @@ def _refuse(operation: Row, row: Row, storage: Row) -> queue.Outcome | None:
     if row["state"] != ReplicaState.PENDING:
         text = f"the replica is {row['state']} by now"
         return queue.Outcome(key, OperationState.CANCELLED, "DLM-503", text)
+    if storage["mode"] in (StorageMode.OFFLINE, StorageMode.AUDITING):
+        due = context.clock() + timedelta(seconds=context.settings.retry_base_seconds * 12)
+        text = f"storage {storage['name']} is {storage['mode']}"
+        return queue.Outcome(key, OperationState.QUEUED, "DLM-504", text, due, counted=False)
     return None
 
 

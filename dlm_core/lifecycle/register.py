@@ -162,11 +162,14 @@ def register_tree(
     ------
     NotFoundError
         no such storage.
+    IllegalTransitionError
+        it is offline, auditing, lost or retired (by now).
     PayloadNotFoundError, StorageUnavailableError, AccessDeniedError
         what the walk meets; chunks announced before stay announced.
     """
     source.terms.check(context.clock())
     row = storage_by_name(context, source.storage)
+    catalogue.must_be_read(row)
     storage = context.storages.open(row)
     storage.check()
     report, top = RegisterReport(), path
@@ -191,9 +194,16 @@ def register_list(
     paths: Iterable[str],
     progress: Callable[[RegisterReport], None] | None = None,
 ) -> RegisterReport:
-    """Announce the payloads at ``paths`` of a storage; those that are not there are refused."""
+    """Announce the payloads at ``paths`` of a storage; those that are not there are refused.
+
+    Raises
+    ------
+    NotFoundError, IllegalTransitionError, StorageUnavailableError, AccessDeniedError
+        as :func:`register_tree` raises.
+    """
     source.terms.check(context.clock())
     row = storage_by_name(context, source.storage)
+    catalogue.must_be_read(row)
     storage = context.storages.open(row)
     storage.check()
     report = RegisterReport()

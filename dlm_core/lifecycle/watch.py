@@ -10,13 +10,14 @@ from typing import Any
 from sqlalchemy import Connection
 
 from dlm_core.catalogue import watches as catalogue
-from dlm_core.catalogue.items import Terms
+from dlm_core.catalogue.items import Terms, must_be_read
 from dlm_core.catalogue.operations import count_due
 from dlm_core.catalogue.urgency import Urgency
 from dlm_core.catalogue.watches import count_watches_due
 from dlm_core.errors import (
     CatalogueError,
     CatalogueUnavailableError,
+    IllegalTransitionError,
     InputError,
     InvalidValueError,
     StorageError,
@@ -96,10 +97,12 @@ def check_watch(source: Source, interval: timedelta) -> None:
 
 
 def is_there(context: Context, storage: str, path: str) -> bool:
-    """Whether a storage has a folder, or cannot be asked."""
+    """Whether a storage has a folder, or cannot be asked (now)."""
+    row = storage_by_name(context, storage)
     try:
-        return context.storages.open(storage_by_name(context, storage)).stat(path) is not None
-    except StorageError:
+        must_be_read(row)
+        return context.storages.open(row).stat(path) is not None
+    except (StorageError, IllegalTransitionError):
         return True
 
 

@@ -409,6 +409,84 @@ def test_a_watch_on_a_storage_out_of_use_holds_nothing_up(site):
     assert set(items(site)) == {"test:in"}
 
 
+@pytest.mark.parametrize("mode", ["offline", "auditing"])
+def test_a_storage_that_is_not_read_is_not_watched(site, mode):
+    """Offline or under audit its watch waits: no copy there is doubted for what it looks like now.
+    Back in use the watch is due at once."""
+    add_watch(site.context, Source("in", "test"))
+    write(site, {"x": b"good"})
+    register_tree(site.context, Source("in", "test"))
+    admit(site)
+    write(site, {"x": b"half of it", "new": b"new"})
+    site.set_storage("in", mode=mode)
+    for _ in range(3):
+        site.advance(seconds=31)
+        assert site.context.transact(lambda c: count_registration_due(c, site.now)) == 0
+        assert scan_watches(site.context).reasons == []
+    assert site.query("SELECT state FROM replica") == [{"state": "READY"}]
+    site.set_storage("in", mode="read_write")
+    write(site, {"x": b"good"})
+    assert site.context.transact(lambda c: count_registration_due(c, site.now)) == 1
+    scan_watches(site.context)
+    site.advance(seconds=31)
+    assert scan_watches(site.context).created == 1
+
+
+@pytest.mark.parametrize("mode", ["offline", "auditing", "lost"])
+def test_nothing_is_registered_on_a_storage_that_is_not_read(site, monkeypatch, mode):
+    """Neither a tree nor a list, refused in one line before anything there is looked at."""
+    write(site, {"x": b"good"})
+    register_tree(site.context, Source("in", "test"))
+    admit(site)
+    write(site, {"x": b"half of it", "new": b"new"})
+    site.set_storage("in", mode=mode)
+    monkeypatch.setattr(site.context.storages, "open", lambda _: pytest.fail("it is read"))
+    for look in (register_tree, lambda c, s: register_list(c, s, ["new", "x"])):
+        with pytest.raises(IllegalTransitionError) as refused:
+            look(site.context, Source("in", "test"))
+        assert str(refused.value) == f"storage in cannot go from {mode} to use"
+    assert site.query("SELECT state FROM replica") == [{"state": "READY"}]
+    assert set(items(site)) == {"test:x"}
+
+
+def test_a_registration_ends_when_its_storage_goes_offline(site):
+    """What was announced before stays announced; what is known is not read any more."""
+    write(site, {f"{n:04}": b"x" for n in range(200)})
+    source = Source("in", "test")
+    with pytest.raises(IllegalTransitionError, match="from offline to use"):
+        register_tree(
+            site.context, source, progress=lambda _: site.set_storage("in", mode="offline")
+        )
+    assert len(items(site)) == 125
+
+
+@pytest.mark.parametrize("mode", ["offline", "auditing"])
+def test_admissions_wait_for_a_storage_that_is_not_read(site, mode):
+    """As often as they come up, it is no try of theirs; the other storages' go on."""
+    site.add_storage("other", "B")
+    for storage in ("in", "other"):
+        write(site, {storage: b"good"}, storage)
+        register_tree(site.context, Source(storage, "test"))
+    site.set_storage("in", mode=mode)
+    waiting = "SELECT state, attempts, error_code, error FROM operation WHERE state <> 'DONE'"
+    assert admit(site).done == {"admit": 1}
+    for _ in range(10):
+        assert site.query(waiting) == [
+            {"state": "QUEUED", "attempts": 0, "error_code": "DLM-504",
+             "error": f"storage in is {mode}"}
+        ]  # fmt: skip
+        site.advance(minutes=5)
+        assert admit(site).done == {}
+    # the place of a payload may be told meanwhile: that reads nothing
+    ingest.ingest_data_item(site.context, "test:later", "in", "later")
+    write(site, {"later": b"payload"})
+    assert admit(site).done == {}
+    site.set_storage("in", mode="read_write")
+    site.advance(minutes=5)
+    assert admit(site).done == {"admit": 2}
+    assert {row["state"] for row in items(site).values()} == {"READY"}
+
+
 def test_metadata_come_from_the_plug_ins(site):
     """FITS headers by astropy, ska-data-product.yaml by YAML; broken ones do not keep bytes out."""
     from astropy.io import fits

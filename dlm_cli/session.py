@@ -231,11 +231,16 @@ def human(value: Any, key: str = "") -> str:
     if value is None or value in ({}, []):
         return "-"
     if isinstance(value, Mapping):
+        if key == "config":  # its words are the user's
+            return ", ".join(f"{name} {one}" for name, one in value.items())
         return ", ".join(f"{name} {human(one, name)}" for name, one in value.items())
     if isinstance(value, list):
         return ", ".join(human(one, key) for one in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
+    # of the same names in an item's metadata the values may be text
+    if isinstance(value, str):
+        return value
     if key.endswith(("fraction", "watermark")):
         return f"{value:.1%}"
     if key == "size" or key.endswith("bytes"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,3 +40,16 @@ def test_what_users_write_is_shown_as_they_wrote_it(dlm: Dlm, storages: Any) -> 
     assert dlm("hold", "add", "--all", "--reason", reason).code == 0
     listed = dlm("hold", "list")
     assert listed.code == 0 and reason in listed.out, listed.error
+
+
+def test_a_config_is_shown_as_it_was_given(dlm: Dlm, storages: Any, tmp_path: Path) -> None:
+    """It is the user's text: nothing in it is taken for a number by its name."""
+    (tmp_path / "c").mkdir()
+    terms = ("bundle_bytes=10GiB", "bundle_below=64MiB", "repack_share=0.4")
+    add = ("storage", "add", "c", "--location", "here", "--root", str(tmp_path / "c"))
+    added = dlm(*add, *(word for term in terms for word in ("--config", term)))
+    assert added.code == 0, added.error
+    shown = dlm("storage", "show", "c")
+    assert shown.code == 0, shown.error
+    for term in terms:
+        assert term.replace("=", " ") in shown.out

@@ -92,6 +92,8 @@ def register(
     paths = _lines(_read(list_file)) if list_file else None
     if paths == []:
         raise EmptySelectorError(expected="--list names no path")
+    if checksums and not sums:
+        raise EmptySelectorError(expected="--checksums names no path")
     with catalogue() as context:
         now = context.clock()
         terms = Terms(

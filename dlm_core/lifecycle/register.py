@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ _LARGEST = 1 << 53
 _TIME_TO_MEND = timedelta(hours=1)
 _READ = (ReplicaState.READY, ReplicaState.SUSPECT, ReplicaState.CORRUPTED)
 _OTHER_BYTES = "it had other bytes when it was registered again"
+_OF_MANIFEST = "give that of the directory, the sha256 of its manifest (docs/cli.md)"
 _SKIPPED = {
     "directory": "a directory is registered by its files, or as a whole by --as-directory",
     "symlink": "a symbolic link is not registered",
@@ -291,10 +293,13 @@ class _Sums:
         self._sums, self._top = sums, top
         self._below = f"{top}/" if top else ""
         self._used: set[str] = set()
+        self._directories: set[str] = set()
         self._relative = False
 
-    def of(self, path: str) -> str | None:
+    def of(self, path: str, kind: PayloadKind) -> str | None:
         """That of the payload at a path, if there is one."""
+        if kind is PayloadKind.DIRECTORY and self._sums:
+            self._directories.add(path)
         name = path
         if name not in self._sums and self._below and path.startswith(self._below):
             name = path[len(self._below) :]
@@ -306,15 +311,31 @@ class _Sums:
 
     def left(self) -> Iterator[tuple[str, str]]:
         """Names of what was to be here and was not compared, with the reason."""
-        if self._sums and not self._used:
+        within = {name: top for name in self._sums if (top := self._around(name)) is not None}
+        for top, files in Counter(within.values()).items():
+            yield top, f"the checksums of {files} files in it are not compared: {_OF_MANIFEST}"
+        if self._sums and not self._used and not within:
             why = f"none of the {len(self._sums)} checksums names a payload that was found: paths"
             yield "checksums", f"{why} are relative to the storage's root, or to what is registered"
             return
         # a list may name few of what has a sum, and a tree be one of several
         mine = self._top is not None
+        relative = self._relative or any(not name.startswith(self._below) for name in within)
         for name in self._sums if mine else ():
-            if name not in self._used and (self._relative or name.startswith(self._below)):
+            told = name in self._used or name in within
+            if not told and (relative or name.startswith(self._below)):
                 yield name, "has a checksum, which was compared with no payload"
+
+    def _around(self, name: str) -> str | None:
+        """The directory payload in which the file of a name lies."""
+        if not self._directories or name in self._used:
+            return None
+        for path in (name, self._below + name):
+            parts = path.split("/")
+            for depth in range(1, len(parts)):
+                if (top := "/".join(parts[:depth])) in self._directories:
+                    return top
+        return None
 
 
 def _chunks(announcements: Iterator[Announcement]) -> Iterator[list[Announcement]]:
@@ -383,7 +404,7 @@ def _announcements(
             entry.size if is_file else 0,
             entry.mtime if is_file else None,
             kind,
-            sums.of(path),
+            sums.of(path, kind),
         )
 
 
@@ -445,6 +466,8 @@ def _other_than_said(one: Mapping[str, Any]) -> str | None:
                 f"{told}; it was not let in yet: 'dlm withdraw' takes it back, then --new-version"
             )
         return told
+    if one["claimed"] is not None and one["digest"] is None:
+        return "was announced before without a checksum: register it again when it has been let in"
     # until it is admitted an item is a file by default
     if one["item_state"] != ItemState.INITIALISED and one["kind"] != one["item_kind"]:
         return f"is registered as a {one['item_kind']}, but there is a {one['kind']}"

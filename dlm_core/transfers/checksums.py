@@ -134,9 +134,9 @@ def parse_checksums(text: str) -> dict[str, str]:
     Raises
     ------
     InvalidValueError
-        naming the first line that is none.
+        naming the first line that is none, or tells another digest of a path than one before.
     """
-    found = {}
+    found: dict[str, str] = {}
     # at newlines only: names may have what else ends a line for Python
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.removesuffix("\r")
@@ -150,5 +150,9 @@ def parse_checksums(text: str) -> dict[str, str]:
         escaped, digest, path = match.groups()
         if escaped:
             path = re.sub(r"\\([\\nr])", lambda m: {"\\": "\\", "n": "\n", "r": "\r"}[m[1]], path)
-        found[path.removeprefix("./")] = f"sha256:{digest.lower()}"
+        path, digest = path.removeprefix("./"), f"sha256:{digest.lower()}"
+        if found.setdefault(path, digest) != digest:
+            raise InvalidValueError(
+                what=f"checksums, line {number}", value=path, expected="one digest of each path"
+            )
     return found

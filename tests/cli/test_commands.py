@@ -268,7 +268,8 @@ def test_a_list_of_paths_and_checksums_are_taken_from_files(
     dlm: Dlm, storages: dict[str, Path], tmp_path: Path, settle: Callable[[], None]
 ) -> None:
     """--list names what to register, each name to its newline; a sum that does not agree keeps the
-    item from READY, and why tells the error; an empty list is refused."""
+    item from READY, and why tells the error; an empty list, or file of sums, is
+    refused."""
     for name in ("good", "bad", "other", "form\x0cfeed"):
         (storages["a"] / name).write_bytes(b"")
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -284,6 +285,7 @@ def test_a_list_of_paths_and_checksums_are_taken_from_files(
     assert "DLM-4" in dlm("item", "why", "file:bad").out
     names.write_text("\n")
     refused(dlm("register", "a", "--list", str(names)), "DLM-106", 2)
+    refused(dlm("register", "a", "--checksums", str(names)), "DLM-106", 2)
 
 
 def test_failed_operations_can_be_tried_again(

@@ -188,10 +188,38 @@ def test_checksums_that_are_compared_with_nothing_are_told(site):
         return [name for name, _ in register_tree(site.context, source, path).reasons]
 
     assert told("", wrong_x=good) == ["checksums"]
+    admit(site)
     assert told("eb", x=good, gone=good) == ["gone"]
     assert told("eb", eb_x=good, eb_gone=good, other_y=good) == ["eb/gone"]
     assert told("", eb_x=good, gone=good) == ["gone"]
     assert told("eb/x", x=good) == told("eb/x", eb_x=good) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "before"), [("", "d/obs.ms/"), ("d", "obs.ms/"), ("d/obs.ms", "")]
+)
+def test_checksums_of_files_in_a_directory_payload_are_told(site, path, before):
+    """They are compared with nothing, the payload's one digest is that of its manifest: each
+    payload is told with the number of them, and what would be compared."""
+    write(site, {"d/obs.ms/x": b"1", "d/obs.ms/sub/y": b"2", "d/log": b"3"})
+    sums = {f"{before}x": f"sha256:{'0' * 64}", f"{before}sub/y": f"sha256:{'0' * 64}"}
+    source = Source("in", "test", as_directory=("*.ms",), checksums=sums)
+    report = register_tree(site.context, source, path)
+    ((name, why),) = report.reasons
+    assert (report.refused, name) == (1, "d/obs.ms")
+    assert "2 files" in why and "manifest" in why
+    listed = register_list(site.context, source, ["d/obs.ms"]) if path == "" else report
+    assert listed.reasons[0] == (name, why)
+
+
+def test_a_checksum_that_comes_late_is_told(site):
+    """Of what was announced without one and is not let in yet: it is compared when it has been."""
+    write(site, {"x": b"x"})
+    register_tree(site.context, Source("in", "test"))
+    wrong = Source("in", "test", checksums={"x": "sha256:" + "0" * 64})
+    assert "when it has been let in" in register_tree(site.context, wrong).reasons[0][1]
+    admit(site)
+    assert "the checksums say" in register_tree(site.context, wrong).reasons[0][1]
 
 
 def test_checksum_files_are_read_as_sha256sum_writes_them():
@@ -201,6 +229,14 @@ def test_checksum_files_are_read_as_sha256sum_writes_them():
     assert list(parse_checksums(text)) == ["x", "y z", "a\nb\\c"]
     with pytest.raises(InvalidValueError, match="line 2"):
         parse_checksums(f"{digest}  x\nnonsense\n")
+
+
+def test_two_checksums_of_one_file_are_refused():
+    """Which of them is compared would be chance; the same one twice is no matter."""
+    one, other = "a" * 64, "b" * 64
+    assert len(parse_checksums(f"{one}  x\n{one.upper()}  ./x\n")) == 1
+    with pytest.raises(InvalidValueError, match=r"line 3.*'y/x'"):
+        parse_checksums(f"{one}  x\n{one}  y/x\n{other} *./y/x\n")
 
 
 def test_a_directory_payload_is_one_item_with_a_manifest(site):

@@ -44,7 +44,7 @@ def watch_add(
     from datetime import timedelta
 
     from dlm_core.catalogue.items import Terms
-    from dlm_core.lifecycle.register import Source, collection_id, storage_by_name
+    from dlm_core.lifecycle.register import Source, collection_id
     from dlm_core.lifecycle.watch import add_watch, check_watch, is_there
 
     phase = parse_choice("target phase", target_phase, PHASES) or ""
@@ -54,13 +54,12 @@ def watch_add(
     source = Source(storage, scheme, prefix, tuple(as_directory), {}, new_version, terms)
     with catalogue() as context:
         check_watch(source, interval)
-        storage_by_name(context, storage)
+        there = is_there(context, storage, folder)
         if collection is not None:
             # last: what is refused makes none
             terms = replace(terms, collection_id=collection_id(context, collection))
             source = replace(source, terms=terms)
         add_watch(context, source, folder, interval=interval)
-        there = not folder or is_there(context, storage, folder)
     print(f"watching {storage}:{path or '/'}{'' if there else ', which is not there yet'}")
 
 

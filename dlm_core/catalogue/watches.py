@@ -110,6 +110,16 @@ def put_off_entries(
     )
 
 
+def forget_entry(connection: Connection, watch_id: uuid.UUID, path: str) -> None:
+    """Forget what is remembered of one path of a watch."""
+    run(
+        connection,
+        "DELETE FROM watch_entry WHERE watch_id = :watch AND path = :path",
+        watch=watch_id,
+        path=path,
+    )
+
+
 def add_watch(
     connection: Connection,
     storage_id: uuid.UUID,
@@ -149,7 +159,8 @@ def add_watch(
 
 def list_watches(connection: Connection) -> list[dict[str, Any]]:
     """Watched folders (``path`` encoded) with how many entries there have not settled yet, how many
-    were refused, and of the first of these why, by encoded path."""
+    were refused, and of the first of these why, by encoded path. A look that failed is told as a
+    refusal of the folder."""
     return rows(
         connection,
         """SELECT s.name AS storage, w.path, w.scheme, c.name AS collection,

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from dlm_core.catalogue import watches as catalogue
-from dlm_core.catalogue.items import Terms, must_be_read
+from dlm_core.catalogue.items import Terms
 from dlm_core.catalogue.operations import count_due
 from dlm_core.catalogue.urgency import Urgency
 from dlm_core.catalogue.watches import count_watches_due
@@ -20,6 +20,7 @@ from dlm_core.errors import (
     IllegalTransitionError,
     InputError,
     InvalidValueError,
+    PathRefusedError,
     StorageError,
 )
 from dlm_core.lifecycle.register import (
@@ -30,8 +31,8 @@ from dlm_core.lifecycle.register import (
     storage_by_name,
 )
 from dlm_core.lifecycle.work import Context, log
-from dlm_core.storages.port import Storage
-from dlm_core.types import OperationKind, decode_path, encode_path, make_uri
+from dlm_core.storages.port import PRIVATE, Storage
+from dlm_core.types import OperationKind, StorageMode, decode_path, encode_path, make_uri
 
 #: names of what is still being written
 _UNFINISHED = (".part", ".tmp", ".partial")
@@ -56,11 +57,14 @@ def add_watch(
     Raises
     ------
     InvalidValueError
-        see :func:`check_watch`.
+        see :func:`check_watch` and :func:`is_there`.
+    PathRefusedError, IllegalTransitionError
+        see :func:`is_there`.
     NotFoundError, AlreadyExistsError
         no such storage; watched already.
     """
     check_watch(source, interval)
+    is_there(context, source.storage, path)
     options = _options(source)
     row = storage_by_name(context, source.storage)
     encoded = encode_path(path) if path else ""
@@ -97,13 +101,32 @@ def check_watch(source: Source, interval: timedelta) -> None:
 
 
 def is_there(context: Context, storage: str, path: str) -> bool:
-    """Whether a storage has a folder, or cannot be asked (now)."""
+    """Whether a storage has a folder to be watched, or cannot be asked (now).
+
+    Raises
+    ------
+    InvalidValueError, PathRefusedError
+        what is there, or leads there, is no folder; or it is the DLM's own.
+    IllegalTransitionError
+        the storage is retired or lost: it is not looked at.
+    NotFoundError
+    """
     row = storage_by_name(context, storage)
-    try:
-        must_be_read(row)
-        return context.storages.open(row).stat(path) is not None
-    except (StorageError, IllegalTransitionError):
+    if row["mode"] in (StorageMode.RETIRED, StorageMode.LOST):
+        raise IllegalTransitionError(noun="storage", key=storage, old=row["mode"], new="watched")
+    if path.split("/", 1)[0] == PRIVATE:
+        raise InvalidValueError(what="path", value=path, expected="a folder that is not the DLM's")
+    if row["mode"] in (StorageMode.OFFLINE, StorageMode.AUDITING):
         return True
+    try:
+        entry = context.storages.open(row).stat(path) if path else None
+    except PathRefusedError:
+        raise
+    except StorageError:
+        return True
+    if entry is not None and entry.kind != "directory":
+        raise InvalidValueError(what="path", value=path, expected=f"a folder, not a {entry.kind}")
+    return entry is not None or not path
 
 
 def _options(source: Source) -> dict[str, Any]:
@@ -154,11 +177,24 @@ def scan_watches(context: Context) -> RegisterReport:
             # it is down, or out of use; it is looked at again after its interval, and neither the
             # other folders are held up nor the admissions
             log.warning("watched folder %s:%s: %s", watch["storage"], watch["path"], error)
+            _note_failure(context, watch, str(error))
             continue
         total.created += report.created
         total.refused += report.refused
         total.reasons.extend(report.reasons)
     return total
+
+
+def _note_failure(context: Context, watch: Mapping[str, Any], why: str) -> None:
+    """Let the list of watches tell it, as a refusal of the folder, until a look finds otherwise."""
+    told = why.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    folder = {"path": watch["path"], "size": 0, "mtime": 0.0, "refusal": told}
+
+    def note(connection: Connection) -> None:
+        catalogue.forget_entry(connection, watch["watch_id"], watch["path"])
+        catalogue.put_off_entries(connection, watch["watch_id"], [folder], context.clock())
+
+    context.transact(note)
 
 
 def plan_registration(context: Context) -> int:

@@ -65,6 +65,7 @@ _WRONG = [
     (["watch", "add", "a", "--target-phase", "METAL"], "DLM-101"),
     (["watch", "add", "a", "--collection", ""], "DLM-101"),
     (["watch", "add", "nope", "--collection", "typo"], "DLM-102"),
+    (["watch", "add", "a", ".dlm", "--collection", "typo"], "DLM-101"),
     (["register", "a", "--expires", "2001-01-01T00:00Z"], "DLM-101"),
     (["register", "a", "--replica-expires", "2001-01-01T00:00Z"], "DLM-101"),
     (["register", "a", "--collection", ""], "DLM-101"),

@@ -12,7 +12,8 @@ from sqlalchemy import Engine
 
 from dlm_core.catalogue.items import Terms
 from dlm_core.catalogue.urgency import Urgency
-from dlm_core.errors import InvalidValueError
+from dlm_core.catalogue.watches import list_watches
+from dlm_core.errors import IllegalTransitionError, InvalidValueError, PathRefusedError
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import Source, collection_id
 from dlm_core.lifecycle.watch import add_watch, scan_watches
@@ -113,6 +114,49 @@ def test_what_a_watch_cannot_do_is_refused(site: Site, source: Source, seconds: 
     with pytest.raises(InvalidValueError):
         add_watch(site.context, source, interval=timedelta(seconds=seconds))
     assert site.query("SELECT * FROM watch") == []
+
+
+def test_what_can_never_be_a_folder_is_not_watched(site: Site) -> None:
+    """A file, a link, what lies behind one, the DLM's own; a folder that is yet to come may be."""
+    write(site, "one.dat", b"1")
+    write(site, "real/x", b"1")
+    (site.folder / "in/link").symlink_to("real")
+    for path in ("one.dat", "link", ".dlm/tmp"):
+        with pytest.raises(InvalidValueError, match="folder"):
+            add_watch(site.context, Source("in"), path)
+    with pytest.raises(PathRefusedError, match="link"):
+        add_watch(site.context, Source("in"), "link/deeper")
+    assert site.query("SELECT * FROM watch") == []
+    add_watch(site.context, Source("in"), "to/come")
+
+
+@pytest.mark.parametrize("mode", ["retired", "lost"])
+def test_nothing_is_watched_on_a_storage_that_is_gone(site: Site, mode: str) -> None:
+    """It would never be looked at."""
+    site.set_storage("in", mode=mode, retired_at=site.now if mode == "retired" else None)
+    with pytest.raises(IllegalTransitionError, match=f"storage in .*{mode}"):
+        add_watch(site.context, Source("in"))
+    assert site.query("SELECT * FROM watch") == []
+
+
+def test_a_look_that_fails_is_told_until_one_succeeds(site: Site) -> None:
+    """By the list of watches, with the reason: the last one."""
+
+    def told() -> Any:
+        (found,) = site.context.transact(list_watches)
+        return found["refused"], found["refusals"]
+
+    add_watch(site.context, Source("in", "ska"), "drop")
+    write(site, "drop/x", b"1")
+    look(site)
+    (site.folder / "in").rename(site.folder / "away")
+    for _ in range(2):
+        look(site)
+        refused, reasons = told()
+        assert refused == 1 and "DLM" not in reasons["drop"] and "in" in reasons["drop"]
+    (site.folder / "away").rename(site.folder / "in")
+    look(site)
+    assert told() == (0, None)
 
 
 def test_a_watch_has_no_moments(site: Site) -> None:

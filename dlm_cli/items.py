@@ -106,11 +106,12 @@ def register(
             Urgency(priority or 0, parse_time(by, now)),
         )
         terms.check(now)
+        source = Source(storage, scheme, prefix, tuple(as_directory), sums, new_version, terms)
         storage_by_name(context, storage)
         if collection is not None:
             # last: what is refused makes none
             terms = replace(terms, collection_id=collection_id(context, collection))
-        source = Source(storage, scheme, prefix, tuple(as_directory), sums, new_version, terms)
+            source = replace(source, terms=terms)
         if paths is not None:
             report = register_list(context, source, paths, _progress)
         else:

@@ -29,6 +29,7 @@ from dlm_core.catalogue.versions import add_version
 from dlm_core.errors import (
     DigestConflictError,
     DlmError,
+    EmptySelectorError,
     InvalidValueError,
     NotFoundError,
     PayloadNotFoundError,
@@ -100,7 +101,14 @@ class RegisterReport:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """How paths on a storage become items: ``scheme:prefix + path``."""
+    """How paths on a storage become items: ``scheme:prefix + path``.
+
+    Raises
+    ------
+    EmptySelectorError, InvalidValueError
+        a pattern of ``as_directory`` is empty, or begins or ends with ``/``: it would match
+        nothing, and each file of a directory payload be an item.
+    """
 
     storage: str
     scheme: str = "file"
@@ -109,6 +117,15 @@ class Source:
     checksums: Mapping[str, str] = field(default_factory=dict)
     new_version: bool = False
     terms: Terms = field(default_factory=Terms)
+
+    def __post_init__(self) -> None:
+        for pattern in self.as_directory:
+            if not pattern.strip():
+                raise EmptySelectorError(expected="a pattern of folders such as '*.ms'")
+            if pattern != pattern.strip("/"):
+                raise InvalidValueError(
+                    what="pattern of folders", value=pattern, expected="no '/' at its ends"
+                )
 
 
 def storage_by_name(context: Context, name: str) -> Mapping[str, Any]:

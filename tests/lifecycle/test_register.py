@@ -13,7 +13,7 @@ from dlm_core import metadata
 from dlm_core.catalogue.engine import rows
 from dlm_core.catalogue.items import Admitted, Announcement, Terms, announce
 from dlm_core.catalogue.items import admit as admit_rows
-from dlm_core.errors import IllegalTransitionError, InvalidValueError, NotFoundError
+from dlm_core.errors import IllegalTransitionError, InputError, InvalidValueError, NotFoundError
 from dlm_core.lifecycle import ingest, register
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import (
@@ -237,6 +237,13 @@ def test_two_checksums_of_one_file_are_refused():
     assert len(parse_checksums(f"{one}  x\n{one.upper()}  ./x\n")) == 1
     with pytest.raises(InvalidValueError, match=r"line 3.*'y/x'"):
         parse_checksums(f"{one}  x\n{one}  y/x\n{other} *./y/x\n")
+
+
+@pytest.mark.parametrize("pattern", ["", " ", "*.ms/", "/d/*.ms"])
+def test_a_pattern_of_directories_that_matches_none_is_refused(pattern):
+    """A shell's unset variable must not make an item of each file of a measurement set."""
+    with pytest.raises(InputError, match="pattern"):
+        Source("in", "test", as_directory=("*.zarr", pattern))
 
 
 def test_a_directory_payload_is_one_item_with_a_manifest(site):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -187,12 +188,27 @@ def _verify_options(
     """What was given of the verification's terms; never and unlimited are None."""
     found: dict[str, int | None] = {}
     if every is not None:
-        duration = None if every == "never" else parse_duration(every)
-        found["verify_every_days"] = max(1, duration.days) if duration else None
+        found["verify_every_days"] = None if every == "never" else _parse_days(every)
     for key, text in (("verify_bytes_per_second", per_second), ("verify_bytes_per_day", per_day)):
         if text is not None:
             found[key] = None if text == "unlimited" else parse_size(text)
     return found
+
+
+def _parse_days(text: str) -> int:
+    """A whole number of days, at least 1.
+
+    Raises
+    ------
+    InvalidValueError
+    """
+    days, rest = divmod(parse_duration(text) or timedelta(), timedelta(days=1))
+    # a year is no whole number of them itself
+    if days < 1 or (rest and not text.strip().endswith("y")):
+        raise InvalidValueError(
+            what="--verify-every", value=text, expected="whole days, such as 1d or 12w; or never"
+        )
+    return days
 
 
 def limit_options(rate: str | None, files: str | None) -> dict[str, int | None]:

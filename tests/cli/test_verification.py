@@ -30,7 +30,11 @@ def test_terms_are_given_changed_and_taken_away(dlm: Dlm, storages: object, tmp_
                   "--verify-per-day", "unlimited")  # fmt: skip
     assert changed.code == 0, changed.error
     assert terms("c") == [30, 50 * 10**6, None]
-    refused(dlm("storage", "set", "c", "--verify-every", "often"), "DLM-101", 2)
+    for given, days in (("2w", 14), ("48h", 2), ("1y", 365)):
+        assert dlm("storage", "set", "c", "--verify-every", given).code == 0
+        assert dlm("storage", "show", "c", "--json").json["verify_every_days"] == days
+    for given in ("often", "36h", "12h", "0s"):
+        refused(dlm("storage", "set", "c", "--verify-every", given), "DLM-101", 2)
     refused(dlm("storage", "set", "c", "--verify-per-day", "0"), "DLM-101", 2)
 
 

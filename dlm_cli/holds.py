@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dlm_cli.items import Version
 from dlm_cli.session import catalogue, human, parse_time, plain_errors, show_json, show_table
 from dlm_core.errors import InvalidValueError
 
@@ -37,7 +38,7 @@ def parse_key(what: str, text: str) -> uuid.UUID:
 def hold_add(
     uri: Annotated[str | None, typer.Argument(help="An item.")] = None,
     reason: Annotated[str, typer.Option(help="Why; required.")] = "",
-    version: Annotated[int | None, typer.Option(help="Another than the newest version.")] = None,
+    version: Version = None,
     collection: Annotated[str | None, typer.Option(help="It and all collections below.")] = None,
     matching: Annotated[
         str | None, typer.Option(help="Uris that begin so; with * or ? a whole pattern.")

@@ -166,7 +166,7 @@ def run(
     for key, value in parse_pairs(config, "--config").items():
         try:
             options[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[key] = value
     if dry_run and options["dry_run"] is not True:
         told = f"dry_run={options['dry_run']}"

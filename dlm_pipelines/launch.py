@@ -84,8 +84,13 @@ def launch_job(
     InvalidValueError
         if there is no such job, or the config does not fit it.
     """
-    location, repository, jobs = _where(ui_url)
     name = f"{job}_job"
+    for key, value in (config or {}).items():
+        # of {"env": …} Dagster looks the variable up, and without it fails as if it were down
+        if isinstance(value, (Mapping, list)):
+            told = f"{key}={json.dumps(value)}"
+            raise InvalidValueError(what=f"config of {name}", value=told, expected="a plain value")
+    location, repository, jobs = _where(ui_url)
     if name not in jobs:
         known = ", ".join(sorted(one.removesuffix("_job") for one in jobs))
         raise InvalidValueError(what="job", value=job, expected=f"one of {known}")

@@ -84,7 +84,8 @@ def insert_hold(
     EmptySelectorError
         if ``target`` names not exactly one thing, or a selector that matches everything.
     NotFoundError, InvalidValueError
-        no such item or collection; no reason; an end that is past, or none for a lock.
+        no such item or collection; no reason; an end that is past, or none for a lock; a version
+        that is none.
     """
     _check(target, reason, now, ends_at, locked)
     prefix, pattern = parse_selector(target.selector) if target.selector else (None, None)
@@ -118,6 +119,10 @@ def _check(
     if len(given) != 1 or "" in given:
         raise EmptySelectorError(
             expected="name one of: an item, --collection, --matching, or --all for everything"
+        )
+    if target.version is not None and not 1 <= target.version < 2**31:
+        raise InvalidValueError(
+            what="version", value=target.version, expected="from 1 to 2**31 - 1"
         )
     if not reason.strip():
         raise InvalidValueError(what="reason", value=reason, expected="why it may not be deleted")

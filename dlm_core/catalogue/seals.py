@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from dlm_core.catalogue.engine import rows
+from dlm_core.errors import InvalidValueError
 
 FEEDS = ("event", "deletion")
 #: a client's clock may be behind by as much when it makes a key
@@ -101,9 +102,26 @@ def drop_month(connection: Connection, feed: str, month: date) -> int:
 
     Raises
     ------
-    CatalogueError
+    InvalidValueError
         if a day of it is not sealed, or it was dropped before.
+    CatalogueError
+        if its rows are not those that were sealed.
     """
+    found = rows(
+        connection,
+        """SELECT count(*) FILTER (WHERE dropped_at IS NULL) AS kept, max(day) = m.last AS over
+             FROM audit_seal, LATERAL (SELECT date_trunc('month', CAST(:m AS date))::date AS first,
+                  (date_trunc('month', CAST(:m AS date)) + interval '1 month')::date - 1 AS last) m
+            WHERE feed = :f AND day BETWEEN m.first AND m.last GROUP BY m.last""",
+        f=feed,
+        m=month,
+    )
+    if not found or not found[0]["kept"] or not found[0]["over"]:
+        raise InvalidValueError(
+            what=f"month of {feed}",
+            value=f"{month:%Y-%m}",
+            expected="one whose days are all sealed, and were not dropped before",
+        )
     return int(rows(connection, "SELECT dlm_drop_month(:f, :m) AS n", f=feed, m=month)[0]["n"])
 
 

@@ -83,6 +83,7 @@ _WRONG = [
     (["expire", "--dry-run", "--storage", "a"], "DLM-101"),
     (["verify", "file:x", "--all"], "DLM-101"),
     (["register", "a", "x", "--list", "-"], "DLM-101"),
+    (["hold", "add", "file:x", "--reason", "r", "--version", "99999999999"], "DLM-100"),
     (["run", "replication", "--timeout", "5"], "DLM-101"),
     (["run", "expiry", "--dry-run", "--config", "dry_run=false"], "DLM-101"),
     (["run", "expiry", "--dry-run", "--config", "dry_run=no"], "DLM-101"),

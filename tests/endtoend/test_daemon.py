@@ -192,7 +192,7 @@ def test_a_job_is_launched_from_outside(up: Up) -> None:
     )
     assert (run.status, run.metadata["dry_run"], run.metadata["proposed"]) == ("SUCCESS", True, 0)
     assert states[-1] == "SUCCESS" and run.url.startswith(url)
-    for config in ({"batch_size": "many"}, {"no_such": 1}):
+    for config in ({"batch_size": "many"}, {"no_such": 1}, {"batch_size": {"env": "NO_SUCH"}}):
         with pytest.raises(InvalidValueError) as caught:
             launch_job(url, "replication", config)
         assert "\n" not in str(caught.value) and next(iter(config)) in str(caught.value)

@@ -14,6 +14,7 @@ from dlm_core.catalogue.engine import make_engine
 from dlm_core.catalogue.places import set_storage
 from dlm_core.catalogue.plans import approve_plan
 from dlm_core.clock import utc_now
+from dlm_core.errors import InvalidValueError
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.lost import lose_storage, take_back
 from dlm_core.lifecycle.register import Source, register_tree
@@ -23,6 +24,7 @@ from dlm_core.types import OperationKind
 from dlm_pipelines import jobs, sensors
 from dlm_pipelines.definitions import defs
 from dlm_pipelines.jobs import JOBS
+from dlm_pipelines.launch import launch_job
 from dlm_pipelines.resources import Catalogue
 from tests.site import make_site
 from tests.tape import Tape
@@ -443,3 +445,10 @@ def test_a_drain_tells_its_progress_in_the_runs_metadata(site, instance):
     assert told["left_bytes_b"] == 3 and "stuck_items" in told["drains"]
     site.context.transact(lambda c: set_storage(c, "b", {"mode": "read_write"}))
     assert "drains" not in metadata(execute(instance, "rebalance"), "rebalance")
+
+
+def test_a_job_takes_plain_values_only():
+    """A variable that Dagster would look up, and lack, is no outage of its UI: it isn't asked."""
+    for value in ({"env": "NO_SUCH"}, [1]):
+        with pytest.raises(InvalidValueError, match=r"batch_size=.*a plain value"):
+            launch_job("http://127.0.0.1:1", "expiry", {"batch_size": value})

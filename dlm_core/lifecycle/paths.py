@@ -105,7 +105,7 @@ def _parse_step(number: int, step: object) -> Step:
         raise _invalid(number, step, "match and template, both text")
     try:
         pattern = re.compile(match, re.DOTALL)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise _invalid(number, match, f"a regular expression ({error})") from None
     clash = set(pattern.groupindex) & set(_BUILT_IN)
     if clash:

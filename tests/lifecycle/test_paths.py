@@ -71,6 +71,8 @@ def test_later_versions_never_lie_where_the_first_does():
     ("rule", "told"),
     [
         ({"match": "(", "template": "x"}, "regular expression"),
+        ({"match": "(a{99999999999})", "template": "x"}, "regular expression"),
+        ({"match": "(" * 9999 + ")" * 9999, "template": "x"}, "regular expression"),
         ({"match": ".*", "template": "{nobody}"}, "{nobody}"),
         ({"match": ".*", "template": "{path.upper}"}, "path.upper"),
         ({"match": ".*", "template": "{path!r}"}, "path"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dlm_core.errors import InvalidValueError
+from dlm_core.storages.config import has_host
 from dlm_core.storages.s3_client import authorities
 from dlm_core.storages.s3_keys import KeyProvider, from_aws_chain, from_references
 from dlm_core.storages.secrets import SecretReference
@@ -34,6 +35,13 @@ class S3Config(BaseModel):
     storage_class: str | None = Field(
         None, pattern="^[A-Z_]{1,40}$", description="What objects are written as, e.g. GLACIER."
     )
+
+    @field_validator("endpoint")
+    @classmethod
+    def _of_a_host(cls, value: str | None) -> str | None:
+        if value is not None and not has_host(value):
+            raise ValueError("there can be no such host or port")
+        return value
 
     @model_validator(mode="after")
     def _both_keys(self) -> Self:

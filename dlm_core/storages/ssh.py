@@ -29,6 +29,7 @@ from dlm_core.errors import (
     StorageError,
     StorageUnavailableError,
 )
+from dlm_core.storages.config import is_host
 from dlm_core.storages.secrets import SecretReference, read_secret
 from dlm_core.storages.ssh_shell import Shell, ShellEnded
 
@@ -90,13 +91,14 @@ def parse_address(name: str, root: str) -> Address:
     """
     found = _ROOT.fullmatch(root)
     port = int(found["port"] or 22) if found else 0
-    if found is None or not 0 < port < 65536:
+    host = found["host"].strip("[]") if found else ""
+    if found is None or not 0 < port < 65536 or not is_host(host):
         raise InvalidValueError(
             what=f"root of storage {name}",
             value="(not shown)",
             expected="user@host:port/absolute/path, without a password",
         )
-    return Address(found["user"], found["host"].strip("[]"), port, found["path"])
+    return Address(found["user"], host, port, found["path"])
 
 
 # --- the loop --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field
 
 from dlm_core.errors import InvalidValueError
-from dlm_core.storages.config import read_config
+from dlm_core.storages.config import has_host, read_config
 from dlm_core.storages.secrets import SecretReference, read_secret
 
 
@@ -69,7 +69,7 @@ def check_url(name: str, root: str) -> None:
     try:
         parts = urlsplit(root)
         plain = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in root
-        plain = plain and parts.port != 0 and not (parts.query or parts.fragment)
+        plain = plain and has_host(root) and not (parts.query or parts.fragment)
         plain = plain and root.isascii() and root.isprintable() and " " not in root
     except ValueError:
         plain = False

@@ -28,7 +28,7 @@ from dlm_core.errors import (
     StorageFullError,
 )
 from dlm_core.storages import xrootd_third as third_party
-from dlm_core.storages.config import read_config
+from dlm_core.storages.config import has_host, read_config
 from dlm_core.storages.listing import Listed
 from dlm_core.storages.port import Entry, Readable, ReadStream, Usage
 from dlm_core.storages.ranges import Slice
@@ -104,7 +104,8 @@ def open_xrootd(name: str, root: str, config: Mapping[str, Any]) -> XrootdStorag
     """
     parsed = read_config(XrootdConfig, name, config)
     url = _ROOT.fullmatch(root)
-    if not url or not root.isprintable() or " " in root or ".." in root.split("/"):
+    plain = root.isprintable() and " " not in root and ".." not in root.split("/")
+    if not url or not plain or not has_host(url[1]):
         raise InvalidValueError(
             what=f"root of storage {name}", value=root, expected="root://host:port//absolute/folder"
         )

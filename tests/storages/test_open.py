@@ -7,6 +7,7 @@ import pytest
 from dlm_core.errors import InvalidValueError
 from dlm_core.storages import open as opening
 from dlm_core.storages import staging
+from dlm_core.storages.config import has_host
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.secrets import read_secret
 
@@ -154,3 +155,33 @@ def test_what_a_plug_in_says_of_a_config_is_told_as_it_is(broken, tmp_path, monk
     for interface, config in (("licence", {}), ("posix", {"stage": "licence"})):
         with pytest.raises(InvalidValueError, match="a host"):
             open_storage("x", interface, str(tmp_path), config)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["1.2.3.4.5", "256.256.256.256", "127.0.0.1:70000", "[::::]", "xn--a", "a..b", f"{'a' * 64}.b",
+     ".".join(["a" * 60] * 5), "host:0", "09.1.1.1", "a.0x"],
+)  # fmt: skip
+def test_a_host_that_there_cannot_be_is_refused(host):
+    """By every adapter that has one, when it is opened: what their clients do with it is anything,
+    a panic included."""
+    known = {"host_keys": "h ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ", "password": "env:HOME"}
+    for interface, root, config in (
+        ("s3", "bucket", {"endpoint": f"https://{host}"}),
+        ("webdav", f"https://{host}/x", {}),
+        ("http", f"https://{host}/x", {}),
+        ("sftp", f"user@{host}/x", known),
+        ("xrootd", f"root://{host}//x", {}),
+    ):
+        with pytest.raises(InvalidValueError, match=r"root|endpoint"):
+            open_storage("x", interface, root, config)
+
+
+@pytest.mark.parametrize(
+    "host", ["host", "a.b.", "[::1]:9", "10.0.0.1:9000", "s3_local", "xn--strae-oqa.de", "1a.b2"]
+)
+def test_any_host_that_there_may_be_is_taken(host):
+    """Underscores too, as container networks have them."""
+    assert has_host(f"https://{host}/x")
+    if "_" not in host:  # S3 has no such endpoint
+        open_storage("x", "s3", "bucket", {"endpoint": f"https://{host}"})

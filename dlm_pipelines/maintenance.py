@@ -35,14 +35,16 @@ _T = TypeVar("_T")
     "files where a storage wants bundles."
 )
 def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
-    """Each part by itself: a storage that is down does not keep the others from being done."""
+    """Each part by itself: a storage that is down does not keep the others from being done. What
+    nobody expects fails the run, when all that can be done is done."""
+    failed: list[Exception] = []
     core = catalogue.context(f"run:{context.run_id}")
     core.transact(lambda c: ensure_partitions(c, core.clock()))
     core.transact(fold_tally)
     core.transact(lambda c: forget_waits(c, core.clock()))
     core.transact(lambda c: forget_met(c, core.clock() - _DEADLINE_AGE))
     _tell(context, core)
-    swept = sum(_each(context, _sweeps(core)))
+    swept = sum(_each(context, _sweeps(core), failed))
     before = core.clock() - timedelta(days=core.settings.dagster_retention_days)
     old = context.instance.get_run_records(
         dg.RunsFilter(
@@ -60,8 +62,10 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     context.log.info(
         f"{swept} temporary files and unfinished uploads swept, {len(old)} old runs pruned"
     )
-    _export(context, core)
-    _pack(context, core)  # last: it may take long
+    _export(context, core, failed)
+    _pack(context, core, failed)  # last: it may take long
+    if failed:
+        raise failed[0]
 
 
 def _tell(context: dg.OpExecutionContext, core: Context) -> None:
@@ -95,17 +99,18 @@ def _sweep(core: Context, row: Mapping[str, Any]) -> int:
     return swept + sweep_parts(storage, _TEMP_AGE, core.clock(), owned)
 
 
-def _export(context: dg.OpExecutionContext, core: Context) -> None:
+def _export(context: dg.OpExecutionContext, core: Context, failed: list[Exception]) -> None:
     hours = core.settings.export_hours
-    for report in _each(context, export_due(core, timedelta(hours=hours)) if hours else ()):
+    due = export_due(core, timedelta(hours=hours)) if hours else ()
+    for report in _each(context, due, failed):
         context.log.info(
             f"storage {report.storage}: description {report.generation} of {report.replicas} "
             f"replicas, {report.written} of {report.files} files written"
         )
 
 
-def _pack(context: dg.OpExecutionContext, core: Context) -> None:
-    for report in _each(context, pack_due(core)):
+def _pack(context: dg.OpExecutionContext, core: Context, failed: list[Exception]) -> None:
+    for report in _each(context, pack_due(core), failed):
         context.log.info(
             f"storage {report.storage}: {report.members} files packed into {report.bundles} "
             f"bundles, {report.removed} bundles removed, {report.waiting} files wait, "
@@ -118,13 +123,19 @@ def _pack(context: dg.OpExecutionContext, core: Context) -> None:
             )
 
 
-def _each(context: dg.OpExecutionContext, runs: Iterable[Callable[[], _T]]) -> Iterator[_T]:
-    """The reports of what is done for one storage after another; a failure stops no other."""
+def _each(
+    context: dg.OpExecutionContext, runs: Iterable[Callable[[], _T]], failed: list[Exception]
+) -> Iterator[_T]:
+    """The reports of what is done for one storage after another; a failure stops no other. What is
+    no error of ours is put into ``failed``."""
     for run in runs:
         try:
             yield run()
         except DlmError as error:
             context.log.warning(f"{error.code}: {error}")
+        except Exception as error:
+            context.log.exception("unexpected; the other storages are gone on with")
+            failed.append(error)
 
 
 @dg.job(

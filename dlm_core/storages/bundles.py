@@ -60,7 +60,7 @@ class BundleConfig(BaseModel):
         ByteSize(64 << 20), gt=0, description="Files smaller than this are bundled."
     )
     bundle_after_hours: float = Field(
-        24, ge=0, description="What has waited so long is bundled, however little it is."
+        24, ge=0, le=876_600, description="What has waited so long is bundled, however little."
     )
     repack_share: float = Field(
         0.5, gt=0, le=1, description="A bundle of which more than this share went is made anew."

@@ -15,6 +15,7 @@ from dlm_core.catalogue.places import set_storage
 from dlm_core.catalogue.plans import approve_plan
 from dlm_core.clock import utc_now
 from dlm_core.errors import InvalidValueError
+from dlm_core.lifecycle import pack
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.lost import lose_storage, take_back
 from dlm_core.lifecycle.register import Source, register_tree
@@ -396,6 +397,31 @@ def test_the_maintenance_packs_where_a_storage_wants_bundles(site, instance):
     assert maintenance_job.execute_in_process(instance=instance, resources=resources).success
     assert not (site.folder / "vault" / "small").exists()
     assert len(list((site.folder / "vault" / ".dlm/bundles/tar").glob("*.tar"))) == 1
+
+
+def test_what_nobody_expects_of_one_storage_fails_the_maintenance_at_its_end(
+    site, instance, monkeypatch
+):
+    """The others are packed all the same."""
+    from dlm_pipelines.maintenance import maintenance_job
+
+    terms = '{"bundle_bytes": 100, "bundle_after_hours": 0}'
+    for name in ("odd", "vault"):
+        site.add_storage(name, name, config=terms, phase="PLASMA")
+        site.add_item(f"on/{name}", b"1", name)
+    pack_storage = pack.pack_storage
+
+    def odd(context, name, **more):
+        if name == "odd":
+            raise OverflowError("nobody expects this")
+        return pack_storage(context, name, **more)
+
+    monkeypatch.setattr(pack, "pack_storage", odd)
+    ended = maintenance_job.execute_in_process(
+        instance=instance, resources={"catalogue": Catalogue()}, raise_on_error=False
+    )
+    assert not ended.success
+    assert (site.folder / "odd/on/odd").exists() and not (site.folder / "vault/on/vault").exists()
 
 
 def test_storages_describe_themselves_where_the_site_says_so(site, instance, monkeypatch):

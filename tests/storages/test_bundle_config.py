@@ -17,6 +17,10 @@ def test_the_config_of_any_storage_may_ask_for_bundles(tmp_path):
         open_storage("disk", "posix", str(tmp_path), {"bundle_below": "1MiB"})
     with pytest.raises(InvalidValueError):
         open_storage("disk", "posix", str(tmp_path), {"bundle_bytes": "1GiB", "repack_share": "2"})
+    for hours in ("inf", "nan", "1e12", "-1"):
+        terms = {"bundle_bytes": "1GiB", "bundle_after_hours": hours}
+        with pytest.raises(InvalidValueError, match="bundle_after_hours"):
+            open_storage("disk", "posix", str(tmp_path), terms)
 
 
 def test_the_index_of_bundles_is_not_archived():

@@ -178,6 +178,8 @@ class RcloneStorage(Listed):
             for key, value in self._options().items():
                 if value and is_secret(key, value):
                     message = message.replace(value, "(secret)")
+                    if query := value.partition("?")[2]:  # with a file's name before it
+                        message = message.replace(query, "(secret)")
         return message.split("\n")[0][:_LONGEST_MESSAGE]
 
     def _must_write(self, path: str) -> None:

@@ -24,7 +24,8 @@ _SECRET_NAMES = re.compile(
     r"pass|secret|token|credential|bearer|private|cookie|authorization|mnemonic|customer_key"
     r"|connection_string|(^|_)(keys?|pem|sas(_url)?|headers|access_grant|session_id)$"
 )
-_CREDENTIALS = re.compile("://[^/]*@")
+# in a URL: a user, a query (a signature, a token)
+_CREDENTIALS = re.compile(r"://([^/]*@|.*\?)", re.DOTALL)
 #: what these backends read and rclone does not tell of (by its sources, 1.76)
 _UNTOLD = {
     "jottacloud": {"configVersion", "tokenURL", "device", "mountpoint", "username"},

@@ -226,6 +226,8 @@ def test_a_wrong_password_is_denied_and_not_shown(wsgidav, tmp_path):
         {"type": "webdav", "secret_pass": "hunter2"},
         {"type": "webdav,pass=hunter2"},
         {"type": "webdav", "url": "https://dlm:hunter2@dav.example.org"},
+        {"type": "webdav", "url": "https://dav.example.org/a?sig=1&token=hunter2"},
+        {"type": "alias", "remote": ":http,url='https://x.example.org/?hunter2':"},
         {"type": "http", "url": "http://x/", "headers": "Authorization,hunter2"},
         {"type": "azureblob", "sas_url": "https://x.example.org/?sig=hunter2"},
         {"type": "azurefiles", "connection_string": "AccountKey=hunter2"},

@@ -162,7 +162,10 @@ def encode_path(path: str | bytes) -> str:
 
     PostgreSQL's text holds no octets that are no UTF-8, POSIX names do.
     """
-    raw = path if isinstance(path, bytes) else path.encode("utf-8", "surrogateescape")
+    try:
+        raw = path if isinstance(path, bytes) else path.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise InvalidValueError(what="path", value=path, expected="UTF-8, or octets") from None
     parts = raw.split(b"/")
     if not raw or any(part in (b"", b".", b"..") for part in parts) or b"\0" in raw:
         raise InvalidValueError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from psycopg.types.json import Jsonb
@@ -19,6 +20,7 @@ from dlm_core.errors import IllegalTransitionError, InvalidValueError
 from dlm_core.types import (
     Observation,
     PayloadKind,
+    Phase,
     StorageMode,
     encode_path,
     new_key,
@@ -26,6 +28,8 @@ from dlm_core.types import (
 )
 
 _NOT_READ = (StorageMode.OFFLINE, StorageMode.AUDITING, StorageMode.LOST, StorageMode.RETIRED)
+#: of the catalogue's moments
+_END_OF_TIME = datetime(2200, 1, 1, tzinfo=UTC)
 _STAGED = {
     "uri": "text", "uri_bucket": "text", "path": "text", "size": "int8", "mtime": "float8",
     "kind": "text", "digest": "text", "oid": KEY, "uid": KEY, "operation_id": KEY,
@@ -60,7 +64,7 @@ class Terms:
     urgency: Urgency = field(default_factory=Urgency)
 
     def check(self, now: datetime) -> None:
-        """Refuse what would end before it began, and what :meth:`check_owner` refuses.
+        """Refuse what would end before it began, and what :meth:`check_words` refuses.
 
         Raises
         ------
@@ -69,27 +73,80 @@ class Terms:
         ends = {
             "expiry of items": self.item_expires_at,
             "expiry of copies": self.replica_expires_at,
+            "deadline": self.urgency.needed_by,
         }
         for what, end in ends.items():
-            # of who said 'now' a moment ago it is not the past
-            if end is not None and end < now - timedelta(minutes=1):
-                told = f"{end:%Y-%m-%dT%H:%M:%SZ}"
-                raise InvalidValueError(what=what, value=told, expected="a time to come")
-        self.check_owner()
+            if end is not None:
+                _check_end(what, end, now)
+        self.check_words()
 
-    def check_owner(self) -> None:
-        """Refuse one that cannot be shown on a line.
+    def check_words(self) -> None:
+        """Refuse a phase that is none, a collection that has no key, an owner that cannot be shown
+        on a line, and tags that are no JSON object.
 
         Raises
         ------
         InvalidValueError
         """
-        if self.owner is not None and not (self.owner.strip() and self.owner.isprintable()):
-            raise InvalidValueError(what="owner", value=self.owner, expected="a name on one line")
+        if self.target_phase not in list(Phase):
+            expected = ", ".join(Phase)
+            raise InvalidValueError(
+                what="target phase", value=self.target_phase, expected=f"one of {expected}"
+            )
+        if self.collection_id is not None:
+            check_key("collection", self.collection_id)
+        owner = self.owner
+        if owner is not None:
+            if not isinstance(owner, str) or not (owner.strip() and owner.isprintable()):
+                raise InvalidValueError(what="owner", value=owner, expected="a name on one line")
+        check_json("tags", self.tags or {})
 
     def item_end(self, now: datetime) -> datetime | None:
         """When an item that is announced now expires; a time that came meanwhile is now."""
         return self.item_expires_at and max(self.item_expires_at, now)
+
+
+def _check_end(what: str, end: datetime, now: datetime) -> None:
+    # programs give what they have
+    if not isinstance(end, datetime) or end.tzinfo is None:
+        raise InvalidValueError(what=what, value=str(end), expected="a datetime with its zone")
+    # of who said 'now' a moment ago it is not the past
+    if end < now - timedelta(minutes=1):
+        told = f"{end:%Y-%m-%dT%H:%M:%SZ}"
+        raise InvalidValueError(what=what, value=told, expected="a time to come")
+    if end >= _END_OF_TIME:
+        raise InvalidValueError(what=what, value=str(end), expected="a time before 2200")
+
+
+def check_key(what: str, key: object) -> None:
+    """Refuse what is no UUID.
+
+    Raises
+    ------
+    InvalidValueError
+    """
+    try:
+        uuid.UUID(str(key))
+    except ValueError:
+        raise InvalidValueError(what=what, value=key, expected="a key, a UUID") from None
+
+
+def check_json(what: str, value: Mapping[str, Any]) -> None:
+    """Tell what is no JSON object of PostgreSQL's before it gets there.
+
+    Raises
+    ------
+    InvalidValueError
+    """
+    try:
+        text = json.dumps(dict(value), allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidValueError(
+            what=what, value=str(error), expected="a mapping that JSON can tell"
+        ) from None
+    if "\\u0000" in text.replace("\\\\", ""):
+        raise InvalidValueError(what=what, value="a NUL", expected="text without it")
 
 
 @dataclass(frozen=True, slots=True)

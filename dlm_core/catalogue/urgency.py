@@ -30,7 +30,7 @@ class Urgency:
 
     def __post_init__(self) -> None:
         """Raises InvalidValueError."""
-        if not -9 <= self.priority <= 9:
+        if not isinstance(self.priority, int) or not -9 <= self.priority <= 9:
             raise InvalidValueError(
                 what="priority", value=self.priority, expected="-9 (first) to 9 (last)"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from sqlalchemy import Connection
 from dlm_core.catalogue import items as catalogue
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.engine import rows, run
-from dlm_core.catalogue.items import Terms
+from dlm_core.catalogue.items import Terms, check_json, check_key
 from dlm_core.catalogue.urgency import Urgency, set_urgency
 from dlm_core.errors import (
     AlreadyExistsError,
@@ -52,6 +51,8 @@ def init_data_item(
     InvalidValueError
         if the uri is malformed, the metadata is no JSON object, or ``terms`` say when the copy
         expires, which :func:`set_uri` is told.
+    NotFoundError
+        if there is no such collection.
     AlreadyExistsError
         if there is such an item.
     """
@@ -69,19 +70,7 @@ def init_data_item(
 def _check_item(uri: str, metadata: Mapping[str, Any] | None, terms: Terms, now: datetime) -> None:
     uri_path(uri)
     terms.check(now)
-    _check_metadata(metadata or {})
-
-
-def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    """What is no JSON object of PostgreSQL's is told before it gets there."""
-    try:
-        text = json.dumps(dict(metadata), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InvalidValueError(
-            what="metadata", value=str(error), expected="a mapping that JSON can tell"
-        ) from None
-    if "\\u0000" in text.replace("\\\\", ""):
-        raise InvalidValueError(what="metadata", value="a NUL", expected="text without it")
+    check_json("metadata", metadata or {})
 
 
 def _insert_item(
@@ -93,6 +82,11 @@ def _insert_item(
 ) -> uuid.UUID:
     if rows(connection, "SELECT FROM data_item WHERE uri = :uri LIMIT 1", uri=uri):
         raise AlreadyExistsError(noun="data item", key=uri)
+    within = terms.collection_id
+    if within and not rows(
+        connection, "SELECT FROM collection WHERE collection_id = CAST(:id AS uuid)", id=within
+    ):
+        raise NotFoundError("collection", within)
     oid = new_id()
     run(
         connection,
@@ -195,6 +189,8 @@ def _kind(kind: str) -> PayloadKind:
 
 
 def _place(path: str) -> str:
+    if not isinstance(path, str):
+        raise InvalidValueError(what="path", value=path, expected="text")
     if path.split("/", 1)[0] == PRIVATE:
         raise InvalidValueError(
             what="path", value=path, expected=f"a place outside {PRIVATE}, which is the DLM's own"
@@ -277,7 +273,7 @@ def set_metadata(context: Context, oid: uuid.UUID, metadata: Mapping[str, Any]) 
     ------
     NotFoundError, InvalidValueError
     """
-    _check_metadata(metadata)
+    check_json("metadata", metadata)
 
     def merge(connection: Connection) -> None:
         _item(connection, oid)
@@ -292,6 +288,7 @@ def set_metadata(context: Context, oid: uuid.UUID, metadata: Mapping[str, Any]) 
 
 
 def _item(connection: Connection, oid: uuid.UUID) -> Mapping[str, Any]:
+    check_key("oid", oid)
     found = rows(connection, "SELECT * FROM data_item WHERE oid = :oid FOR NO KEY UPDATE", oid=oid)
     if not found:
         raise NotFoundError("data item", oid)

@@ -81,14 +81,14 @@ def check_watch(source: Source, interval: timedelta) -> None:
     Raises
     ------
     InvalidValueError
-        if it would be looked at more often than once a second, the uris would be none, the owner is
-        none, or ``source`` has what is of one registration: checksums, or a moment.
+        if it would be looked at more often than once a second, the uris would be none, the terms
+        are none, or ``source`` has what is of one registration: checksums, or a moment.
     """
     if interval < _SHORTEST:
         raise InvalidValueError(what="interval", value=str(interval), expected="at least 1s")
     make_uri(source.scheme, f"{source.uri_prefix}x")  # told once, not at every look
     terms = source.terms
-    terms.check_owner()
+    terms.check_words()
     once = (source.checksums, terms.item_expires_at, terms.replica_expires_at)
     if source.as_directory and source.new_version:
         raise InvalidValueError(

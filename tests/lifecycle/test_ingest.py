@@ -1,6 +1,8 @@
 """The two-step ingest in its corners: nothing is left half there."""
 
-from datetime import timedelta
+import uuid
+from datetime import UTC, datetime, timedelta
+from functools import reduce
 
 import pytest
 
@@ -15,9 +17,14 @@ from dlm_core.lifecycle.ingest import (
     set_state,
     set_uri,
 )
+from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.lifecycle.watch import add_watch
 from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind, PayloadKind
 from tests.site import make_site
+
+#: so that Python itself cannot go through it
+DEEP = reduce(lambda within, _: {"a": within}, range(20_000), {})
 
 
 @pytest.fixture
@@ -100,7 +107,8 @@ def test_a_refusal_by_a_later_step_leaves_no_item(site):
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"t": object()}, {"n": float("nan")}, {"s": "a\0b"}, [1], {1: {2, 3}}]
+    "metadata",
+    [{"t": object()}, {"n": float("nan")}, {"s": "a\0b"}, [1], {1: {2, 3}}, {"s": "\ud800"}, DEEP],
 )
 def test_metadata_that_json_cannot_tell_are_refused(site, metadata):
     """In words, before anything is written."""
@@ -125,3 +133,57 @@ def test_a_kind_is_one_of_two(site):
         set_uri(site.context, oid, "in", "x", "dir")
     set_uri(site.context, oid, "in", "x", "directory")
     assert site.item(oid)["kind"] == "directory"
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"target_phase": "METAL"},
+        {"collection_id": "eb-1"},
+        {"tags": {"t": object()}},
+        {"tags": {"t": "a\0b"}},
+        {"owner": 5},
+        {"item_expires_at": "2030-01-01"},
+        {"item_expires_at": datetime(2100, 1, 1)},
+        {"item_expires_at": datetime(2200, 1, 1, tzinfo=UTC)},
+    ],
+)
+def test_terms_that_are_none_are_refused(site, terms):
+    """In words, before anything is written: by ingest, registration and a watch."""
+    with pytest.raises(InvalidValueError):
+        init_data_item(site.context, "t:x", terms=Terms(**terms))
+    with pytest.raises(InvalidValueError):
+        register_tree(site.context, Source("in", terms=Terms(**terms)))
+    with pytest.raises(InvalidValueError):
+        add_watch(site.context, Source("in", terms=Terms(**terms)))
+    assert site.query("SELECT FROM data_item") == site.query("SELECT FROM watch") == []
+
+
+def test_a_deadline_is_a_time_to_come(site):
+    """With its zone; a priority is a number."""
+    for moment in (datetime(2100, 1, 1), site.now - timedelta(days=1)):
+        with pytest.raises(InvalidValueError, match="deadline"):
+            init_data_item(site.context, "t:x", terms=Terms(urgency=Urgency(0, moment)))
+    with pytest.raises(InvalidValueError, match="priority"):
+        Urgency("first")
+
+
+def test_keys_and_places_that_are_none_are_refused(site):
+    """In words, whatever a program gives; what is not there is not found."""
+    oid = init_data_item(site.context, "t:x")
+    for path in (None, 5, "\ud800"):
+        with pytest.raises(InvalidValueError, match="path"):
+            set_uri(site.context, oid, "in", path)
+    with pytest.raises(InvalidValueError, match="expiry"):
+        set_uri(site.context, oid, "in", "x", expires_at=datetime(2100, 1, 1))
+    for call in (
+        lambda key: set_uri(site.context, key, "in", "x"),
+        lambda key: set_state(site.context, key, "READY"),
+        lambda key: set_metadata(site.context, key, {}),
+    ):
+        with pytest.raises(InvalidValueError, match="oid"):
+            call("nonsense")
+        with pytest.raises(NotFoundError):
+            call(uuid.uuid4())
+    with pytest.raises(NotFoundError, match="collection"):
+        init_data_item(site.context, "t:y", terms=Terms(collection_id=uuid.uuid4()))

@@ -367,13 +367,23 @@ def read_host_keys(name: str, host_keys: str) -> str:
         asyncssh.import_known_hosts(text)
     except ValueError:
         text = ""
-    if not text.strip():
+    if not any(map(_is_host_key, text.splitlines())):
         raise InvalidValueError(
             what=f"host_keys of storage {name}",
             value=host_keys,
             expected="a line of a known_hosts file or the path of one, see 'ssh-keyscan'",
         )
     return text
+
+
+def _is_host_key(line: str) -> bool:
+    """Whether a line of known_hosts has a key; asyncssh leaves out those that it cannot read."""
+    words = line.split(None, 2 if line.startswith("@") else 1)
+    for load in (asyncssh.import_public_key, asyncssh.import_certificate):
+        with suppress(asyncssh.KeyImportError, IndexError):
+            load(words[-1])
+            return True
+    return False
 
 
 def one_line(error: BaseException) -> str:

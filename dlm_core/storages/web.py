@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dlm_core.errors import InvalidValueError
 from dlm_core.storages.config import has_host, read_config
@@ -22,6 +22,12 @@ class WebConfig(BaseModel):
     user: str | None = Field(None, pattern="^[^:]+$", description="For HTTP's basic scheme.")
     password: SecretReference | None = None
     token: SecretReference | None = Field(None, description="A bearer token.")
+
+    @model_validator(mode="after")
+    def _both(self) -> Self:
+        if (self.user is None) != (self.password is None):
+            raise ValueError("user and password go together")
+        return self
 
 
 def read_web_config(name: str, root: str, config: Mapping[str, Any]) -> WebConfig:
@@ -53,9 +59,9 @@ def read_authorization(name: str, config: WebConfig) -> str:
                 what=f"storage {name}: {config.token}", value="(not shown)", expected="one line"
             )
         return f"Bearer {token}"
-    if not config.user:
+    if not config.user or not config.password:
         return ""
-    password = read_secret(name, config.password) if config.password else ""
+    password = read_secret(name, config.password)
     return "Basic " + base64.b64encode(f"{config.user}:{password}".encode()).decode()
 
 

@@ -329,7 +329,7 @@ def test_a_web_server_is_read_from_only(tmp_path, source):
 
 def test_a_web_server_that_is_down_is_an_outage():
     """Nothing is said to be missing."""
-    storage = open_storage("web", "http", "http://127.0.0.1:9/x", {"user": USER})
+    storage = open_storage("web", "http", "http://127.0.0.1:9/x", {})
     for call in (storage.check, lambda: storage.stat("x"), lambda: list(storage.walk())):
         with pytest.raises(StorageUnavailableError):
             call()

@@ -86,6 +86,18 @@ def test_a_changed_host_key_is_refused(own, root):
             assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["", " ", "h", "# h", "h ssh-ed25519", "h ssh-ed25519 xx", "@cert-authority h xx", "h xx"],
+)
+def test_a_host_key_that_is_none_is_refused(own, root, line):
+    """When the storage is opened; among others in a file one that cannot be read is no matter."""
+    with pytest.raises(InvalidValueError, match="ssh-keyscan"):
+        at(own, root, host_keys=line)
+    if "h" in line[:1]:
+        at(own, root, host_keys=f"other ssh-new AAAA\n{own.host_keys}")
+
+
 def test_host_keys_may_be_in_a_file(own, root, tmp_path):
     """It is read at each connect, so that a key can be rolled over; without keys none is opened."""
     known = tmp_path / "known"

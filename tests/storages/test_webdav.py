@@ -89,6 +89,14 @@ def test_a_root_that_is_no_plain_url_is_refused(url):
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize("config", [{"user": USER}, {"password": "env:HOME"}])
+def test_a_user_has_a_password(config):
+    """One without the other is a slip, and told before a server denies it."""
+    for interface in ("webdav", "http"):
+        with pytest.raises(InvalidValueError, match="go together"):
+            open_storage("x", interface, "http://127.0.0.1:9/x", config)
+
+
 @pytest.mark.parametrize(
     "name", ["new\nline", "\x7f", "back\\slash", "no utf-8 \udcff", "a?b", "a;b"]
 )

@@ -183,6 +183,8 @@ def register_tree(
         no such storage.
     IllegalTransitionError
         it is offline, auditing, lost or retired (by now).
+    InvalidValueError
+        ``path`` itself is a link, which is registered where it leads to, or no file at all.
     PayloadNotFoundError, StorageUnavailableError, AccessDeniedError
         what the walk meets; chunks announced before stay announced.
     """
@@ -196,6 +198,9 @@ def register_tree(
         entry = storage.stat(path)
         if entry is None:
             raise PayloadNotFoundError(storage=storage.name, path=path)
+        if entry.kind not in ("file", "directory"):
+            expected = f"a file or a folder, not a {entry.kind}"
+            raise InvalidValueError(what="path", value=path, expected=expected)
         if entry.kind != "directory":
             top = path.rpartition("/")[0]
         entries: Iterable[Entry] = storage.walk(path) if entry.kind == "directory" else [entry]

@@ -316,6 +316,8 @@ def test_links_are_skipped_and_never_followed(site, tmp_path):
     (site.folder / "in" / "folder").symlink_to(tmp_path)
     report = register_tree(site.context, Source("in", "test"))
     assert (report.created, report.skipped) == (1, 2)
+    with pytest.raises(InvalidValueError, match=r"'link'.*not a symlink"):  # asked for by its name
+        register_tree(site.context, Source("in", "test"), "link")
 
 
 def test_a_vanished_payload_is_not_admitted(site):

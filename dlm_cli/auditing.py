@@ -15,6 +15,7 @@ from dlm_cli.session import (
     parse_time,
     plain_errors,
     plain_value,
+    say,
     show_json,
 )
 from dlm_core.errors import InvalidValueError
@@ -44,7 +45,8 @@ def trail(
 
         def tell(connection: Any) -> None:
             for entry in audit_trail(connection, begin):
-                print(json.dumps(entry, default=plain_value) if as_json else _line(entry))
+                line = json.dumps(entry, default=plain_value) if as_json else _line(entry)
+                say(line)
 
         core.transact(tell)
 

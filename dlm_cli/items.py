@@ -21,6 +21,8 @@ from dlm_cli.session import (
     parse_pairs,
     parse_time,
     plain_errors,
+    printable,
+    say,
     show_json,
     show_table,
 )
@@ -156,7 +158,7 @@ def _tell(report: Any, as_json: bool) -> None:
     else:
         print(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in numbers.items()))
         for path, reason in report.reasons[:20]:
-            print(f"  {path!r}: {reason}", file=sys.stderr)
+            print(printable(f"  {path!r}: {reason}"), file=sys.stderr)
     if report.refused:
         raise SystemExit(2)
 
@@ -304,7 +306,7 @@ def item_wait(
         while found := context.transact(lambda c: underway(c, uri, version, context.clock())):
             told = ", ".join(found)
             if told != shown:
-                print(told, flush=True)
+                print(printable(told), flush=True)
             shown = told
             if time.monotonic() - begun >= most:
                 raise StillUnderwayError(uri=uri, seconds=most, underway=told)
@@ -316,38 +318,38 @@ def _explain(found: dict[str, Any]) -> None:
     from dlm_core.types import Phase
 
     reached = Phase.from_weight(found["reached_weight"])
-    print(f"{found['uri']} (version {found['version']}) is {found['state']}", end="")
-    print(f", {human(found['size'], 'size')}, {found['digest'] or 'no digest yet'}")
+    say(f"{found['uri']} (version {found['version']}) is {found['state']}", end="")
+    say(f", {human(found['size'], 'size')}, {found['digest'] or 'no digest yet'}")
     missing = found["shortfall"] or "nothing is missing"
     if found["state"] == "INITIALISED":
         missing = "it was not let in yet, copies are made after that"
-    print(f"wanted: {found['target_phase']}; reached: {reached}; {missing}")
+    say(f"wanted: {found['target_phase']}; reached: {reached}; {missing}")
     if found["expires_at"]:
-        print(f"expires {human(found['expires_at'])}: {found['expiry_reason'] or 'as registered'}")
+        say(f"expires {human(found['expires_at'])}: {found['expiry_reason'] or 'as registered'}")
     for replica in found["replicas"]:
         checked = (
             f", read and matched {human(replica['checked_at'])}" if replica["checked_at"] else ""
         )
         leaving = f"; leaves: {replica['expiry_reason']}" if replica["expiry_reason"] else ""
-        print(
+        say(
             f"  {replica['state']:9} {replica['storage']} at {replica['location']} "
             f"({replica['phase']}, {replica['mode']}){checked}{leaving}"
         )
     for hold in found["holds"]:
-        print(f"  hold by {hold['actor']}: {hold['reason']}")
+        say(f"  hold by {hold['actor']}: {hold['reason']}")
     for plan in found["plans"]:
-        print(f"  its deletion is in plan {plan['plan_id']}, {plan['state']}: {plan['reason']}")
+        say(f"  its deletion is in plan {plan['plan_id']}, {plan['state']}: {plan['reason']}")
     for one in found["operations"]:
         error = f" [{one['error_code']}: {one['error']}]" if one["error"] else ""
-        print(f"  {one['state']:9} {one['kind']} on {one['storage']}: {one['reason']}{error}")
+        say(f"  {one['state']:9} {one['kind']} on {one['storage']}: {one['reason']}{error}")
     for one in found["certificates"]:
         names = ", ".join(s["storage"] for s in one["survivors"]) or "none needed"
-        print(
+        say(
             f"  {one['step']} certificate {one['deletion_id']} for {one['storage']}: "
             f"{one['reason']}; survivors: {names}; by {one['actor']} at {human(one['proved_at'])}"
         )
     if found["looked_at_again"]:
-        print(f"  looked at again at {human(found['looked_at_again'])}")
+        say(f"  looked at again at {human(found['looked_at_again'])}")
 
 
 @plain_errors

@@ -23,7 +23,16 @@ from dlm_cli import (
     verifying,
     watching,
 )
-from dlm_cli.session import catalogue, fail, human, parse_pairs, plain_errors, show_json, show_table
+from dlm_cli.session import (
+    catalogue,
+    fail,
+    human,
+    parse_pairs,
+    plain_errors,
+    printable,
+    show_json,
+    show_table,
+)
 from dlm_core.errors import (
     AlreadyRunningError,
     DlmError,
@@ -180,9 +189,11 @@ def run(
     else:
         print(f"{launched.status} {launched.url}")
         for key, value in launched.metadata.items():
-            print(f"{key}: {value}" if "\n" not in str(value) else f"{key}:\n{value}")
+            told = f"{key}: {value}" if "\n" not in str(value) else f"{key}:\n{value}"
+            print("\n".join(map(printable, told.split("\n"))))
     if launched.status in ("FAILURE", "CANCELED"):
-        print(f"dlm: error DLM-600: {launched.error or 'the run failed'}", file=sys.stderr)
+        reason = printable(launched.error or "the run failed")
+        print(f"dlm: error DLM-600: {reason}", file=sys.stderr)
         raise SystemExit(1)
     if (wait or dry_run) and launched.status != "SUCCESS":
         told = f"the run is {launched.status} and goes on: {launched.url}"
@@ -266,6 +277,9 @@ def db_stop() -> None:
 
 def main() -> None:
     """Run the command line; no traceback reaches a user, and an error is one line."""
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # the shell has closed it (dlm … >&-)
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
     try:
         code = app(standalone_mode=False)
     except DlmError as error:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dlm_cli.holds import parse_key
-from dlm_cli.session import catalogue, human, human_size, plain_errors, show_json, show_table
+from dlm_cli.session import catalogue, human, human_size, plain_errors, say, show_json, show_table
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Person = Annotated[str | None, typer.Option("--as", help="In whose name; unset: yours.")]
@@ -48,15 +48,15 @@ def plan_show(
 
 
 def _show(found: dict[str, Any]) -> None:
-    print(f"plan {found['plan_id']} is {found['state']} until {human(found['valid_until'])}")
-    print(f"stopped by {found['reason']}")
-    print(f"would trash {found['operations']} replicas, {human_size(found['bytes'])}", end="")
-    print(f"; {found['trashed']} are trashed by now; content {found['content_hash']}")
-    print(f"proposed by {found['actor']} at {human(found['created_at'])}; approved by "
+    say(f"plan {found['plan_id']} is {found['state']} until {human(found['valid_until'])}")
+    say(f"stopped by {found['reason']}")
+    say(f"would trash {found['operations']} replicas, {human_size(found['bytes'])}", end="")
+    say(f"; {found['trashed']} are trashed by now; content {found['content_hash']}")
+    say(f"proposed by {found['actor']} at {human(found['created_at'])}; approved by "
           f"{found['approvals']} of {found['approvals_needed']}")  # fmt: skip
     for one in found["decisions"]:
         why = f": {one['reason']}" if one["reason"] else ""
-        print(f"  {one['decision']} by {one['actor']} at {human(one['created_at'])}{why}")
+        say(f"  {one['decision']} by {one['actor']} at {human(one['created_at'])}{why}")
     show_table(found["reasons"], {"replicas": "REPLICAS", "bytes": "BYTES", "basis": "BASIS",
                                   "collection": "COLLECTION", "reason": "REASON"})  # fmt: skip
     if found["entries"]:
@@ -64,7 +64,7 @@ def _show(found: dict[str, Any]) -> None:
                                       "bytes": "BYTES", "state": "STATE",
                                       "reason": "REASON"})  # fmt: skip
     if found["operations"] > len(found["entries"]):
-        print(f"{found['operations'] - len(found['entries'])} more: --limit")
+        say(f"{found['operations'] - len(found['entries'])} more: --limit")
 
 
 @plan_app.command("approve")

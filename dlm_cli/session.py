@@ -31,10 +31,21 @@ _LONGEST_SECONDS = 100 * _SECONDS["y"]
 
 def fail(error: DlmError) -> None:
     """Print an error in one line and end with its exit code."""
-    # a name may have a newline in it, or what a terminal obeys
-    words = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
-    print(f"dlm: error {error.code}: {words}", file=sys.stderr)
+    print(f"dlm: error {error.code}: {printable(str(error))}", file=sys.stderr)
     raise SystemExit(error.exit_code)
+
+
+def printable(text: str) -> str:
+    """Text on one line: what users and files say may have a newline in it, or what a terminal
+    obeys."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print a line with what users or files say in it."""
+    print(printable(text), end=end)
 
 
 def plain_errors(command: F) -> F:
@@ -232,15 +243,15 @@ def human(value: Any, key: str = "") -> str:
         return "-"
     if isinstance(value, Mapping):
         if key == "config":  # its words are the user's
-            return ", ".join(f"{name} {one}" for name, one in value.items())
-        return ", ".join(f"{name} {human(one, name)}" for name, one in value.items())
+            return printable(", ".join(f"{name} {one}" for name, one in value.items()))
+        return ", ".join(f"{printable(name)} {human(one, name)}" for name, one in value.items())
     if isinstance(value, list):
         return ", ".join(human(one, key) for one in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     # of the same names in an item's metadata the values may be text
     if isinstance(value, str):
-        return value
+        return printable(value)
     if key.endswith(("fraction", "watermark")):
         return f"{value:.1%}"
     if key == "size" or key.endswith("bytes"):

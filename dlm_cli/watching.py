@@ -14,6 +14,7 @@ from dlm_cli.session import (
     parse_duration,
     parse_pairs,
     plain_errors,
+    say,
     show_json,
     show_table,
 )
@@ -80,7 +81,7 @@ def watch_list(as_json: Json = False) -> None:
     show_table(found, columns)
     for watch in found:
         for path, why in (watch["refusals"] or {}).items():
-            print(f"refused {watch['storage']}:{path}: {why}")
+            say(f"refused {watch['storage']}:{path}: {why}")
 
 
 @watch_app.command("remove")

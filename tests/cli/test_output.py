@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,32 @@ def test_a_config_is_shown_as_it_was_given(dlm: Dlm, storages: Any, tmp_path: Pa
     assert shown.code == 0, shown.error
     for term in terms:
         assert term.replace("=", " ") in shown.out
+
+
+def test_nothing_that_a_terminal_obeys_is_printed(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None]
+) -> None:
+    """Of what users write: it stands in lists and in sentences as Python would write it."""
+    (storages["a"] / "x").write_bytes(b"x")
+    assert dlm("register", "a", "--tag", "k\x1b=v\x9b").code == 0
+    settle()
+    reason = "keep\x1b]0;title\x07 \u202eit\nall"
+    assert dlm("hold", "add", "file:x", "--reason", reason).code == 0
+    shown = "keep\\x1b]0;title\\x07 \\u202eit\\nall"
+    for command in (["hold", "list"], ["item", "why", "file:x"], ["audit"]):
+        told = dlm(*command).out
+        assert shown in "".join(told.split("\n")), told
+        assert all(line.isprintable() for line in told.split("\n")), told
+    tags = dlm("item", "show", "file:x").out
+    assert "k\\x1b v\\x9b" in tags and all(line.isprintable() for line in tags.split("\n"))
+    assert dlm("hold", "list", "--json").json[0]["reason"] == reason
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&-", "2>&-", ">&- 2>&- <&-"])
+def test_a_closed_stream_is_no_error(dlm: Dlm, storages: Any, closed: str) -> None:
+    """As the shell closes it: the command is done all the same."""
+    for words in (["status"], ["storage", "show", "a"], ["storage", "list", "--json"]):
+        code = f"import sys; sys.argv[1:] = {words}; from dlm_cli.main import main; main()"
+        command = f'{sys.executable} -c "{code}" {closed}'
+        ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stderr) == (0, "")

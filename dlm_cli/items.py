@@ -217,6 +217,7 @@ def item_set(
 ) -> None:
     """Let copies of an item or a collection be made before or after others, or by a time."""
     from dlm_core.catalogue.browse import get_item
+    from dlm_core.catalogue.items import Terms
     from dlm_core.catalogue.urgency import Urgency, items_in, set_urgency
 
     if (uri is None) == (collection is None):
@@ -226,7 +227,10 @@ def item_set(
         changes["priority"] = Urgency(priority).priority
     with catalogue() as context:
         if by is not None:
-            changes["needed_by"] = None if by == "never" else parse_time(by, context.clock())
+            now = context.clock()
+            moment = None if by == "never" else parse_time(by, now)
+            Terms(urgency=Urgency(needed_by=moment)).check(now)
+            changes["needed_by"] = moment
         if not changes:
             raise InvalidValueError(what="changes", value="", expected="--priority or --by")
 

@@ -34,6 +34,11 @@ class Urgency:
             raise InvalidValueError(
                 what="priority", value=self.priority, expected="-9 (first) to 9 (last)"
             )
+        by = self.needed_by
+        if by is not None and (not isinstance(by, datetime) or by.tzinfo is None):
+            raise InvalidValueError(
+                what="deadline", value=str(by), expected="a datetime with its zone"
+            )
 
 
 def urgencies_of(connection: Connection, oids: Sequence[uuid.UUID]) -> dict[uuid.UUID, Urgency]:

@@ -71,6 +71,8 @@ _WRONG = [
     (["watch", "add", "a", ".dlm", "--collection", "typo"], "DLM-101"),
     (["register", "a", "--expires", "2001-01-01T00:00Z"], "DLM-101"),
     (["register", "a", "--replica-expires", "2001-01-01T00:00Z"], "DLM-101"),
+    (["register", "a", "--by", "2001-01-01T00:00Z"], "DLM-101"),
+    (["item", "set", "file:x", "--by", "2001-01-01T00:00Z"], "DLM-101"),
     (["register", "a", "--collection", ""], "DLM-101"),
     (["item", "list", "--after", "junk"], "DLM-101"),
     (["storage", "set", "a"], "DLM-101"),

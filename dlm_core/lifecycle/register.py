@@ -335,7 +335,7 @@ class _Sums:
         """Names of what was to be here and was not compared, with the reason."""
         within = {name: top for name in self._sums if (top := self._around(name)) is not None}
         for top, files in Counter(within.values()).items():
-            yield top, f"the checksums of {files} files in it are not compared: {_OF_MANIFEST}"
+            yield top, f"the checksums of files in it ({files}) are not compared: {_OF_MANIFEST}"
         if self._sums and not self._used and not within:
             why = f"none of the {len(self._sums)} checksums names a payload that was found: paths"
             yield "checksums", f"{why} are relative to the storage's root, or to what is registered"

@@ -207,7 +207,7 @@ def test_checksums_of_files_in_a_directory_payload_are_told(site, path, before):
     report = register_tree(site.context, source, path)
     ((name, why),) = report.reasons
     assert (report.refused, name) == (1, "d/obs.ms")
-    assert "2 files" in why and "manifest" in why
+    assert "files in it (2)" in why and "manifest" in why
     listed = register_list(site.context, source, ["d/obs.ms"]) if path == "" else report
     assert listed.reasons[0] == (name, why)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha1
+from typing import Any
 from urllib.parse import quote, unquote
 
 import uuid_utils
@@ -200,3 +203,21 @@ def uri_path(uri: str) -> str:
 def uri_bucket(uri: str) -> str:
     """First five hex digits of sha-1(uri), for splitting work and comparing sites."""
     return sha1(uri.encode(), usedforsecurity=False).hexdigest()[:5]
+
+
+def check_json(what: str, value: Mapping[str, Any]) -> None:
+    """Tell what is no JSON object of PostgreSQL's before it gets there.
+
+    Raises
+    ------
+    InvalidValueError
+    """
+    try:
+        text = json.dumps(dict(value), allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidValueError(
+            what=what, value=str(error), expected="a mapping that JSON can tell"
+        ) from None
+    if "\\u0000" in text.replace("\\\\", ""):
+        raise InvalidValueError(what=what, value="a NUL", expected="text without it")

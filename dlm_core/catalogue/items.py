@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from dlm_core.types import (
     PayloadKind,
     Phase,
     StorageMode,
+    check_json,
     encode_path,
     new_key,
     uri_bucket,
@@ -129,24 +129,6 @@ def check_key(what: str, key: object) -> None:
         uuid.UUID(str(key))
     except ValueError:
         raise InvalidValueError(what=what, value=key, expected="a key, a UUID") from None
-
-
-def check_json(what: str, value: Mapping[str, Any]) -> None:
-    """Tell what is no JSON object of PostgreSQL's before it gets there.
-
-    Raises
-    ------
-    InvalidValueError
-    """
-    try:
-        text = json.dumps(dict(value), allow_nan=False, ensure_ascii=False)
-        text.encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidValueError(
-            what=what, value=str(error), expected="a mapping that JSON can tell"
-        ) from None
-    if "\\u0000" in text.replace("\\\\", ""):
-        raise InvalidValueError(what=what, value="a NUL", expected="text without it")
 
 
 @dataclass(frozen=True, slots=True)

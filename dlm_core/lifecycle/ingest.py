@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from dlm_core.catalogue import items as catalogue
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.engine import rows, run
-from dlm_core.catalogue.items import Terms, check_json, check_key
+from dlm_core.catalogue.items import Terms, check_key
 from dlm_core.catalogue.urgency import Urgency, set_urgency
 from dlm_core.errors import (
     AlreadyExistsError,
@@ -28,6 +28,7 @@ from dlm_core.types import (
     ItemState,
     OperationKind,
     PayloadKind,
+    check_json,
     encode_path,
     new_id,
     uri_bucket,

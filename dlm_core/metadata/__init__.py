@@ -13,7 +13,7 @@ from typing import Any
 
 from dlm_core.errors import DlmError
 from dlm_core.storages.port import Storage
-from dlm_core.types import Observation
+from dlm_core.types import Observation, check_json
 
 Extractor = Callable[[Storage, str, Observation], dict[str, Any] | None]
 
@@ -46,10 +46,18 @@ def extract_all(storage: Storage, path: str, seen: Observation) -> dict[str, Any
     for name, extract in extractors().items():
         try:
             result = extract(storage, path, seen)
+            if result:
+                # the catalogue would refuse it, and all that is let in with it
+                check_json("metadata", result)
         except (ValueError, OSError, DlmError) as error:
-            result = {"error": str(error).split("\n")[0][:300]}
+            result = _failure(str(error))
         except Exception as error:  # noqa: BLE001 - whatever others' code raises
-            result = {"error": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
+            result = _failure(f"{type(error).__name__}: {error}")
         if result:
             found[name] = result
     return found
+
+
+def _failure(told: str) -> dict[str, Any]:
+    line = told.split("\n")[0][:300]
+    return {"error": line.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")}

@@ -38,6 +38,18 @@ def extract(storage: Storage, path: str, seen: Observation) -> dict[str, Any] | 
         raise ValueError(f"not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError("not a mapping")
-    # dates and the like as text, and no NUL: what jsonb can hold
-    found: dict[str, Any] = json.loads(json.dumps(content, default=str).replace("\\u0000", ""))
+    found: dict[str, Any] = json.loads(_text(content), parse_constant=str)
     return found
+
+
+def _text(content: dict[str, Any]) -> str:
+    """As JSON that jsonb can hold: dates and the like as text, no NUL and no half of a pair. What
+    names itself again and again by aliases may be much more than its file."""
+    parts, size = list[str](), 0
+    for part in json.JSONEncoder(default=str, ensure_ascii=False).iterencode(content):
+        parts.append(part)
+        size += len(part)
+        if size > _LIMIT:
+            raise ValueError(f"{_NAME} says more than {_LIMIT} characters")
+    text = "".join(parts).encode("utf-8", "replace").decode()
+    return text.replace("\\u0000", "")

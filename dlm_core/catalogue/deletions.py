@@ -148,7 +148,7 @@ target AS (
          r.state IN ('READY', 'SUSPECT') AND (r.checked_at IS NULL OR r.checked_at < known.floor) AS unseen,
          known.unconfirmed,
          i.uri, i.collection_id, i.state AS item_state, i.target_phase,
-         CASE WHEN r.expiry_reason = :with_item THEN concat_ws(': ', r.expiry_reason, i.expiry_reason)
+         CASE WHEN r.expiry_reason = :with_item THEN concat_ws(': ', r.expiry_reason, left(i.expiry_reason, 1000))
               ELSE coalesce(r.expiry_reason, i.expiry_reason, 'its time is over') END AS reason
     FROM going g JOIN copy r USING (uid) JOIN item i ON i.oid = r.oid JOIN storage s USING (storage_id)
     CROSS JOIN known),

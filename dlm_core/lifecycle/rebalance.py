@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -29,9 +29,8 @@ from dlm_core.types import ItemState
 _BATCH = 2000
 #: a storage without a given capacity is asked for it this often
 ASK_AGAIN = timedelta(minutes=10)
-#: a storage of which nothing may leave is looked at again after so long, or so many times as long
-#: as the look took
-_STUCK, _PAUSE_SHARE = timedelta(minutes=5), 10
+#: what nothing can leave is looked through again after this, or so many times as long as it took
+_STUCK, _SHARE = timedelta(minutes=5), 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,9 @@ def plan_rebalance(context: Context) -> int:
         # what they told earlier counts what was purged since: it would leave once more
         observe_usage(context, {storage["storage_id"] for storage in due})
         due = _to_relieve(context)
-    return sum(len(_relieve(context, storage, context.transact)) for storage in due)
+    return sum(
+        len(page) for storage in due for page in _relieve(context, storage, context.transact)
+    )
 
 
 def _to_relieve(context: Context) -> list[dict[str, Any]]:
@@ -71,7 +72,8 @@ def propose_rebalance(context: Context) -> list[Leaving]:
         return [
             one
             for storage in due
-            for one in _relieve(context, storage, lambda work: work(connection))
+            for page in _relieve(context, storage, lambda work: work(connection))
+            for one in page
         ]
 
     return context.rehearse(look)
@@ -102,51 +104,61 @@ def observe_usage(context: Context, these: Collection[uuid.UUID] | None = None) 
 
 
 def _relieve(
-    context: Context,
-    storage: Mapping[str, Any],
-    transact: Callable[[Callable[[Connection], Any]], Any],
-) -> list[Leaving]:
-    """Mark what leaves a storage now. Where none of the coldest may, those behind them are looked
-    at: else the storage would stay full for their sake."""
-    begun, leaving, after = monotonic(), list[Leaving](), None
-    while not context.stop.is_set():
-        page = partial(_relieve_page, context=context, storage=storage, after=after)
-        leaving, after = transact(page)
-        if leaving or after is None:
+    context: Context, storage: Mapping[str, Any], transact: Callable[[Callable[..., Any]], Any]
+) -> Iterator[list[Leaving]]:
+    """Mark what leaves a storage, page by page, each by a transaction: of one that is drained one
+    page of all that is there; else past what cannot leave, until enough does or all was seen."""
+    if storage["undrained"]:
+        yield transact(partial(_drain, context=context, storage=storage))
+        return
+    to_free, began = storage["to_free"], monotonic()
+    last: Mapping[str, Any] | None = None
+    while to_free > 0 and not context.stop.is_set():
+        asked = {**storage, "to_free": to_free}
+        page, last = transact(partial(_make_room, context=context, storage=asked, after=last))
+        to_free -= sum(one.size for one in page)
+        yield page
+        if last is None:
             break
-    if not leaving and not storage["undrained"]:
-        pause = max(_STUCK, timedelta(seconds=_PAUSE_SHARE * (monotonic() - begun)))
-        key, until = storage["storage_id"], context.clock() + pause
-        transact(lambda c: catalogue.put_off_rebalance(c, key, until))
+    else:
+        return
+    if to_free == storage["to_free"]:
+        again = context.clock() + max(_STUCK, _SHARE * timedelta(seconds=monotonic() - began))
+        transact(lambda c: catalogue.put_off_rebalance(c, storage["storage_id"], again))
+
+
+def _drain(connection: Connection, context: Context, storage: Mapping[str, Any]) -> list[Leaving]:
+    now = context.clock()
+    if not catalogue.lock_draining(connection, storage["storage_id"]):
+        return []  # the drain was called off since: what is marked now would leave all the same
+    candidates = replicas.select_unmarked(connection, storage["storage_id"], _BATCH)
+    candidates += replicas.select_staying(connection, storage["storage_id"], now, _BATCH)
+    reason = f"drain: storage {storage['name']} is being drained"
+    leaving = [
+        Leaving(row["uid"], row["oid"], row["size"], storage["name"], reason) for row in candidates
+    ]
+    _mark(connection, leaving, now)
     return leaving
 
 
-def _relieve_page(
+def _make_room(
     connection: Connection,
     context: Context,
     storage: Mapping[str, Any],
     after: Mapping[str, Any] | None,
 ) -> tuple[list[Leaving], Mapping[str, Any] | None]:
-    """What leaves of the coldest behind ``after``, and the last that was looked at if there are
-    more."""
-    now, key = context.clock(), storage["storage_id"]
-    if storage["undrained"] and not catalogue.lock_draining(connection, key):
-        # the drain was called off since: what is marked now would leave all the same
-        return [], None
-    candidates = replicas.select_unmarked(connection, key, _BATCH, after)
-    last = candidates[-1] if len(candidates) == _BATCH else None
-    if storage["undrained"]:
-        candidates += replicas.select_staying(connection, key, now, _BATCH)
-        reason = f"drain: storage {storage['name']} is being drained"
-        leaving = [
-            Leaving(row["uid"], row["oid"], row["size"], storage["name"], reason)
-            for row in candidates
-        ]
-    else:
-        leaving = _choose(connection, context, storage, candidates, now)
+    """What may leave of the candidates that follow ``after``, and the last one that was looked at;
+    None if none follows."""
+    now = context.clock()
+    candidates = replicas.select_unmarked(connection, storage["storage_id"], _BATCH, after)
+    leaving = _choose(connection, context, storage, candidates, now)
+    _mark(connection, leaving, now)
+    return leaving, candidates[-1] if len(candidates) == _BATCH else None
+
+
+def _mark(connection: Connection, leaving: Sequence[Leaving], now: datetime) -> None:
     for reason, uids in _by_reason(leaving).items():
         replicas.mark_leaving(connection, uids, reason, now)
-    return leaving, last
 
 
 def _by_reason(leaving: Sequence[Leaving]) -> dict[str, list[uuid.UUID]]:
@@ -163,7 +175,7 @@ def _choose(
     candidates: Sequence[Mapping[str, Any]],
     now: datetime,
 ) -> list[Leaving]:
-    """Coldest first, and of those surplus copies before copies that have to be made elsewhere."""
+    """Longest there first, and of those surplus copies before those to be made elsewhere."""
     oids = [row["oid"] for row in candidates]
     items = {row["oid"]: row for row in replicas.lock_items(connection, oids)}
     by_item: dict[uuid.UUID, list[ReplicaView]] = defaultdict(list)

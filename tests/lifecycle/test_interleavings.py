@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import Connection, text
 
 from dlm_core.catalogue import deletions, places, replicas
-from dlm_core.catalogue.browse import set_item_expiry, set_replica_expiry
+from dlm_core.catalogue.browse import set_replica_expiry
 from dlm_core.catalogue.items import Announcement, Terms, announce
 from dlm_core.errors import (
     DeletionRefusedError,
@@ -593,26 +593,3 @@ def test_an_expiry_that_is_taken_back_while_its_deletion_waits_is_none(site):
     )
     assert met.waited and met.result == ([], [])
     assert site.replicas(oid)["b"] == "READY"
-
-
-def test_an_item_that_expires_at_this_moment_gets_no_other_time(site):
-    """Who asks for more time waits for the expiry under way, and is told that it is too late: its
-    copies go."""
-    oid = two_copies(site)
-    site.context.transact(lambda c: set_item_expiry(c, "test:x", site.now, "ticket 1"))
-    for later in (site.now + timedelta(days=30), None):
-        met = overlap(
-            site,
-            lambda c: expire.plan_batch(c, site.context, 10),
-            lambda at=later: site.context.transact(
-                lambda c: set_item_expiry(c, "test:x", at, "ticket 2")
-            ),
-            undo=later is not None,
-        )
-        assert met.waited
-        if later is not None:
-            assert met.error is None, "the expiry was undone"
-            site.context.transact(lambda c: set_item_expiry(c, "test:x", site.now, "ticket 1"))
-    assert isinstance(met.error, IllegalTransitionError)
-    assert "EXPIRED" in str(met.error)
-    assert site.item(oid)["expiry_reason"] == "ticket 1"

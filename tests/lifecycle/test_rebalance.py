@@ -6,8 +6,8 @@ import pytest
 
 from dlm_core.catalogue.capacity import storages_to_relieve
 from dlm_core.catalogue.places import set_storage
-from dlm_core.lifecycle import rebalance
-from dlm_core.lifecycle.rebalance import _relieve
+from dlm_core.catalogue.replicas import select_unmarked
+from dlm_core.lifecycle.rebalance import _drain, plan_rebalance, propose_rebalance
 from dlm_core.lifecycle.work import _open_row
 from dlm_core.storages.port import Usage
 from tests.fakes import Wrapped
@@ -62,7 +62,7 @@ def test_nothing_leaves_for_a_drain_that_was_called_off_meanwhile(site):
     site.set_storage("a", mode="draining")
     (found,) = site.context.transact(lambda c: storages_to_relieve(c, site.now))
     site.context.transact(lambda c: set_storage(c, "a", {"mode": "read_write"}))
-    assert _relieve(site.context, found, site.context.transact) == []
+    assert site.context.transact(lambda c: _drain(c, site.context, found)) == []
     assert site.replica(oid, "a")["expires_at"] is None
 
 
@@ -83,11 +83,69 @@ def test_a_storage_of_others_that_is_drained_is_replaced_and_its_files_are_left(
     site.set_storage("theirs", mode="retired", retired_at=site.now)
 
 
+@pytest.fixture
+def crowded(site, monkeypatch):
+    """The seven coldest copies on a are needed there, the warmest is surplus; three are looked at
+    together."""
+    monkeypatch.setattr("dlm_core.lifecycle.rebalance._BATCH", 3)
+    site.set_storage("c", mode="read_only")
+    for n in range(7):
+        site.add_item(f"cold-{n}", bytes(100), "a")
+    site.settle()
+    site.advance(days=1)
+    warm = site.add_item("warm", bytes(100), "a")
+    site.settle()
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID' WHERE oid = :oid", oid=warm)
+    site.settle()
+    site.set_storage("a", capacity_bytes=1000, high_watermark=0.75, low_watermark=0.7)
+    return site, warm
+
+
+def test_cold_copies_that_cannot_leave_do_not_hide_a_warmer_one_that_can(crowded):
+    """They are passed over, however many they are."""
+    site, warm = crowded
+    assert [one.oid for one in propose_rebalance(site.context)] == [warm]
+    assert plan_rebalance(site.context) == 1
+    assert site.replica(warm, "a")["expires_at"] == site.now
+    site.settle()
+    assert site.replicas(warm) == {"a": "TRASHED", "b": "READY"}
+
+
+def test_a_storage_that_nothing_can_leave_is_looked_at_again_later(crowded):
+    """Not at once, and not after a look that was broken off."""
+    site, warm = crowded
+    site.execute("UPDATE data_item SET target_phase = 'SOLID' WHERE oid = :oid", oid=warm)
+    put_off = "SELECT rebalance_after FROM storage WHERE name = 'a'"
+    site.context.stop.set()
+    assert plan_rebalance(site.context) == 0
+    assert site.query(put_off) == [{"rebalance_after": None}]
+    site.context.stop.clear()
+    assert plan_rebalance(site.context) == 0
+    assert site.query(put_off)[0]["rebalance_after"] > site.now
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_pages_of_candidates_show_each_once(site, size):
+    """Coldest first, then largest, though many are of one age and one size."""
+    for day in range(3):
+        for n in range(4):
+            site.add_item(f"{day}-{n}", bytes(100 + n // 2), "a")
+        site.advance(days=1)
+    on = site.storages["a"]
+    found, last = [], None
+    while page := site.context.transact(lambda c, after=last: select_unmarked(c, on, size, after)):
+        found += page
+        last = page[-1]
+    expected = site.query("SELECT uid FROM replica ORDER BY accessed_at, size DESC, uid")
+    assert [row["uid"] for row in found] == [row["uid"] for row in expected]
+    assert [row["size"] for row in found] == [101, 101, 100, 100] * 3
+
+
 @pytest.mark.parametrize("batch", [5, 4, 2000])
 def test_a_copy_that_may_leave_is_found_behind_those_that_may_not(site, monkeypatch, batch):
     """The coldest of a full storage have no other place: what is surplus among the warmer ones goes
     all the same, whatever is looked at at once, and then it is not asked again for a while."""
-    monkeypatch.setattr(rebalance, "_BATCH", batch)
+    monkeypatch.setattr("dlm_core.lifecycle.rebalance._BATCH", batch)
     cold = [site.add_item(f"cold-{n}", bytes(100), "a") for n in range(12)]
     site.advance(hours=1)
     warm = [site.add_item(f"warm-{n}", bytes(100), "a") for n in range(3)]

@@ -12,20 +12,30 @@ LIFECYCLE = (
         '            WHERE oid = :oid""",',
         "an item that expires at this moment is told to have more time",
         (
-            "lifecycle/test_interleavings.py::"
-            "test_an_item_that_expires_at_this_moment_gets_no_other_time",
+            "lifecycle/test_late_requests.py::"
+            "test_an_expiry_that_is_put_off_when_its_item_has_expired_is_refused",
         ),
     ),
     Mutant(
         "rebalance-looks-at-the-coldest-only",
         "dlm_core/lifecycle/rebalance.py",
-        "        if leaving or after is None:\n",
+        "        if last is None:\n",
         "        if True:\n",
         "a storage stays full for the sake of its coldest copies, which have no other place",
         (
             "lifecycle/test_rebalance.py::"
             "test_a_copy_that_may_leave_is_found_behind_those_that_may_not",
+            "lifecycle/test_rebalance.py::"
+            "test_cold_copies_that_cannot_leave_do_not_hide_a_warmer_one_that_can",
         ),
+    ),
+    Mutant(
+        "offline-is-registered",
+        "dlm_core/lifecycle/admit.py",
+        '    if storage["mode"] in (StorageMode.OFFLINE, StorageMode.AUDITING):\n',
+        "    if False:\n",
+        "a copy on an offline storage is let in by bytes that are read there",
+        ("lifecycle/test_register.py::test_admissions_wait_for_a_storage_that_is_not_read",),
     ),
     Mutant(
         "token-used-again",

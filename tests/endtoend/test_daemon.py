@@ -214,11 +214,14 @@ def test_a_sensor_that_is_switched_off_is_told(up: Up) -> None:
     )
     (node,) = found["repositoriesOrError"]["nodes"]
     sensor = next(one for one in node["sensors"] if one["name"] == "expiry_sensor")
-    _graphql(
-        up, "mutation($i: String!) { stopSensor(id: $i) { __typename } }",
-        i=sensor["sensorState"]["id"],
-    )  # fmt: skip
-    assert switched_off(url) == ["expiry_sensor"]
+    stop = "mutation($i: String!) { stopSensor(id: $i) { __typename } }"
+
+    def stopped() -> bool:
+        # a tick under way ends by writing the state that it began with
+        _graphql(up, stop, i=sensor["sensorState"]["id"])
+        return switched_off(url) == ["expiry_sensor"]
+
+    _eventually(stopped)
 
 
 def test_a_cancelled_run_gives_its_work_back(up: Up) -> None:

@@ -215,7 +215,8 @@ def each(home: Path, folder: Path, quick: bool) -> Iterator[Result]:
     B few large ones. Three rounds of what takes some seconds only, for one tells little."""
     rounds = 1 if quick else 3
     alone = _new(folder / "R")
-    make_files(alone / "a", 50 if quick else 4000, 10**6)
+    # so many that the first and the last moments, when one processor has nothing to do, are little
+    make_files(alone / "a", 50 if quick else 8000, 10**6)
     yield registration(home, alone, "", rounds)
     with s3_server(folder / "s3") as server, ssh_server(folder / "sshd") as sshd:
         os.environ["BENCH_S3_KEY"] = server.access_key

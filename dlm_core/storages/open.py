@@ -165,7 +165,7 @@ def open_storage(name: str, interface: str, root: str, config: Mapping[str, Any]
         raise InvalidValueError(
             what=f"bundle_bytes of storage {name}",
             value=bundling.bundle_bytes,
-            expected=f"none: {interface} may replace what another process makes at the same moment",
+            expected=f"none with {interface}: there two processes may both have made one file",
         )
     if staging:
         stager, terms = open_stager(Place(name, interface, root, adapters), staging)

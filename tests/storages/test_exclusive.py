@@ -45,11 +45,16 @@ def opener(request, tmp_path) -> Opener:
 
 
 def test_one_of_two_processes_gets_a_path(opener):
-    """What an adapter tells to be exclusive, files or full folders, is had by one of two that want
-    its path at once; what that one put there stays."""
+    """What an adapter tells to be exclusive is had by one of two that want its path at once, and what
+    that one put there stays: files by who is told so, full folders by who then reads it there (a
+    server may put the other's folder into it, and say that all went well)."""
     ends, barrier = (opener(), opener()), threading.Barrier(2)
     name = "" if ends[0].exclusive == "file" else "/record"
     ends[0].write("taken/first", io.BytesIO(b"1"), 1)
+
+    def read(n: int) -> bytes:
+        with ends[0].open_read(f"taken/{n}{name}") as stream:
+            return bytes(stream.read(-1))
 
     def want(me: int) -> list[int]:
         storage, mine = ends[me], b"%d" % me
@@ -66,15 +71,15 @@ def test_one_of_two_processes_gets_a_path(opener):
                     storage.rename(f".dlm/tmp/{me}/{n}", f"taken/{n}")
             except PayloadExistsError:
                 continue
-            won.append(n)
+            if not name or read(n) == mine:
+                won.append(n)
         return won
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(want, (0, 1))
     assert sorted(first + second) == [*range(_RACES)]
     for n in range(_RACES):
-        with ends[0].open_read(f"taken/{n}{name}") as stream:
-            assert stream.read(-1) == (b"0" if n in first else b"1")
+        assert read(n) == (b"0" if n in first else b"1")
 
 
 def test_several_processes_change_one_index(opener):

@@ -45,9 +45,9 @@ def opener(request, tmp_path) -> Opener:
 
 
 def test_one_of_two_processes_gets_a_path(opener):
-    """What an adapter tells to be exclusive is had by one of two that want its path at once, and what
-    that one put there stays: files by who is told so, full folders by who then reads it there (a
-    server may put the other's folder into it, and say that all went well)."""
+    """What an adapter tells to be exclusive is had by one of two that want its path at once, and
+    what that one put there stays: files by who is told so, full folders by who then reads it there
+    (a server may put the other's folder into it, and say that all went well)."""
     ends, barrier = (opener(), opener()), threading.Barrier(2)
     name = "" if ends[0].exclusive == "file" else "/record"
     ends[0].write("taken/first", io.BytesIO(b"1"), 1)

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -41,6 +41,8 @@ By = Annotated[
 PHASES = ("PLASMA", "GAS", "LIQUID", "SOLID")
 _KINDS = ", ".join(OperationKind)
 _POLL_SECONDS = 0.5
+
+_Named = TypeVar("_Named", list[str], dict[str, str])
 
 item_app = typer.Typer(no_args_is_help=True, help="Data items: look, and ask why.")
 
@@ -90,12 +92,8 @@ def register(
     below = _below_root(path)
     if path and list_file:
         raise InvalidValueError(what="--list", value=path, expected="a path, or a list of them")
-    sums = parse_checksums(_read(checksums)) if checksums else {}
-    paths = _lines(_read(list_file)) if list_file else None
-    if paths == []:
-        raise EmptySelectorError(expected="--list names no path")
-    if checksums and not sums:
-        raise EmptySelectorError(expected="--checksums names no path")
+    sums = _named("--checksums", parse_checksums(_read(checksums))) if checksums else {}
+    paths = _named("--list", _lines(_read(list_file))) if list_file else None
     with catalogue() as context:
         now = context.clock()
         terms = Terms(
@@ -119,6 +117,13 @@ def register(
         else:
             report = register_tree(context, source, below, _progress)
     _tell(report, as_json)
+
+
+def _named(option: str, found: _Named) -> _Named:
+    """What a file names, which must not be nothing."""
+    if not found:
+        raise EmptySelectorError(expected=f"{option} names no path")
+    return found
 
 
 def _read(path: Path) -> str:
@@ -389,8 +394,6 @@ def expire(
             return
         if not uri:
             raise EmptySelectorError(expected="name the item that is to expire, or use --dry-run")
-        if not (reason or "").strip() and not never:
-            raise InvalidValueError(what="--reason", value="", expected="why it may go")
         why = reason or ""
         if never and at is not None:
             raise InvalidValueError(what="--at", value=at, expected="it, or --never")

@@ -308,6 +308,7 @@ def set_item_expiry(
     IllegalTransitionError
         for an item that is not READY, CORRUPTED or INITIALISED.
     """
+    why = _reason(expires_at, reason)
     oid: uuid.UUID = get_item(connection, uri, version)["oid"]
     # expiry may have it locked at this moment: what counts is its state after that
     if not run(
@@ -318,7 +319,7 @@ def set_item_expiry(
                   ELSE greatest(CAST(:at AS timestamptz), created_at) END
             WHERE oid = :oid AND state NOT IN ('EXPIRED', 'DELETED')""",
         at=expires_at,
-        reason=_reason(expires_at, reason),
+        reason=why,
         oid=oid,
     ):
         state = get_item(connection, uri, version)["state"]
@@ -354,6 +355,7 @@ def set_replica_expiry(
     InvalidValueError
         if it is to leave without a reason.
     """
+    why = _reason(expires_at, reason)
     item = get_item(connection, uri, version)
     found = rows(
         connection,
@@ -363,7 +365,7 @@ def set_replica_expiry(
             WHERE oid = :oid AND storage_id = :storage AND live
            RETURNING uid""",
         at=expires_at,
-        reason=_reason(expires_at, reason),
+        reason=why,
         oid=item["oid"],
         storage=_id_of(connection, "storage", storage),
     )

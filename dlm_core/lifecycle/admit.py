@@ -7,7 +7,7 @@ import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import datetime
 from itertools import count
 from typing import Any
 
@@ -20,7 +20,7 @@ from dlm_core.errors import AlreadyExistsError, DlmError, IntegrityError, TooLon
 from dlm_core.lifecycle.staging import files_of, is_cold
 from dlm_core.lifecycle.traffic import reading_from
 from dlm_core.lifecycle.verify import Look, look_when_online
-from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
+from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error, put_off
 from dlm_core.metadata import extract_all
 from dlm_core.storages.port import Storage
 from dlm_core.types import (
@@ -98,9 +98,7 @@ def _refuse(context: Context, operation: Row, row: Row, storage: Row) -> queue.O
         text = f"the replica is {row['state']} by now"
         return queue.Outcome(key, OperationState.CANCELLED, "DLM-503", text)
     if storage["mode"] in (StorageMode.OFFLINE, StorageMode.AUDITING):
-        due = context.clock() + timedelta(seconds=context.settings.retry_base_seconds * 12)
-        text = f"storage {storage['name']} is {storage['mode']}"
-        return queue.Outcome(key, OperationState.QUEUED, "DLM-504", text, due, counted=False)
+        return put_off(context, operation, storage)
     return None
 
 

@@ -33,7 +33,7 @@ from dlm_core.lifecycle.quarantine import is_payload
 from dlm_core.lifecycle.staging import Wanted, files_below, hold_back, is_cold
 from dlm_core.lifecycle.strangers import is_strangers
 from dlm_core.lifecycle.survivors import look_again, look_at_survivors
-from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
+from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error, put_off
 from dlm_core.storages.port import Storage, trash_path
 from dlm_core.transfers.checksums import observe
 from dlm_core.types import (
@@ -506,11 +506,7 @@ def _idle_outcome(context: Context, operation: Row, row: Row, storage: Row) -> q
             f"the replica is {row['state']} by now",
         )  # fmt: skip
     if row["managed"] and storage["mode"] not in _WRITABLE:
-        due = context.clock() + timedelta(seconds=context.settings.retry_base_seconds * 12)
-        return queue.Outcome(
-            operation["operation_id"], OperationState.QUEUED, "DLM-504",
-            f"storage {storage['name']} is {storage['mode']}", due, counted=False,
-        )  # fmt: skip
+        return put_off(context, operation, storage)
     return None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection
@@ -43,7 +43,7 @@ from dlm_core.lifecycle.staging import (
 )
 from dlm_core.lifecycle.survivors import content_stamp, look_again
 from dlm_core.lifecycle.traffic import looking_at, reading_from
-from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error
+from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error, put_off
 from dlm_core.storages.port import Storage
 from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.pooled import TINY, Turns, near
@@ -294,13 +294,11 @@ def _not_looked_at(
     storages: Mapping[uuid.UUID, Mapping[str, Any]],
 ) -> queue.Outcome:
     """There is nothing to read; but a doubt is not over because its storage is away."""
-    key, storage = operation["operation_id"], storages[row["storage_id"]]
+    storage = storages[row["storage_id"]]
     if row["state"] == ReplicaState.SUSPECT and storage["mode"] == StorageMode.OFFLINE:
-        due = context.clock() + timedelta(seconds=context.settings.retry_base_seconds * 12)
-        text = f"storage {storage['name']} is {storage['mode']}"
-        return queue.Outcome(key, OperationState.QUEUED, "DLM-504", text, due, counted=False)
+        return put_off(context, operation, storage)
     text = "nothing to verify any more"
-    return queue.Outcome(key, OperationState.CANCELLED, "DLM-503", text)
+    return queue.Outcome(operation["operation_id"], OperationState.CANCELLED, "DLM-503", text)
 
 
 def _tellable(context: Context, claim: Claim) -> set[uuid.UUID]:

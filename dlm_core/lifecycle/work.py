@@ -320,6 +320,17 @@ def done(operation: Mapping[str, Any]) -> queue.Outcome:
     return queue.Outcome(operation["operation_id"], OperationState.DONE)
 
 
+def put_off(
+    context: Context, operation: Mapping[str, Any], storage: Mapping[str, Any]
+) -> queue.Outcome:
+    """The outcome of an operation that its storage's mode does not allow now; no try of it."""
+    due = context.clock() + timedelta(seconds=context.settings.retry_base_seconds * 12)
+    text = f"storage {storage['name']} is {storage['mode']}"
+    return queue.Outcome(
+        operation["operation_id"], OperationState.QUEUED, "DLM-504", text, due, counted=False
+    )
+
+
 def drain(
     context: Context,
     executors: Mapping[OperationKind, Executor],

@@ -6,10 +6,7 @@ locks (pg_stat_activity), or has ended without; or a storage call of one worker 
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -17,11 +14,10 @@ import pytest
 from sqlalchemy import Connection, text
 
 from dlm_core.catalogue import deletions, places, replicas
-from dlm_core.catalogue.browse import set_replica_expiry
+from dlm_core.catalogue.browse import set_item_expiry, set_replica_expiry
 from dlm_core.catalogue.items import Announcement, Terms, announce
 from dlm_core.errors import (
     DeletionRefusedError,
-    DlmError,
     IllegalTransitionError,
     NotFoundError,
 )
@@ -35,12 +31,8 @@ from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import _open_row
 from dlm_core.types import OperationKind
 from tests.fakes import Hooked
+from tests.lifecycle.overlap import overlap
 from tests.site import Site, make_site, reopen
-
-_WAITING = """
-  SELECT count(*) FROM pg_stat_activity
-   WHERE datname = current_database() AND wait_event_type = 'Lock'"""
-_PATIENCE_SECONDS = 20
 
 
 @pytest.fixture
@@ -49,63 +41,6 @@ def site(engine, tmp_path) -> Site:
     for name in "abc":
         site.add_storage(name, name.upper())
     return site
-
-
-@dataclass
-class Second:
-    """What the second one met."""
-
-    waited: bool = False
-    result: Any = None
-    error: DlmError | None = None
-    done: threading.Event = field(default_factory=threading.Event)
-
-
-def overlap(
-    site: Site, first: Callable[[Connection], Any], second: Callable[[], Any], *, undo: bool = False
-) -> Second:
-    """Do ``first`` in a transaction, start ``second`` beside it, and end the transaction (undone if
-    asked) only when the second one waits for its locks or is through without."""
-    met = Second()
-
-    def run() -> None:
-        try:
-            met.result = second()
-        except DlmError as error:
-            met.error = error
-        finally:
-            met.done.set()
-
-    class Undone(Exception):
-        pass
-
-    thread = threading.Thread(target=run)
-
-    def held_open(connection: Connection) -> None:
-        first(connection)
-        thread.start()
-        met.waited = _waits(site, met)
-        if undo:
-            raise Undone
-
-    try:
-        site.context.transact(held_open)
-    except Undone:
-        pass
-    thread.join(_PATIENCE_SECONDS)
-    assert not thread.is_alive(), "the second one waits for ever"
-    return met
-
-
-def _waits(site: Site, met: Second) -> bool:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        with site.context.engine.connect() as connection:
-            if connection.execute(text(_WAITING)).scalar_one():
-                return True
-        if met.done.wait(0.02):
-            return False
-    raise AssertionError("the second one neither waits nor ends")
 
 
 def let_in(site: Site, storage: str, call: str, action: Callable[[], Any]) -> None:
@@ -593,3 +528,34 @@ def test_an_expiry_that_is_taken_back_while_its_deletion_waits_is_none(site):
     )
     assert met.waited and met.result == ([], [])
     assert site.replicas(oid)["b"] == "READY"
+
+
+@pytest.mark.parametrize("later", [timedelta(days=30), None], ids=["later", "never"])
+def test_an_expiry_that_is_put_off_when_its_item_has_expired_is_refused(site, later):
+    """Who waited for the lock is told, and nothing is promised of what goes all the same."""
+    oid = two_copies(site)
+    site.context.transact(lambda c: set_item_expiry(c, "test:x", site.now, "over"))
+    until = later and site.now + later
+    met = overlap(
+        site,
+        lambda c: expire.plan_batch(c, site.context, 10),
+        lambda: site.context.transact(lambda c: set_item_expiry(c, "test:x", until, "kept")),
+    )
+    assert met.waited and isinstance(met.error, IllegalTransitionError)
+    assert met.error.code == "DLM-105" and "EXPIRED" in str(met.error)
+    assert site.query("SELECT expiry_reason FROM data_item")[0]["expiry_reason"] == "over"
+    assert site.replicas(oid)["a"] == "TRASHED"
+
+
+def test_an_expiry_that_is_put_off_first_keeps_the_item(site):
+    """Expiry passes over what is locked, and then finds that it is not due."""
+    oid = two_copies(site)
+    site.context.transact(lambda c: set_item_expiry(c, "test:x", site.now, "over"))
+    until = site.now + timedelta(days=30)
+
+    def plan() -> object:
+        return site.context.transact(lambda c: expire.plan_batch(c, site.context, 10))
+
+    met = overlap(site, lambda c: set_item_expiry(c, "test:x", until, "kept"), plan)
+    assert met.error is None and met.result == ([], [])
+    assert plan() == ([], []) and site.replicas(oid)["a"] == "READY"

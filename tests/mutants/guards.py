@@ -251,8 +251,8 @@ GUARDS = (
     Mutant(
         "waiting-is-a-try",
         "dlm_core/lifecycle/work.py",
-        "counted=False",
-        "counted=True",
+        "text, again, counted=False",
+        "text, again, counted=True",
         "who waits for a tape runs out of tries",
         (
             "lifecycle/test_staging.py"

@@ -12,7 +12,7 @@ LIFECYCLE = (
         '            WHERE oid = :oid""",',
         "an item that expires at this moment is told to have more time",
         (
-            "lifecycle/test_late_requests.py::"
+            "lifecycle/test_interleavings.py::"
             "test_an_expiry_that_is_put_off_when_its_item_has_expired_is_refused",
         ),
     ),

@@ -166,6 +166,17 @@ class ClockSkewError(CatalogueError):
     code = "DLM-208"
 
 
+class DataRefusedError(CatalogueError):
+    """the catalogue database refused what it was given: {message}"""
+
+    code = "DLM-210"
+
+
+#: what the catalogue refuses of things that are given to it together is one of them: which is not
+#: told
+OF_DATA = (TooLongError, DataRefusedError)
+
+
 class LocalFileError(DlmError):
     """{path} cannot be used on this machine ({reason}): look at its folder, rights, free space"""
 

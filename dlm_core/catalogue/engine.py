@@ -27,6 +27,7 @@ from dlm_core.errors import (
     CatalogueError,
     CatalogueUnavailableError,
     ClockSkewError,
+    DataRefusedError,
     DlmError,
     TooLongError,
 )
@@ -39,6 +40,8 @@ _TRY_AGAIN = {"40P01", "40001"}
 _TRIES = 6
 #: program_limit_exceeded: of what we write, a name that does not fit into an index
 _LIMIT = "54000"
+#: what our own triggers refuse
+_REFUSED = "DL001"
 #: read_only_sql_transaction
 _READ_ONLY = "25006"
 _TO_WRITE = "if a standby was reached, DLM_DATABASE_URL lacks the primary, or target_session_attrs=read-write"
@@ -167,6 +170,8 @@ def begin(
         committed: then all was, or nothing.
     TooLongError
         if a name does not fit into an index.
+    DataRefusedError
+        if it is what was given that the database refused.
     CatalogueError
         if the database refused; the message is the database's reason.
     """
@@ -310,6 +315,8 @@ def _translated(error: exc.DBAPIError | psycopg.Error) -> DlmError:
     state = getattr(told, "sqlstate", None)
     if state == _LIMIT:
         return TooLongError(message=message)
+    if state == _REFUSED or isinstance(told, psycopg.DataError | psycopg.IntegrityError):
+        return DataRefusedError(message=message)
     if lost or isinstance(error, exc.OperationalError | psycopg.OperationalError):
         if state not in _TRY_AGAIN:
             hint = "is it running? 'dlm up' starts the embedded one"

@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from dlm_core.catalogue.engine import KEY, copy_rows, rows, run
 from dlm_core.catalogue.replicas import CHECKED
 from dlm_core.catalogue.urgency import STEP, Urgency
-from dlm_core.errors import IllegalTransitionError, InvalidValueError
+from dlm_core.errors import IllegalTransitionError, InvalidValueError, NotFoundError
 from dlm_core.types import (
     Observation,
     PayloadKind,
@@ -129,6 +129,18 @@ def check_key(what: str, key: object) -> None:
         uuid.UUID(str(key))
     except ValueError:
         raise InvalidValueError(what=what, value=key, expected="a key, a UUID") from None
+
+
+def must_have_collection(connection: Connection, collection_id: uuid.UUID | None) -> None:
+    """Refuse the key of a collection that is not there; None is no collection.
+
+    Raises
+    ------
+    NotFoundError
+    """
+    found = "SELECT FROM collection WHERE collection_id = CAST(:id AS uuid)"
+    if collection_id is not None and not rows(connection, found, id=collection_id):
+        raise NotFoundError("collection", collection_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 from dlm_core.catalogue import items as catalogue
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue.paths import folders_above, owners_at
-from dlm_core.errors import AlreadyExistsError, DlmError, IntegrityError, TooLongError
+from dlm_core.errors import OF_DATA, AlreadyExistsError, DlmError, IntegrityError
 from dlm_core.lifecycle.staging import files_of, is_cold
 from dlm_core.lifecycle.traffic import reading_from
 from dlm_core.lifecycle.verify import Look, look_when_online
@@ -178,8 +178,8 @@ def _write(
 
     try:
         return context.transact(write)
-    except TooLongError as error:
-        # a file in one of the directories: which is not told
+    except OF_DATA as error:
+        # of one of them: which is not told
         if len(prepared) == 1:
             return _write(context, claim, [(prepared[0][0], None, error)])
         half = len(prepared) // 2

@@ -83,11 +83,7 @@ def _insert_item(
 ) -> uuid.UUID:
     if rows(connection, "SELECT FROM data_item WHERE uri = :uri LIMIT 1", uri=uri):
         raise AlreadyExistsError(noun="data item", key=uri)
-    within = terms.collection_id
-    if within and not rows(
-        connection, "SELECT FROM collection WHERE collection_id = CAST(:id AS uuid)", id=within
-    ):
-        raise NotFoundError("collection", within)
+    catalogue.must_have_collection(connection, terms.collection_id)
     oid = new_id()
     run(
         connection,

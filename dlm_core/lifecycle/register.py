@@ -27,13 +27,13 @@ from dlm_core.catalogue.items import Announcement, Terms
 from dlm_core.catalogue.replicas import manifests_of
 from dlm_core.catalogue.versions import add_version
 from dlm_core.errors import (
+    OF_DATA,
     DigestConflictError,
     DlmError,
     EmptySelectorError,
     InvalidValueError,
     NotFoundError,
     PayloadNotFoundError,
-    TooLongError,
 )
 from dlm_core.lifecycle.survivors import doubt
 from dlm_core.lifecycle.work import Context
@@ -180,7 +180,7 @@ def register_tree(
     Raises
     ------
     NotFoundError
-        no such storage.
+        no such storage, or no such collection as ``source.terms`` say.
     IllegalTransitionError
         it is offline, auditing, lost or retired (by now).
     InvalidValueError
@@ -188,11 +188,7 @@ def register_tree(
     PayloadNotFoundError, StorageUnavailableError, AccessDeniedError
         what the walk meets; chunks announced before stay announced.
     """
-    source.terms.check(context.clock())
-    row = storage_by_name(context, source.storage)
-    catalogue.must_be_read(row)
-    storage = context.storages.open(row)
-    storage.check()
+    row, storage = _open(context, source)
     report, top = RegisterReport(), path
     if path:
         entry = storage.stat(path)
@@ -225,11 +221,7 @@ def register_list(
     NotFoundError, IllegalTransitionError, StorageUnavailableError, AccessDeniedError
         as :func:`register_tree` raises.
     """
-    source.terms.check(context.clock())
-    row = storage_by_name(context, source.storage)
-    catalogue.must_be_read(row)
-    storage = context.storages.open(row)
-    storage.check()
+    row, storage = _open(context, source)
     report = RegisterReport()
 
     def look() -> Iterator[Entry]:
@@ -246,6 +238,17 @@ def register_list(
 
     payloads = _payloads(look(), source.as_directory, report)
     return _announce(context, source, row, storage, payloads, report, progress)
+
+
+def _open(context: Context, source: Source) -> tuple[Mapping[str, Any], Storage]:
+    """The row and the adapter of a source that can be read now."""
+    source.terms.check(context.clock())
+    row = storage_by_name(context, source.storage)
+    catalogue.must_be_read(row)
+    context.transact(lambda c: catalogue.must_have_collection(c, source.terms.collection_id))
+    storage = context.storages.open(row)
+    storage.check()
+    return row, storage
 
 
 def _payloads(
@@ -386,8 +389,8 @@ def _announce_chunk(
                 now=context.clock(),
             )
         )
-    except TooLongError as error:
-        # which one is not told
+    except OF_DATA as error:
+        # of one of them: which is not told
         if len(chunk) == 1:
             report.refuse(chunk[0].uri, str(error))
             return

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from dlm_core.catalogue import watches as catalogue
-from dlm_core.catalogue.items import Terms
+from dlm_core.catalogue.items import Terms, must_have_collection
 from dlm_core.catalogue.operations import count_due
 from dlm_core.catalogue.urgency import Urgency
 from dlm_core.catalogue.watches import count_watches_due
@@ -61,18 +61,22 @@ def add_watch(
     PathRefusedError, IllegalTransitionError
         see :func:`is_there`.
     NotFoundError, AlreadyExistsError
-        no such storage; watched already.
+        no such storage or collection; watched already.
     """
     check_watch(source, interval)
     is_there(context, source.storage, path)
     options = _options(source)
     row = storage_by_name(context, source.storage)
     encoded = encode_path(path) if path else ""
-    return context.transact(
-        lambda c: catalogue.add_watch(
-            c, row["storage_id"], encoded, source.scheme, options, interval, context.clock()
-        )
-    )
+
+    def add(connection: Connection) -> uuid.UUID:
+        must_have_collection(connection, source.terms.collection_id)
+        return catalogue.add_watch(
+            connection, row["storage_id"], encoded, source.scheme, options, interval,
+            context.clock(),
+        )  # fmt: skip
+
+    return context.transact(add)
 
 
 def check_watch(source: Source, interval: timedelta) -> None:

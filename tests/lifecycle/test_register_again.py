@@ -3,6 +3,7 @@
 import os
 import random
 import tempfile
+import uuid
 from pathlib import Path
 from string import ascii_letters
 
@@ -12,9 +13,9 @@ from dlm_core.catalogue.browse import set_item_expiry
 from dlm_core.catalogue.items import Announcement, Terms
 from dlm_core.catalogue.versions import add_version
 from dlm_core.catalogue.watches import list_watches
-from dlm_core.errors import CatalogueError
+from dlm_core.errors import CatalogueError, NotFoundError
 from dlm_core.lifecycle import ingest, watch
-from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.lifecycle.register import Source, register_list, register_tree
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.watch import add_watch, scan_watches
 from dlm_core.storages.open import open_storage
@@ -178,6 +179,41 @@ def test_a_name_that_the_catalogue_cannot_keep_stops_no_other(site):
     assert again(site, as_directory=["*.ms"]).created == 2
     done = admit(site)
     assert (done.done, done.failed) == ({"admit": 1}, {"DLM-108": 1})
+
+
+@pytest.mark.parametrize(
+    ("table", "rule"),
+    [("data_item", "uri NOT LIKE 'test:3%'"), ("data_item", "digest NOT LIKE 'sha256:4e07%'"),
+     ("replica", "path <> '3' OR state <> 'READY'")],
+)  # fmt: skip
+def test_what_the_catalogue_refuses_of_one_stops_no_other(site, table, rule):
+    """Whatever rule it is that one payload breaks when it is announced or let in: that one is
+    refused with the catalogue's reason, and the rest goes on."""
+    with site.context.engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"ALTER TABLE {table} ADD CONSTRAINT odd CHECK ({rule})".replace("%", "%%")
+        )
+    write(site, {f"{n}": b"%d" % n for n in range(9)})
+    report = again(site)
+    done = admit(site)
+    if report.refused:
+        ((uri, why),) = report.reasons
+        assert uri == "test:3" and "odd" in why and report.created == 8
+    else:
+        assert done.failed == {"DLM-210": 1} and items(site)["test:3"]["state"] == "INITIALISED"
+    assert done.done == {"admit": 8}
+
+
+@pytest.mark.parametrize("register", [register_tree, register_list])
+def test_a_collection_that_is_not_there_is_told(site, register):
+    """Nothing is announced or watched."""
+    write(site, {"x": b"1"})
+    source = Source("in", "test", terms=Terms(collection_id=uuid.uuid4()))
+    with pytest.raises(NotFoundError, match="no collection"):
+        register(site.context, source, "x" if register is register_tree else ["x"])
+    with pytest.raises(NotFoundError, match="no collection"):
+        add_watch(site.context, source)
+    assert items(site) == {}
 
 
 def test_a_changed_file_in_a_watched_folder_is_not_read_at_each_look(site):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from dlm_core.errors import (
     NotFoundError,
     PayloadNotFoundError,
 )
+from dlm_core.lifecycle.sums import Sums
 from dlm_core.lifecycle.survivors import doubt
 from dlm_core.lifecycle.work import Context
 from dlm_core.storages.port import PRIVATE, Entry, Storage
@@ -61,7 +61,6 @@ _LARGEST = 1 << 53
 _TIME_TO_MEND = timedelta(hours=1)
 _READ = (ReplicaState.READY, ReplicaState.SUSPECT, ReplicaState.CORRUPTED)
 _OTHER_BYTES = "it had other bytes when it was registered again"
-_OF_MANIFEST = "give that of the directory, the sha256 of its manifest (docs/cli.md)"
 _SKIPPED = {
     "directory": "a directory is registered by its files, or as a whole by --as-directory",
     "symlink": "a symbolic link is not registered",
@@ -297,7 +296,7 @@ def _announce(
     progress: Callable[[RegisterReport], None] | None,
     top: str | None = None,
 ) -> RegisterReport:
-    sums = _Sums(source.checksums, top)
+    sums = Sums(storage, source.checksums, top)
     chunks = _chunks(_announcements(source, sums, payloads, report))
     with closing(Prefetched(chunks)) as found:
         for chunk in found:
@@ -307,60 +306,6 @@ def _announce(
     for name, why in sums.left():
         report.refuse(name, why)
     return report
-
-
-class _Sums:
-    """Checksums that were brought along, by names that are relative to the storage's root or to
-    ``top``, the folder that is registered (None: a list is). What none is compared with is told:
-    who brought it believes that it was."""
-
-    def __init__(self, sums: Mapping[str, str], top: str | None) -> None:
-        self._sums, self._top = sums, top
-        self._below = f"{top}/" if top else ""
-        self._used: set[str] = set()
-        self._directories: set[str] = set()
-        self._relative = False
-
-    def of(self, path: str, kind: PayloadKind) -> str | None:
-        """That of the payload at a path, if there is one."""
-        if kind is PayloadKind.DIRECTORY and self._sums:
-            self._directories.add(path)
-        name = path
-        if name not in self._sums and self._below and path.startswith(self._below):
-            name = path[len(self._below) :]
-        digest = self._sums.get(name)
-        if digest is not None:
-            self._used.add(name)
-            self._relative |= name != path
-        return digest
-
-    def left(self) -> Iterator[tuple[str, str]]:
-        """Names of what was to be here and was not compared, with the reason."""
-        within = {name: top for name in self._sums if (top := self._around(name)) is not None}
-        for top, files in Counter(within.values()).items():
-            yield top, f"the checksums of files in it ({files}) are not compared: {_OF_MANIFEST}"
-        if self._sums and not self._used and not within:
-            why = f"none of the {len(self._sums)} checksums names a payload that was found: paths"
-            yield "checksums", f"{why} are relative to the storage's root, or to what is registered"
-            return
-        # a list may name few of what has a sum, and a tree be one of several
-        mine = self._top is not None
-        relative = self._relative or any(not name.startswith(self._below) for name in within)
-        for name in self._sums if mine else ():
-            told = name in self._used or name in within
-            if not told and (relative or name.startswith(self._below)):
-                yield name, "has a checksum, which was compared with no payload"
-
-    def _around(self, name: str) -> str | None:
-        """The directory payload in which the file of a name lies."""
-        if not self._directories or name in self._used:
-            return None
-        for path in (name, self._below + name):
-            parts = path.split("/")
-            for depth in range(1, len(parts)):
-                if (top := "/".join(parts[:depth])) in self._directories:
-                    return top
-        return None
 
 
 def _chunks(announcements: Iterator[Announcement]) -> Iterator[list[Announcement]]:
@@ -406,7 +351,7 @@ def _announce_chunk(
 
 def _announcements(
     source: Source,
-    sums: _Sums,
+    sums: Sums,
     payloads: Iterable[tuple[str, Entry, PayloadKind]],
     report: RegisterReport,
 ) -> Iterator[Announcement]:
@@ -422,6 +367,11 @@ def _announcements(
         if entry.size >= _LARGEST:
             report.refuse(path, f"{entry.size} bytes are more than a file has")
             continue
+        try:
+            claimed = sums.of(path, kind)
+        except DlmError as error:
+            report.refuse(path, str(error))
+            continue
         is_file = kind is PayloadKind.FILE
         yield Announcement(
             uri,
@@ -429,7 +379,7 @@ def _announcements(
             entry.size if is_file else 0,
             entry.mtime if is_file else None,
             kind,
-            sums.of(path, kind),
+            claimed,
         )
 
 

@@ -193,19 +193,45 @@ def test_checksums_that_are_compared_with_nothing_are_told(site):
     assert told("eb/x", x=good) == told("eb/x", eb_x=good) == []
 
 
+_OF_FILES = {"x": b"1", "sub/y": b"2"}
+
+
+def _sums(before, files):
+    return {f"{before}{n}": f"sha256:{hashlib.sha256(d).hexdigest()}" for n, d in files.items()}
+
+
 @pytest.mark.parametrize(
     ("path", "before"), [("", "d/obs.ms/"), ("d", "obs.ms/"), ("d/obs.ms", "")]
 )
-def test_checksums_of_files_in_a_directory_payload_are_told(site, path, before):
-    """They are compared with nothing, the payload's one digest is that of its manifest: each
-    payload is told with the number of them, and what would be compared."""
-    write(site, {"d/obs.ms/x": b"1", "d/obs.ms/sub/y": b"2", "d/log": b"3"})
-    sums = {f"{before}x": f"sha256:{'0' * 64}", f"{before}sub/y": f"sha256:{'0' * 64}"}
-    source = Source("in", "test", as_directory=("*.ms",), checksums=sums)
+@pytest.mark.parametrize(("other", "state"), [({}, "READY"), ({"x": b"0"}, "INITIALISED")])
+def test_checksums_of_all_files_of_a_directory_payload_are_compared(
+    site, path, before, other, state
+):
+    """They make its manifest, whose digest is the payload's; one that differs keeps it out."""
+    write(site, {f"d/obs.ms/{name}": data for name, data in (_OF_FILES | other).items()})
+    write(site, {"d/log": b"3"})
+    source = Source("in", "test", as_directory=("*.ms",), checksums=_sums(before, _OF_FILES))
+    assert register_tree(site.context, source, path).reasons == []
+    admit(site)
+    assert items(site)["test:d/obs.ms"]["state"] == state
+    assert register_tree(site.context, source, path).refused == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "before"), [("", "d/obs.ms/"), ("d", "obs.ms/"), ("d/obs.ms", "")]
+)
+@pytest.mark.parametrize("brought", [{"x": b"1"}, {**_OF_FILES, "gone": b"1"}])
+def test_checksums_of_other_files_than_a_directory_payload_has_are_told(
+    site, path, before, brought
+):
+    """Of some of them, or of one more: the payload is told with the number of those that are compared
+    with nothing, and what would be."""
+    write(site, {f"d/obs.ms/{name}": data for name, data in _OF_FILES.items()})
+    source = Source("in", "test", as_directory=("*.ms",), checksums=_sums(before, brought))
     report = register_tree(site.context, source, path)
     ((name, why),) = report.reasons
     assert (report.refused, name) == (1, "d/obs.ms")
-    assert "files in it (2)" in why and "manifest" in why
+    assert "files in it (1)" in why and "manifest" in why
     listed = register_list(site.context, source, ["d/obs.ms"]) if path == "" else report
     assert listed.reasons[0] == (name, why)
 

@@ -224,8 +224,8 @@ def test_checksums_of_all_files_of_a_directory_payload_are_compared(
 def test_checksums_of_other_files_than_a_directory_payload_has_are_told(
     site, path, before, brought
 ):
-    """Of some of them, or of one more: the payload is told with the number of those that are compared
-    with nothing, and what would be."""
+    """Of some of them, or of one more: the payload is told with the number of those that are
+    compared with nothing, and what would be."""
     write(site, {f"d/obs.ms/{name}": data for name, data in _OF_FILES.items()})
     source = Source("in", "test", as_directory=("*.ms",), checksums=_sums(before, brought))
     report = register_tree(site.context, source, path)

@@ -16,6 +16,8 @@ from tests.backends import offer_keys, s3_config
 from tests.crashpoints.run import Arena, Servers, exhaust
 from tests.crashpoints.scenarios import SCENARIOS
 from tests.memory import fast_folder
+from tests.schema.rules import let_time_be_told
+from tests.servers import wsgidav_server
 from tests.sshd import ssh_server
 
 
@@ -30,9 +32,16 @@ def main(wanted: list[str]) -> int:
         template = Arena(home, "template_dlm", home)
         template.create(template.template, "template1")
         schema.upgrade(template.url(template.template))
-        with s3_server(home / "weed") as server, ssh_server(home / "sshd") as ssh:
+        let_time_be_told(template.url(template.template))
+        with (
+            s3_server(home / "weed") as server, ssh_server(home / "sshd") as ssh,
+            wsgidav_server(home / "dav") as dav,
+        ):  # fmt: skip
             offer_keys(server)
-            servers = Servers(server.bucket, s3_config(server), ssh.root(""), ssh.config())
+            servers = Servers(
+                server.bucket, s3_config(server), ssh.root(""), ssh.config(),
+                dav.make_collection(), dav.config,
+            )  # fmt: skip
             one = partial(exhaust, home, servers)
             with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
                 for points, lines, text in pool.map(one, chosen):

@@ -31,24 +31,28 @@ from dlm_core.storages.port import PRIVATE, Storage
 from dlm_core.transfers.sweep import sweep_temp
 from tests.crashpoints.points import Crash, CrashingStorage, Points, end_connections, watch_commits
 from tests.crashpoints.scenarios import SCENARIOS, Scenario
+from tests.schema.rules import must_be_told
 from tests.site import Site, make_site, reopen
 
 State = dict[str, Any]
 _LONG = timedelta(hours=2)
 # the points come in the same order each time
 _ONE_BY_ONE: dict[str, Any] = {"links_at_once": 1}
+_BUNDLING = {"bundle_bytes": 1 << 20}
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Servers:
-    """A bucket of an S3 server and an SSH server that leads into any folder, with the configs of
-    storages there."""
+    """A bucket of an S3 server, an SSH server that leads into any folder, and a collection of a
+    WebDAV server, with the configs of storages there."""
 
     bucket: str = ""
     s3: dict[str, str] = field(default_factory=dict)
     ssh: str = ""
     sftp: dict[str, object] = field(default_factory=dict)
+    collection: str = ""
+    dav: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,6 +85,7 @@ class Arena:
         shutil.rmtree(self.kept, ignore_errors=True)
         self.live.mkdir(parents=True)
         engine = make_engine(embedded.database_url(self.postgres_home, self.prepared))
+        must_be_told(engine)
         site = make_site(engine, self.live, **_ONE_BY_ONE | scenario.settings)
         self.objects = self._add_far(site, scenario.far) if scenario.far else None
         scenario.prepare(site)
@@ -93,25 +98,33 @@ class Arena:
         """A posix storage a, and b of that kind, at two locations; b if its files lie elsewhere."""
         site.add_storage("a", "A")
         folder = site.add_storage("b", "B", **{"class": "object" if kind == "s3" else "disk"})
-        interface, root, config = {
-            "s3": ("s3", f"{self.servers.bucket}/{uuid.uuid4().hex}", self.servers.s3),
-            "sftp": ("sftp", f"{self.servers.ssh}{folder}", self.servers.sftp),
-            "bundled": ("posix", str(folder), {"bundle_bytes": 1 << 20}),
+        servers, new = self.servers, uuid.uuid4().hex
+        interface, root, config, bundling = {
+            "s3": ("s3", f"{servers.bucket}/{new}", servers.s3, {}),
+            "sftp": ("sftp", f"{servers.ssh}{folder}", servers.sftp, {}),
+            "bundled": ("posix", str(folder), {}, _BUNDLING),
+            "bundled dav": ("webdav", f"{servers.collection}/{new}", servers.dav, _BUNDLING),
         }[kind]
+        if interface == "webdav":
+            # what its collection is made by leaves nothing else behind
+            top = open_storage("top", "webdav", servers.collection, servers.dav)
+            top.write(f"{new}/x", io.BytesIO(), 0)
+            top.remove(f"{new}/x")
         site.execute(
             "UPDATE storage SET interface = :interface, root = :root, "
             "config = CAST(:config AS jsonb) WHERE name = 'b'",
-            interface=interface, root=root, config=json.dumps(config),
+            interface=interface, root=root, config=json.dumps({**config, **bundling}),
         )  # fmt: skip
-        return open_storage("b", "s3", root, self.servers.s3) if kind == "s3" else None
+        elsewhere = interface in ("s3", "webdav")
+        return open_storage("b", interface, root, config) if elsewhere else None
 
     def start(self) -> str:
         """A fresh copy of what was prepared, in the same places; its database's name."""
         shutil.rmtree(self.live)
         shutil.copytree(self.kept, self.live)
         if self.objects is not None:
-            for path in read_all(self.objects):
-                self.objects.remove(path)
+            for top in {path.partition("/")[0] for path in read_all(self.objects)}:
+                self.objects.remove(top)
             for path, data in self.kept_objects.items():
                 self.objects.write(path, io.BytesIO(data), len(data))
         name = f"run_{uuid.uuid4().hex}"

@@ -43,7 +43,8 @@ class Scenario:
     #: how often the sensors look, an hour apart
     rounds: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
-    #: what storage b is: '' a folder, 's3', whose renames are no single step, 'sftp', 'bundled'
+    #: what storage b is: '' a folder, 's3', whose renames are no single step, 'sftp', 'bundled',
+    #: 'bundled dav', where what is to be exclusive is a folder
     far: str = ""
 
     def act(self, site: Site) -> None:
@@ -352,4 +353,8 @@ SCENARIOS = [
     Scenario("bring back from quarantine", _set_aside),
     Scenario("describe", _described(_one), _export),
     Scenario("describe objects", _described(_tree), _export, far="s3"),
+    Scenario("pack over webdav", _settled(_several), _pack, far="bundled dav"),
+    Scenario("pack anew over webdav", _packed(_mostly_gone), _pack, far="bundled dav"),
+    Scenario("trash members over webdav", _packed(_expire), settings=_KEEP, far="bundled dav"),
+    Scenario("purge members over webdav", _packed(_past_grace), far="bundled dav"),
 ]

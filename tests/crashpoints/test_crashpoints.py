@@ -11,6 +11,7 @@ from tests.backends import s3_config
 from tests.crashpoints.points import Crash, CrashingStorage, Points
 from tests.crashpoints.run import Arena, Servers, crash_at, difference, kill_at, reference
 from tests.crashpoints.scenarios import SCENARIOS
+from tests.servers import DavServer
 from tests.sshd import SshServer
 
 NAMES = {scenario.name: scenario for scenario in SCENARIOS}
@@ -18,11 +19,15 @@ NAMES = {scenario.name: scenario for scenario in SCENARIOS}
 
 @pytest.fixture
 def arena(
-    postgres_home: Path, template_database: str, tmp_path: Path, s3: S3Server, sshd: SshServer
-):
+    postgres_home: Path, template_database: str, tmp_path: Path, s3: S3Server, sshd: SshServer,
+    wsgidav: DavServer,
+):  # fmt: skip
     """Where scenarios are prepared, interrupted and compared."""
     folder = tmp_path / "arena"
-    servers = Servers(s3.bucket, s3_config(s3), sshd.root(""), sshd.config())
+    collection = wsgidav.make_collection()
+    servers = Servers(
+        s3.bucket, s3_config(s3), sshd.root(""), sshd.config(), collection, wsgidav.config
+    )
     arena = Arena(postgres_home, template_database, folder, servers)
     yield arena
     arena.drop(arena.prepared)

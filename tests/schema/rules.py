@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from dlm_core.catalogue.engine import rows, run
@@ -46,6 +46,14 @@ def let_time_be_told(url: str) -> None:
             "LANGUAGE sql IMMUTABLE AS 'SELECT true'"
         )
         connection.execute("ALTER TABLE operation DROP CONSTRAINT operation_lease_limit")
+
+
+def must_be_told(engine: Engine) -> None:
+    """Raise where a catalogue goes by its own clock: what a test's clock makes due never is there,
+    and a story in which nothing happens goes well."""
+    with engine.connect() as connection:
+        if not rows(connection, "SELECT dlm_is_simulation() AS told")[0]["told"]:
+            raise AssertionError("this catalogue's present is not what the test says")
 
 
 def insert(connection: Connection, table: str, **values: Any) -> None:

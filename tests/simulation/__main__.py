@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dlm_core.catalogue import embedded, schema
 from tests.memory import fast_folder
+from tests.schema.rules import let_time_be_told
 from tests.simulation.machine import Lifecycle
 from tests.simulation.mixed import Mixed
 from tests.simulation.run import quick_engine, simulate
@@ -45,6 +46,7 @@ def main() -> int:
         embedded.ensure_running(home, durable=False)
         url = embedded.database_url(home)
         schema.upgrade(url)
+        let_time_be_told(url)
         engine = quick_engine(url)
         machine = MACHINES[chosen.machine]
         result = simulate(engine, chosen.steps, chosen.seed, tell, machine=machine, stop=stop)

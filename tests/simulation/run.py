@@ -14,6 +14,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from sqlalchemy import Engine, create_engine, event
 
 from dlm_core.catalogue.dsn import sqlalchemy_url
+from tests.schema.rules import must_be_told
 from tests.simulation.machine import Lifecycle
 from tests.simulation.model import Violation
 
@@ -70,6 +71,7 @@ def simulate(
     The same ``seed_`` brings the same stories. ``tell`` is called every thousand steps.
     When ``stop`` is set it ends after the stories in hand, at most ten.
     """
+    must_be_told(engine)
     Lifecycle.engine, Lifecycle.steps, Lifecycle.broken = engine, 0, None
     Lifecycle.seen = Counter()
     Lifecycle.told = staticmethod(

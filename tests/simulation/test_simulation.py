@@ -27,6 +27,17 @@ def test_the_steps_go_all_the_way(engine):
         assert result.seen[what] > 0, what
 
 
+def test_a_catalogue_that_goes_by_its_own_clock_is_refused(engine):
+    """Nothing would ever be due there, and nothing go wrong."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE OR REPLACE FUNCTION dlm_is_simulation() RETURNS boolean "
+            "LANGUAGE sql IMMUTABLE AS 'SELECT false'"
+        )
+    with pytest.raises(AssertionError, match="present"):
+        simulate(engine, 10, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [101, 102])

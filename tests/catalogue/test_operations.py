@@ -149,14 +149,15 @@ def test_what_lost_its_worker_twice_is_claimed_by_itself(site, fresh_first, clai
     assert [len(claimed) for claimed in found] == claims
 
 
-def test_who_lost_its_lease_writes_nothing(site):
+@pytest.mark.parametrize("state", [OperationState.DONE, OperationState.FAILED])
+def test_who_lost_its_lease_writes_nothing(site, state):
     """What another holds by now is neither locked nor finished nor given back by who had it."""
     lost, held = new_id(), new_id()
     ids = [one["operation_id"] for one in site.context.transact(lambda c: claim(c, site, lost))]
     site.advance(hours=1)
     release_lost(site)
     site.context.transact(lambda c: claim(c, site, held))
-    outcomes = [queue.Outcome(one, OperationState.DONE) for one in ids]
+    outcomes = [queue.Outcome(one, state) for one in ids]
 
     def write(connection: Connection) -> list[Any]:
         return [

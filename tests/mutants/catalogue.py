@@ -251,6 +251,14 @@ CATALOGUE = (
         "SKA DLM 7: results of another's job",
     ),
     Mutant(
+        "lost-lease-is-done",
+        "dlm_core/catalogue/operations.py",
+        'WHERE operation_id = ANY(:ids) AND lease_token = :token AND state = \'RUNNING\'"""',
+        'WHERE operation_id = ANY(:ids) AND state = \'RUNNING\'"""',
+        "a worker whose lease ran out says of another's operation that it is done",
+        ("catalogue/test_operations.py::test_who_lost_its_lease_writes_nothing",),
+    ),
+    Mutant(
         "back-off-without-end",
         "dlm_core/catalogue/operations.py",
         "        if attempts >= self.max_attempts:",

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import event
 
 from dlm_core.catalogue import expiring, plans
-from dlm_core.catalogue.engine import run
+from dlm_core.catalogue.engine import rows, run
 from dlm_core.errors import (
     BlastRadiusError,
     CatalogueError,
@@ -211,8 +211,22 @@ def test_approvals_and_proposals_run_out(build):
     assert again["plan_id"] != plan["plan_id"]
     assert again["content_hash"] == plan["content_hash"]
     approve(site, again, valid=timedelta(hours=1))
+    assert approved(site) == [again["plan_id"]]
     site.advance(hours=1)
+    assert approved(site) == []
     stopped(site, items=2)
+
+
+def approved(site):
+    """The plans that are acted on now, as who looks for them and who acts on one sees it."""
+
+    def look(connection):
+        found = plans.approved_plans(connection, site.now)
+        ids = [row["plan_id"] for row in rows(connection, "SELECT plan_id FROM plan")]
+        assert found == [one for one in ids if plans.lock_approved(connection, one, site.now)]
+        return found
+
+    return site.context.transact(look)
 
 
 @pytest.mark.parametrize("limit", ["items", "bytes"])

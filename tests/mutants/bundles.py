@@ -68,7 +68,7 @@ BUNDLES = (
         "    if hasher.digest() != wanted:\n",
         "    if False:\n",
         "a record of the index counts though it was cut short",
-        ("storages/test_bundles.py::test_faults_of_the_storage_lose_nothing",),
+        ("storages/test_exclusive.py::test_a_record_that_was_cut_short_does_not_count",),
     ),
     Mutant(
         "log-with-a-hole-is-believed",

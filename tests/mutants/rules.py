@@ -238,17 +238,11 @@ RULES = (
     ),
     Mutant(
         "seals-unchained",
-        "schema/sql/0002_audit.sql",
-        "    v_previous := v_new.seal;\n",
-        "",
-        "a day that was written anew is not noticed",
-        (
-            "catalogue/test_seals.py::test_the_seals_themselves_are_looked_at",
-            (
-                "catalogue/test_seals.py"
-                "::test_an_untouched_log_verifies_and_sealing_again_changes_nothing"
-            ),
-        ),
+        "schema/sql/0016_sense.sql",
+        "     OR NEW.previous <> coalesce(v_last.seal, repeat('0', 64)) OR NEW.day <>",
+        "     OR NEW.day <>",
+        "days that were sealed anew stand behind others than those before them",
+        ("schema/test_untrue.py::test_a_seal_is_the_next_one_and_says_what_it_seals",),
     ),
     Mutant(
         "lock-shortened",

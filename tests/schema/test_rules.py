@@ -464,6 +464,7 @@ _STEPS = st.lists(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(steps=_STEPS)
+@example(steps=[("add", 1, "READY"), ("size", 5, "READY")])
 def test_the_tally_is_a_recount_after_any_changes(engine: Engine, steps: Any) -> None:
     """Whatever is tried, allowed or refused, the tally equals a recount of the rows."""
     with engine.connect() as connection:

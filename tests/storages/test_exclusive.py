@@ -7,14 +7,16 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import pytest
 
-from dlm_core.errors import InvalidValueError, PayloadExistsError
+from dlm_core.errors import InvalidValueError, PayloadExistsError, StorageUnavailableError
 from dlm_core.storages.bundle_index import BundleIndex
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
 from tests.backends import s3_config
+from tests.faulty import Fault, Faulty
 
 _RACES = 40
 _CHANGES = 15
@@ -103,6 +105,20 @@ def test_bundles_want_an_exclusive_storage(tmp_path):
     """Where another process may replace a record of the log no bundles are kept."""
     with pytest.raises(InvalidValueError, match="bundle_bytes of storage r"):
         open_storage("r", "rclone", str(tmp_path), {"type": "local", "bundle_bytes": 1 << 30})
+
+
+@pytest.mark.parametrize("opener", ["posix", "wsgidav"], indirect=True)
+def test_a_record_that_was_cut_short_does_not_count(opener):
+    """Though the storage said that it was written: it is read back before it gets its name."""
+    faulty = Faulty(opener())
+    faulty.arm(Fault.WRITE_CUT_SHORT)
+    index = BundleIndex(cast(Storage, faulty))
+    with pytest.raises(StorageUnavailableError, match="reads back differently"):
+        index.change(lambda: [["moving", "one", "there"]])
+    for again in (index, BundleIndex(opener())):
+        assert list(again.look(lambda again=again: dict(again.moving))) == []
+    index.change(lambda: [["moving", "one", "there"]])
+    assert list(index.look(lambda: dict(index.moving))) == ["one"]
 
 
 @pytest.mark.parametrize("opener", ["wsgidav", "rclonedav", "xrootd"], indirect=True)

@@ -139,15 +139,19 @@ def owners_of_places(
     connection: Connection, records: Sequence[dict[str, Any]]
 ) -> list[tuple[dict[str, Any], str]]:
     """Those of ``records`` (as for :func:`insert_pending`) whose path on their storage is that of
-    another item's replica, with that item's uri and version."""
+    another item's replica, with that item's uri and version; or of a trashed copy of their own item
+    for which nothing is under way, as when its restore has FAILED."""
     found = rows(
         connection,
-        """SELECT u.n, i.uri || CASE WHEN i.version > 1 THEN '#' || i.version ELSE '' END AS owner
+        """SELECT u.n, CASE WHEN r.oid = u.oid THEN 'its copy in the trash, which waits for dlm retry'
+                            ELSE i.uri || CASE WHEN i.version > 1 THEN '#' || i.version ELSE '' END
+                       END AS owner
              FROM unnest(CAST(:oids AS uuid[]), CAST(:storages AS uuid[]), CAST(:paths AS text[]))
                   WITH ORDINALITY AS u(oid, storage_id, path, n)
-             JOIN replica r ON r.storage_id = u.storage_id AND r.path = u.path AND r.oid <> u.oid
-              AND r.owns_path
-             JOIN data_item i ON i.oid = r.oid""",
+             JOIN replica r ON r.storage_id = u.storage_id AND r.path = u.path AND r.owns_path
+             JOIN data_item i ON i.oid = r.oid
+            WHERE r.oid <> u.oid OR (r.state = 'TRASHED' AND NOT EXISTS (
+                  SELECT FROM operation o WHERE o.uid = r.uid AND o.state IN ('QUEUED', 'RUNNING')))""",
         oids=[record["oid"] for record in records],
         storages=[record["storage_id"] for record in records],
         paths=[record["path"] for record in records],

@@ -60,6 +60,7 @@ _LARGEST = 1 << 53
 #: who changed a payload may put it right, or register it as a new version, before it is set aside
 _TIME_TO_MEND = timedelta(hours=1)
 _READ = (ReplicaState.READY, ReplicaState.SUSPECT, ReplicaState.CORRUPTED)
+_GOING = "version {} is EXPIRED and going: 'dlm restore' keeps it; once gone, use --new-version"
 _OTHER_BYTES = "it had other bytes when it was registered again"
 _SKIPPED = {
     "directory": "a directory is registered by its files, or as a whole by --as-directory",
@@ -397,6 +398,10 @@ def _look_closer(
         same_place = one["path"] == one["announced_path"] and one["owner_uri"] == one["uri"]
         if not same_place:
             report.refuse(one["uri"], _conflict(one, source.storage))
+            continue
+        if one["item_state"] == ItemState.EXPIRED:
+            # not unchanged: whoever registers it wants it kept, and it is going
+            report.refuse(one["uri"], _GOING.format(one["version"]))
             continue
         try:
             looks_changed = _looks_changed(context, storage, one)

@@ -71,6 +71,24 @@ def test_what_has_gone_comes_back_as_a_new_version_only(site, until):
     assert (report.unchanged, report.refused) == (2, 0)
 
 
+@pytest.mark.parametrize("new_version", [False, True])
+def test_what_is_going_is_not_unchanged(site, new_version):
+    """On an unmanaged storage the payload of an expired item stays where it lies, and is let go of
+    after its grace. Whoever registers it meanwhile is told so, and how to keep it."""
+    site.set_storage("in", managed=False, mode="read_only")
+    registered(site, {"x": b"1"})
+    site.context.transact(lambda c: set_item_expiry(c, "test:x", site.now, "gone", None))
+    site.settle()
+    report = again(site, new_version=new_version)
+    assert (report.unchanged, report.new_versions, report.refused) == (0, 0, 1)
+    assert "version 1 is EXPIRED" in report.reasons[0][1]
+    assert "dlm restore" in report.reasons[0][1]
+    site.advance(hours=2)
+    site.settle()
+    assert versions(site) == [("test:x", 1, "DELETED")]
+    assert again(site, new_version=True).new_versions == 1
+
+
 @pytest.mark.parametrize("state", ["SUSPECT", "CORRUPTED", "MISSING"])
 def test_a_new_version_takes_the_place_of_a_copy_that_was_given_up(site, state):
     """A look may have found the change before it was registered."""

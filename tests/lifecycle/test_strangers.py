@@ -80,6 +80,28 @@ def test_a_restore_that_finds_a_stranger_leaves_it_alone(site):
     assert site.replicas(oid) == {"a": "DELETED", "b": "DELETED"}
 
 
+def test_a_place_whose_copy_cannot_leave_the_trash_is_not_waited_for(site):
+    """Its restore has FAILED, and the path is still its own: the item gets its copy elsewhere, and
+    as long as there is nowhere else it is told why."""
+    oid = two_copies(site)
+    let_go(site, oid)
+    site.settle()
+    place = site.folder / "b" / site.replica(oid, "b")["path"]
+    place.write_bytes(STRANGER)
+    site.context.transact(
+        lambda c: request_restore(c, oid=oid, storage_id=None, actor="user:test", now=site.now)
+    )
+    site.settle()
+    assert site.replicas(oid) == {"a": "READY", "b": "TRASHED"}
+    assert "b: its place test/x is that of its copy in the trash" in site.item(oid)["shortfall"]
+    site.add_storage("c", "B")
+    site.advance(hours=1)
+    site.settle()
+    assert site.replicas(oid) == {"a": "READY", "b": "TRASHED", "c": "READY"}
+    assert site.item(oid)["shortfall"] is None
+    assert place.read_bytes() == STRANGER
+
+
 @pytest.mark.parametrize("state", ["MISSING", "CORRUPTED"])
 def test_a_lost_copy_that_goes_takes_no_strangers_file_with_it(site, state):
     """What is MISSING, or lies in quarantine, has nothing in its place: a file there is not its."""

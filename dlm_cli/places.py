@@ -320,9 +320,9 @@ def storage_usage(
 
     with catalogue() as context:
         row = context.transact(lambda c: get_storage(c, name))
-        keys = ("replicas", "used_bytes", "capacity_bytes", "observed_total_bytes",
-                "observed_used_bytes", "observed_at")  # fmt: skip
-        told = {key: row.get(key) for key in keys}
+        keys = ("replicas", "replica_bytes", "trashed_bytes", "used_bytes", "capacity_bytes",
+                "observed_total_bytes", "observed_used_bytes", "observed_at")  # fmt: skip
+        told = {key: row[key] for key in keys}
         if inventory:
             found = take_inventory(context, name)
             for share in ("copies", "trash", "own", "foreign", "old_versions"):

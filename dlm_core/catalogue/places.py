@@ -259,7 +259,8 @@ def list_storages(connection: Connection) -> list[dict[str, Any]]:
                   s.phase, s.mode, s.managed, s.high_watermark, s.low_watermark, s.concurrency,
                   s.trash_grace, s.verify_every_days, s.verify_bytes_per_second,
                   s.verify_bytes_per_day, s.max_bytes_per_second, s.max_concurrency, s.created_at, s.retired_at, s.path_rules, s.mode_reason,
-                  s.drain_since, s.drain_bytes, u.replicas, u.trashed_bytes,
+                  s.drain_since, s.drain_bytes, s.observed_total_bytes, s.observed_used_bytes,
+                  s.observed_at, u.replicas, u.trashed_bytes,
                   u.used_bytes AS replica_bytes,
                   CASE WHEN s.capacity_bytes IS NULL AND s.observed_total_bytes IS NOT NULL
                        THEN s.observed_used_bytes ELSE u.used_bytes END AS used_bytes,

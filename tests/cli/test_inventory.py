@@ -46,6 +46,25 @@ def test_what_lies_on_a_bucket_is_told_beside_what_is_counted(
     assert plain["used_bytes"] == 8 and "copies_files" not in plain
 
 
+def test_what_a_disk_says_of_itself_is_told_beside_what_is_counted(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None]
+) -> None:
+    """The catalogue's own count of copies, those in the trash included, and what the file system
+    told when it was asked last."""
+    (storages["a"] / "x").write_bytes(b"payload")
+    assert dlm("register", "a", "--scheme", "ska", "--target-phase", "LIQUID").code == 0
+    settle()
+    told = dlm("storage", "usage", "a", "--json").json
+    assert (told["replicas"], told["replica_bytes"], told["trashed_bytes"]) == (1, 7, 0)
+    assert told["observed_at"] is not None
+    assert told["observed_used_bytes"] == told["used_bytes"] > 7
+    assert told["observed_total_bytes"] == told["capacity_bytes"]
+    assert dlm("expire", "ska:x", "--reason", "done").code == 0
+    settle()
+    told = dlm("storage", "usage", "a", "--json").json
+    assert (told["replica_bytes"], told["trashed_bytes"]) == (7, 7)
+
+
 def test_what_a_bucket_keeps_of_old_versions_is_told(
     dlm: Dlm, storages: dict[str, Path], s3: S3Server
 ) -> None:

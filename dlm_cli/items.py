@@ -350,7 +350,8 @@ def _explain(found: dict[str, Any]) -> None:
         say(f"  its deletion is in plan {plan['plan_id']}, {plan['state']}: {plan['reason']}")
     for one in found["operations"]:
         error = f" [{one['error_code']}: {one['error']}]" if one["error"] else ""
-        say(f"  {one['state']:9} {one['kind']} on {one['storage']}: {one['reason']}{error}")
+        due = f", due {human(one['due_at'])}" if one["state"] == "QUEUED" else ""
+        say(f"  {one['state']:9} {one['kind']} on {one['storage']}{due}: {one['reason']}{error}")
     for one in found["certificates"]:
         names = ", ".join(s["storage"] for s in one["survivors"]) or "none needed"
         say(

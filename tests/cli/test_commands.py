@@ -340,7 +340,10 @@ def test_an_item_expires_and_comes_back_from_the_trash(
     assert (storages["a"] / "x").exists(), "a dry run changes nothing"
     settle()
     assert not (storages["a"] / "x").exists()
-    assert "trash certificate" in dlm("item", "why", "file:x").out
+    told = dlm("item", "why", "file:x")
+    assert "trash certificate" in told.out
+    purge = dlm("item", "why", "file:x", "--json").json["operations"][0]
+    assert f"QUEUED    purge on b, due {purge['due_at'][:10]} " in told.out, "when it is purged"
     assert dlm("restore", "file:x").out.startswith("2 copies")
     settle()
     assert (storages["a"] / "x").read_bytes() == b"12345"

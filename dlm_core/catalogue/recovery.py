@@ -16,8 +16,10 @@ from dlm_core.catalogue.engine import rows, run
 from dlm_core.errors import NotFoundError
 from dlm_core.types import new_id
 
+#: transactions that no server had between a backup and its loss
+_AHEAD = 10**12
 # Later than any look that the old catalogue knows of, whatever the clocks of the workers said. The
-# feed's transaction ids go on where the old server's ended.
+# feed's transaction ids go on behind those that readers of the old one may have seen since.
 _MARK = """
 INSERT INTO recovery (recovery_id, recovered_at, source, actor, last_seq, xid_shift)
 SELECT {key}, greatest({now}::timestamptz, (SELECT max(checked_at) + interval '1 microsecond' FROM replica)),
@@ -25,7 +27,7 @@ SELECT {key}, greatest({now}::timestamptz, (SELECT max(checked_at) + interval '1
        greatest(0, coalesce(max(e.xid::text::numeric + coalesce((
          SELECT r.xid_shift FROM recovery r WHERE r.last_seq < e.seq
           ORDER BY r.last_seq DESC, r.recovery_id DESC LIMIT 1), 0)), 0)
-         + 1 - pg_current_xact_id()::text::numeric)
+         + {ahead} - pg_current_xact_id()::text::numeric)
   FROM event e;
 DO $$ BEGIN
   IF to_regclass('storage_export') IS NOT NULL THEN
@@ -39,6 +41,7 @@ def mark_sql(source: str, actor: str, now: datetime) -> str:
     """Statements that mark a catalogue of any schema as recovered from ``source`` at ``now``."""
     table = (schema.schema_folder() / "sql" / "0004_recovery_table.sql").read_text("utf-8")
     mark = sql.SQL(_MARK).format(
+        ahead=sql.Literal(_AHEAD),
         key=sql.Literal(str(new_id())),
         now=sql.Literal(now.isoformat()),
         source=sql.Literal(source),

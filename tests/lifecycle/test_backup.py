@@ -346,6 +346,28 @@ def test_the_feed_goes_on_after_the_old_servers_transactions(
     assert len(feed) == again.query("SELECT count(*) AS n FROM event")[0]["n"]
 
 
+def test_a_reader_who_was_ahead_of_the_backup_misses_nothing(
+    site: Site, database_url: str, back: str, tmp_path: Path
+) -> None:
+    """It has seen events that the backup does not have, and goes on from its place: what happens
+    after the restore lies behind that, the recovery itself first."""
+    made = backup.back_up(database_url, tmp_path / "x.dump", now=site.now)
+    site.execute(
+        "INSERT INTO event (xid, noun, action, actor) VALUES ('9999999999', 'audit', 'lost', 'x')"
+    )
+    (place,) = site.query("SELECT xid, seq FROM event ORDER BY xid DESC LIMIT 1")
+    again = restored(site, made, back)
+    again.context.transact(recovery.note_recovery)
+    again.execute("INSERT INTO event (noun, action, actor) VALUES ('audit', 'later', 'x')")
+    found = again.query(
+        """SELECT action FROM event_feed WHERE (xid, seq) > (CAST(:xid AS xid8), :seq)
+            ORDER BY xid, seq""",
+        xid=str(place["xid"]),
+        seq=place["seq"],
+    )
+    assert [row["action"] for row in found] == ["recovered", "later"]
+
+
 def test_no_password_is_on_a_command_line() -> None:
     """A password goes to PostgreSQL's programs by the environment only."""
     where, environment = address("postgresql://dlm:geheim@db:5433/dlm?sslmode=require")

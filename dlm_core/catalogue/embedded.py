@@ -188,7 +188,8 @@ def _initialise(data: Path, binaries: Path, prefix: list[str]) -> None:
 
 
 def _configure(data: Path, folder: Path, durable: bool) -> None:
-    quoted = '"' + str(folder).replace('"', '""').replace("'", "''") + '"'
+    # a list of quoted names within a string in which a backslash escapes
+    quoted = '"' + str(folder).replace('"', '""').replace("\\", "\\\\").replace("'", "''") + '"'
     body = _CONFIGURATION.format(
         port=PORT, socket_folder=quoted, durable="on" if durable else "off"
     )
@@ -301,6 +302,11 @@ def _version_of_data(data: Path) -> int | None:
         return int((data / "PG_VERSION").read_text())
     except FileNotFoundError:
         return None
+    except ValueError:
+        raise CatalogueUnavailableError(
+            reason=f"{data / 'PG_VERSION'} names no version of PostgreSQL",
+            hint="is the disk well? 'dlm db restore' into another DLM_HOME brings a backup back",
+        ) from None
 
 
 # --- as root --------------------------------------------------------------------------------------

@@ -203,6 +203,25 @@ def test_data_of_another_version_is_not_touched(home: Path) -> None:
         embedded.ensure_running(home)
 
 
+@pytest.mark.parametrize("version", [b"junk\n", b"", b"\xff"])
+def test_data_whose_version_cannot_be_read_is_not_touched(home: Path, version: bytes) -> None:
+    """It is told by the file that a crash or somebody has spoilt."""
+    data = home / "postgres"
+    data.mkdir(parents=True)
+    (data / "PG_VERSION").write_bytes(version)
+    with pytest.raises(CatalogueUnavailableError, match="PG_VERSION names no version"):
+        embedded.ensure_running(home)
+
+
+def test_a_home_may_have_any_name(home: Path) -> None:
+    """Quotes, blanks, dollars and backslashes mean something to shells and to PostgreSQL."""
+    odd = home.with_name("h o'm\"e$x #1%20\\n")
+    try:
+        assert _value(embedded.ensure_running(odd), "SELECT 1") == 1
+    finally:
+        embedded.stop(odd)
+
+
 def test_the_callers_own_libpq_variables_do_not_disturb(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,5 +13,6 @@ defs = dg.Definitions(
     jobs=[*JOBS.values(), maintenance_job],
     sensors=SENSORS,
     schedules=[maintenance_schedule],
-    resources={"catalogue": Catalogue()},
+    # nothing reads what a job returns: no file is kept of it
+    resources={"catalogue": Catalogue(), "io_manager": dg.mem_io_manager},
 )

@@ -1,8 +1,10 @@
 """Housekeeping, once a day: partitions, the tally, the log's seals, temporary files, old runs."""
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import dagster as dg
@@ -46,21 +48,9 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     _tell(context, core)
     swept = sum(_each(context, _sweeps(core), failed))
     before = core.clock() - timedelta(days=core.settings.dagster_retention_days)
-    old = context.instance.get_run_records(
-        dg.RunsFilter(
-            created_before=before,
-            statuses=[
-                dg.DagsterRunStatus.SUCCESS,
-                dg.DagsterRunStatus.FAILURE,
-                dg.DagsterRunStatus.CANCELED,
-            ],
-        ),
-        limit=_PRUNED_AT_ONCE,
-    )
-    for record in old:
-        context.instance.delete_run(record.dagster_run.run_id)
+    pruned = sum(_each(context, [partial(_prune, context.instance, before)], failed))
     context.log.info(
-        f"{swept} temporary files and unfinished uploads swept, {len(old)} old runs pruned"
+        f"{swept} temporary files and unfinished uploads swept, {pruned} old runs pruned"
     )
     _export(context, core, failed)
     _pack(context, core, failed)  # last: it may take long
@@ -97,6 +87,28 @@ def _sweep(core: Context, row: Mapping[str, Any]) -> int:
         return found
 
     return swept + sweep_parts(storage, _TEMP_AGE, core.clock(), owned)
+
+
+def _prune(instance: dg.DagsterInstance, before: datetime) -> int:
+    """Forget runs that began before and have ended, with what they printed and returned; how many.
+
+    The record goes last: what cannot be deleted now is found again tomorrow.
+    """
+    ended = [
+        dg.DagsterRunStatus.SUCCESS,
+        dg.DagsterRunStatus.FAILURE,
+        dg.DagsterRunStatus.CANCELED,
+    ]
+    old, count = dg.RunsFilter(created_before=before, statuses=ended), 0
+    # a busy site has some thousand runs a day
+    while some := instance.get_run_records(old, limit=_PRUNED_AT_ONCE, ascending=True):
+        for record in some:
+            run_id = record.dagster_run.run_id
+            instance.compute_log_manager.delete_logs(prefix=[run_id])
+            shutil.rmtree(Path(instance.storage_directory()) / run_id, ignore_errors=True)
+            instance.delete_run(run_id)
+        count += len(some)
+    return count
 
 
 def _export(context: dg.OpExecutionContext, core: Context, failed: list[Exception]) -> None:

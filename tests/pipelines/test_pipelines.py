@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -22,7 +23,7 @@ from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.replicate import execute_copy, plan_replication
 from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind
-from dlm_pipelines import jobs, sensors
+from dlm_pipelines import jobs, maintenance, sensors
 from dlm_pipelines.definitions import defs
 from dlm_pipelines.jobs import JOBS
 from dlm_pipelines.launch import launch_job
@@ -382,6 +383,30 @@ def test_housekeeping_runs(site, instance):
     ).success
     after = site.query("SELECT noun, state, sum(n) AS n FROM tally GROUP BY 1, 2 ORDER BY 1, 2")
     assert after == before
+
+
+def test_all_old_runs_are_forgotten_with_what_they_left(site, instance, monkeypatch):
+    """However many there are; what they printed goes with them, and what has not ended stays."""
+    monkeypatch.setenv("DLM_DAGSTER_RETENTION_DAYS", "0.00001")
+    monkeypatch.setattr(maintenance, "_PRUNED_AT_ONCE", 2)
+    job = defs.resolve_job_def("rebalance_job")
+    runs = [job.execute_in_process(instance=instance).run_id for _ in range(5)]
+    deleted = []
+    monkeypatch.setattr(
+        instance.compute_log_manager, "delete_logs", lambda prefix: deleted.append(*prefix)
+    )
+    result = Path(instance.storage_directory()) / runs[0] / "result"
+    assert not result.parent.exists(), "nothing reads what a job returns"
+    result.parent.mkdir(parents=True)
+    result.touch()
+    waiting = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED).run_id
+    time.sleep(1)
+    resources = {"catalogue": Catalogue()}
+    done = maintenance.maintenance_job.execute_in_process(instance=instance, resources=resources)
+    assert done.success
+    assert {run.run_id for run in instance.get_runs()} == {waiting, done.run_id}
+    assert sorted(deleted) == sorted(runs)
+    assert not result.parent.exists()
 
 
 def test_the_maintenance_packs_where_a_storage_wants_bundles(site, instance):

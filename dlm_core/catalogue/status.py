@@ -66,7 +66,8 @@ def _count(connection: Connection, sql: str) -> int:
 
 
 def count_operations(connection: Connection, now: datetime) -> dict[str, dict[str, int]]:
-    """Numbers by kind and state: live ones from their partial indexes, ended ones of a day."""
+    """Numbers by kind and state: live ones and those that ended within a day, from their partial
+    indexes."""
     found = rows(
         connection,
         """SELECT kind, state, sum(n)::bigint AS n FROM (
@@ -78,7 +79,7 @@ def count_operations(connection: Connection, now: datetime) -> dict[str, dict[st
              UNION ALL
              SELECT kind, state, count(*) FROM operation
               WHERE state IN ('DONE', 'CANCELLED')
-                AND operation_id >= uuid7_floor(CAST(:since AS timestamptz)) GROUP BY 1, 2) o
+                AND finished_at >= CAST(:since AS timestamptz) GROUP BY 1, 2) o
            GROUP BY kind, state ORDER BY kind, state""",
         since=now - _RECENT,
     )

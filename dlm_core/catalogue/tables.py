@@ -344,6 +344,11 @@ operation = Table(
     Index("operation_due", "kind", "priority", "due_at", postgresql_where=text("state = 'QUEUED'")),
     Index("operation_lease", "lease_until", postgresql_where=text("state = 'RUNNING'")),
     Index("operation_failed", "kind", "finished_at", postgresql_where=text("state = 'FAILED'")),
+    Index(
+        "operation_ended",
+        "finished_at",
+        postgresql_where=text("state IN ('DONE', 'CANCELLED')"),
+    ),
     Index("operation_uid", "uid"),
     Index(
         "operation_partial",

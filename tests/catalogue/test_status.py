@@ -51,6 +51,20 @@ def test_counts_follow_what_happens(site: Site) -> None:
     assert told["a"]["fill_fraction"] == pytest.approx(0.005)
 
 
+def test_what_ended_within_a_day_is_counted_whenever_it_was_queued(site: Site) -> None:
+    """A purge is queued with its grace before it, and a copy may wait for days."""
+    oid = site.add_item("x", b"12345", "a")
+    site.settle()
+    site.execute("UPDATE data_item SET expires_at = :now WHERE oid = :oid", now=site.now, oid=oid)
+    site.settle()
+    assert ask(site)["operations"]["purge"] == {"QUEUED": 2}
+    site.advance(days=8)
+    site.settle()
+    assert ask(site)["operations"] == {"purge": {"DONE": 2}}
+    site.advance(hours=25)
+    assert ask(site)["operations"] == {}
+
+
 def test_items_without_enough_copies_are_counted(site: Site) -> None:
     """An item whose target phase cannot be reached is below target."""
     site.set_storage("b", mode="offline")

@@ -61,7 +61,8 @@ _FILL = (
     """INSERT INTO operation (operation_id, kind, state, oid, uid, reason, actor, due_at,
                               finished_at)
        SELECT uuid7_floor(CAST(:now AS timestamptz) - interval '40 days' + n * interval '1 ms'),
-              'copy', 'DONE', r.oid, r.uid, 'test', 'test', :now, :now
+              'copy', 'DONE', r.oid, r.uid, 'test', 'test', :now,
+              CAST(:now AS timestamptz) - interval '30 days'
          FROM made JOIN replica r USING (oid)
         WHERE r.storage_id = (CAST(:storages AS uuid[]))[1]""",
     # the due work: a little of everything
@@ -310,7 +311,7 @@ CASES: dict[str, tuple[Callable[[Connection], Any], set[str]]] = {
     "waiting plans are found": (approval.waiting_plans, set()),
     "the status is told": (
         lambda c: status(c, NOW),
-        {"operation_due", "operation_failed", "data_item_below_target"},
+        {"operation_due", "operation_failed", "operation_ended", "data_item_below_target"},
     ),
     "one item is found": (
         lambda c: browse.get_item(c, "test:folder-7/item-7"),

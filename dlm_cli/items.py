@@ -323,16 +323,28 @@ def item_wait(
     print(f"{uri} is at rest")
 
 
+def _missing(found: dict[str, Any], reached: Any) -> str:
+    """What an item lacks, or what keeps that from being told."""
+    from dlm_core.types import Phase
+
+    if found["state"] == "INITIALISED":
+        return "it was not let in yet, copies are made after that"
+    if found["state"] in ("EXPIRED", "DELETED"):
+        return "its time is over, no copies are made any more"
+    if found["shortfall"]:
+        return str(found["shortfall"])
+    if reached.weight < Phase(found["target_phase"]).weight:
+        return "it waits to be planned"
+    return "nothing is missing"
+
+
 def _explain(found: dict[str, Any]) -> None:
     from dlm_core.types import Phase
 
     reached = Phase.from_weight(found["reached_weight"])
     say(f"{found['uri']} (version {found['version']}) is {found['state']}", end="")
     say(f", {human(found['size'], 'size')}, {found['digest'] or 'no digest yet'}")
-    missing = found["shortfall"] or "nothing is missing"
-    if found["state"] == "INITIALISED":
-        missing = "it was not let in yet, copies are made after that"
-    say(f"wanted: {found['target_phase']}; reached: {reached}; {missing}")
+    say(f"wanted: {found['target_phase']}; reached: {reached}; {_missing(found, reached)}")
     if found["expires_at"]:
         say(f"expires {human(found['expires_at'])}: {found['expiry_reason'] or 'as registered'}")
     for replica in found["replicas"]:

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine
 
 from dlm_cli.session import parse_duration, parse_size, parse_time
-from dlm_core.catalogue.engine import rows
+from dlm_core.catalogue.engine import rows, run
 from dlm_core.errors import InvalidValueError
 from dlm_core.storages.conformance import CHECKS
 from dlm_core.storages.open import open_storage
@@ -232,6 +232,19 @@ def test_files_are_registered_listed_and_explained(
     assert len(dlm("item", "list", "--storage", "b", "--json").json) == 1
 
 
+def test_what_was_not_planned_yet_is_not_said_to_lack_nothing(
+    dlm: Dlm, storages: dict[str, Path], settle: Callable[[], None], engine: Engine
+) -> None:
+    """As after a rebuild of the catalogue, or when another phase is wanted."""
+    (storages["a"] / "x").write_bytes(b"1")
+    assert dlm("register", "a", "--scheme", "ska", "--target-phase", "LIQUID").code == 0
+    settle()
+    assert "reached: LIQUID; nothing is missing" in dlm("item", "why", "ska:x").out
+    with engine.begin() as connection:
+        run(connection, "UPDATE data_item SET target_phase = 'SOLID'")
+    assert "reached: LIQUID; it waits to be planned" in dlm("item", "why", "ska:x").out
+
+
 def test_pages_of_a_list_follow_each_other(dlm: Dlm, storages: dict[str, Path]) -> None:
     """A full page says on stderr how to go on; JSON on stdout stays JSON."""
     for number in range(3):
@@ -342,6 +355,7 @@ def test_an_item_expires_and_comes_back_from_the_trash(
     assert not (storages["a"] / "x").exists()
     told = dlm("item", "why", "file:x")
     assert "trash certificate" in told.out
+    assert "reached: PLASMA; its time is over" in told.out
     purge = dlm("item", "why", "file:x", "--json").json["operations"][0]
     assert f"QUEUED    purge on b, due {purge['due_at'][:10]} " in told.out, "when it is purged"
     assert dlm("restore", "file:x").out.startswith("2 copies")

@@ -118,4 +118,6 @@ def _problem(look: Callable[[], object]) -> str | None:
         look()
     except DlmError as error:
         return f"{error.code}: {error}"
+    except OSError as error:  # of DLM_HOME, most often
+        return str(error)
     return None

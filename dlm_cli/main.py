@@ -300,7 +300,8 @@ def main() -> None:
     except OSError as error:
         # of DLM_HOME, most often: what it lacks is no fault of the program
         reason = error.strerror or str(error)
-        fail(LocalFileError(path=error.filename or "a file", reason=reason))
+        path = error.filename2 or error.filename  # where it was copied to, if it was
+        fail(LocalFileError(path=path or "a file", reason=reason))
     except Exception as error:
         if os.environ.get("DLM_TRACEBACK"):
             raise

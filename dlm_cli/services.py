@@ -146,7 +146,7 @@ def _end_lost_leases(settings: Settings) -> None:
 def read_services(home: Path) -> dict[str, Any] | None:
     """What a living supervisor wrote of itself: ``ui_url`` and ``pids``; None if none lives."""
     try:
-        descriptor = os.open(home / "run" / "services.lock", os.O_RDWR)
+        descriptor = os.open(home / "run" / "services.lock", os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
@@ -231,9 +231,20 @@ def lay_dagster_home(settings: Settings, workspace: Path | None = None) -> Path:
     """Put the instance's configuration where ``DAGSTER_HOME`` will point; returns a workspace."""
     folder = settings.home / "dagster"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    shutil.copyfile(_shipped("dagster.yaml"), folder / "dagster.yaml")
-    shutil.copyfile(workspace or _shipped("workspace.yaml"), folder / "workspace.yaml")
+    _lay(_shipped("dagster.yaml"), folder / "dagster.yaml")
+    _lay(workspace or _shipped("workspace.yaml"), folder / "workspace.yaml")
     return folder / "workspace.yaml"
+
+
+def _lay(source: Path, target: Path) -> None:
+    # at once: a run that starts at this moment reads it, and of half of one or none Dagster makes
+    # an instance of its own, without a word
+    fresh = target.with_name(f"{target.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(source, fresh)
+        fresh.replace(target)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _shipped(name: str) -> Path:
@@ -324,7 +335,12 @@ def _keep_running(
         for child in children:
             _keep_short(_log_of(settings, child))
         if any(started):
-            _write_state(settings, children, ui_url)
+            try:
+                _write_state(settings, children, ui_url)
+            except OSError as error:  # a full disk is no reason to end what runs
+                if not announced:
+                    raise
+                log.error("%s", error)
         if not announced and is_healthy(ui_url):
             announced = True
             ready(ui_url)
@@ -344,7 +360,7 @@ def _keep_database(settings: Settings) -> bool:
     log.warning("PostgreSQL is gone; it is started again")
     try:
         embedded.ensure_running(settings.home, settings.pg_bindir)
-    except CatalogueUnavailableError as error:
+    except (CatalogueUnavailableError, OSError) as error:
         log.error("%s", error)
         return False
     return True
@@ -363,7 +379,13 @@ def _keep_child(settings: Settings, child: Child) -> bool:
         log.warning("%s ended with %s; it is started again", child.name, code)
     if now < child.due:
         return False
-    child.process, child.started = _spawn(settings, child), now
+    try:
+        child.process, child.started = _spawn(settings, child), now
+    except OSError as error:  # no memory, no room for its log
+        child.failures += 1
+        child.due = now + min(_LONGEST_DELAY, 0.5 * 2**child.failures)
+        log.error("%s cannot be started: %s", child.name, error)
+        return False
     return True
 
 
@@ -374,7 +396,8 @@ def _log_of(settings: Settings, child: Child) -> Path:
 def _keep_short(path: Path) -> None:
     """Begin a log anew that has grown too long, under the hands of whoever appends to it."""
     if path.exists() and path.stat().st_size > _LOG_LIMIT_BYTES:
-        shutil.copyfile(path, path.with_suffix(".log.1"))
+        with suppress(OSError):  # on a full disk what it had is what makes room
+            shutil.copyfile(path, path.with_suffix(".log.1"))
         os.truncate(path, 0)
 
 

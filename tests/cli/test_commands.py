@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import pytest
 from sqlalchemy import Engine
 
 from dlm_cli.session import parse_duration, parse_size, parse_time
+from dlm_core.catalogue import embedded
 from dlm_core.catalogue.engine import rows, run
 from dlm_core.errors import InvalidValueError
 from dlm_core.storages.conformance import CHECKS
@@ -469,6 +472,28 @@ def test_the_doctor_names_each_problem_and_fails(
     told = dlm("doctor", "--json")
     found = {one["what"]: one["problem"] for one in told.json}
     assert told.code == 1 and found["storage a"] is None and "DLM-301" in found["storage b"]
+
+
+def test_the_doctor_goes_on_where_a_file_cannot_be_used(
+    dlm: Dlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when DLM_HOME has become read-only: each look is told by itself."""
+    (tmp_path / "home" / "run").mkdir(mode=0o700, parents=True)
+    (tmp_path / "home" / "run" / "services.lock").touch()
+    opened = os.open
+
+    def read_only(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        if str(path).startswith(str(tmp_path / "home")) and flags & (os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return opened(path, flags, *more, **options)
+
+    monkeypatch.delenv("DLM_DATABASE_URL")
+    monkeypatch.setattr(os, "open", read_only)
+    monkeypatch.setattr(embedded, "is_made", lambda _: True)
+    told = dlm("doctor")
+    assert told.code == 1 and told.error == ""
+    (line,) = [line for line in told.out.splitlines() if "the catalogue and its schema" in line]
+    assert line.startswith("PROBLEM") and "Read-only file system" in line
 
 
 # --- values ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -224,6 +225,63 @@ def test_a_log_that_grew_is_begun_anew(tmp_path: Path, monkeypatch: pytest.Monke
             services._keep_short(path)
     assert path.read_bytes() == b""
     assert path.with_suffix(".log.1").read_bytes() == b"then\nsecond line\n"
+
+
+def _full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_does_not_end_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log that fills it is begun anew, though no copy of it can be kept; what cannot be started
+    or written now is tried again."""
+    settings = load_settings(home=tmp_path)
+    for name in ("log", "dagster"):
+        (tmp_path / name).mkdir()
+    log = tmp_path / "log" / "daemon.log"
+    log.write_bytes(b"much")
+    stop, begun = threading.Event(), []
+    monkeypatch.setattr(services, "_LOG_LIMIT_BYTES", 3)
+    monkeypatch.setattr(services, "is_healthy", lambda _: True)
+    monkeypatch.setattr(embedded, "running_pid", lambda _: None)
+    child = services.Child("daemon", ["sleep", "600"])
+
+    def ready(_: str) -> None:
+        for module, name in ((embedded, "ensure_running"), (services, "_write_state"),
+                             (shutil, "copyfile"), (subprocess, "Popen")):  # fmt: skip
+            monkeypatch.setattr(module, name, _full)
+        begun.append(child.process)
+        child.process.kill()
+        child.process.wait()
+        threading.Timer(4, stop.set).start()
+
+    monkeypatch.setattr(embedded, "ensure_running", lambda *_: "")
+    monkeypatch.setattr(services, "_write_state", lambda *_: None)
+    services._keep_running(settings, [child], "", ready, stop, 60)
+    assert begun and child.process is None
+    assert child.failures >= 2, "it was tried again"
+    assert log.read_bytes() == b""
+
+
+def test_what_dagster_reads_is_whole_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """'dlm env' lays it out anew while runs start: of half of a dagster.yaml, or of an empty one,
+    Dagster would make an instance of its own."""
+    settings = load_settings(home=tmp_path)
+    services.lay_dagster_home(settings)
+    before = (tmp_path / "dagster" / "dagster.yaml").read_bytes()
+
+    def cut(_: Path, target: Path) -> None:
+        target.write_bytes(before[:10])
+        _full()
+
+    monkeypatch.setattr(shutil, "copyfile", cut)
+    with pytest.raises(OSError, match="No space"):
+        services.lay_dagster_home(settings)
+    assert (tmp_path / "dagster" / "dagster.yaml").read_bytes() == before
+    assert {f.name for f in (tmp_path / "dagster").iterdir()} == {"dagster.yaml", "workspace.yaml"}
 
 
 @pytest.mark.slow

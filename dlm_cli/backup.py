@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from dlm_cli.session import catalogue, existing_catalogue, human_size, plain_errors, show_json
+from dlm_cli.session import (
+    catalogue,
+    existing_catalogue,
+    human_size,
+    person_named,
+    plain_errors,
+    show_json,
+)
 from dlm_core.errors import InvalidValueError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -64,9 +71,9 @@ def restore(
     settings, now = load_settings(), utc_now()
     made = read_backup(file)
     _must_be_stopped()
-    url = catalogue_url(settings)
+    url, actor = catalogue_url(settings), person_named()
     bindir = settings.pg_bindir
-    aside = restore(url, made, actor=_actor(), now=now, into_existing=into_existing, bindir=bindir)
+    aside = restore(url, made, actor=actor, now=now, into_existing=into_existing, bindir=bindir)
     with catalogue() as context:
         context.transact(note_recovery)
     print(f"the catalogue is as it was at {made.manifest['made_at']}")
@@ -97,12 +104,6 @@ def _must_be_stopped() -> None:
     if found is not None:
         pid = found["pids"].get("supervisor", "?")
         raise AlreadyRunningError(home=home, pid=pid, ui_url=found["ui_url"])
-
-
-def _actor() -> str:
-    import getpass
-
-    return f"user:{getpass.getuser()}"
 
 
 @plain_errors

@@ -86,12 +86,20 @@ def existing_catalogue(settings: Settings) -> str:
     return catalogue_url(settings)
 
 
+def person_named(name: str | None = None) -> str:
+    """The actor of what ``name`` (unset: the user of this process) does."""
+    import getpass
+
+    try:
+        return f"user:{name or getpass.getuser()}"
+    except (KeyError, OSError):  # in a container the number of a user may have no name
+        return f"user:{os.getuid()}"
+
+
 @contextmanager
 def catalogue(person: str | None = None) -> Iterator[Any]:
     """A core context on the catalogue in the name of ``person`` (unset: the user of this process);
     the embedded server is started if it sleeps, an empty or older schema is told, never changed."""
-    import getpass
-
     from dlm_core.catalogue import schema
     from dlm_core.catalogue.engine import make_engine
     from dlm_core.lifecycle.work import Context
@@ -99,7 +107,7 @@ def catalogue(person: str | None = None) -> Iterator[Any]:
 
     settings = load_settings()
     engine = make_engine(existing_catalogue(settings), pool_size=4)
-    context = Context(engine, settings, f"user:{person or getpass.getuser()}")
+    context = Context(engine, settings, person_named(person))
     try:
         context.transact(schema.check)
         yield context

@@ -136,7 +136,10 @@ class Settings(BaseSettings):
     @field_validator("home")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        try:
+            return value.expanduser().absolute()
+        except RuntimeError as error:  # ~name of nobody
+            raise ValueError(str(error)) from None
 
     @cached_property
     def lease(self) -> timedelta:

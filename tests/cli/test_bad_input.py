@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +203,29 @@ def test_a_home_that_cannot_be_used_is_told(
     monkeypatch.setenv("DLM_HOME", str(tmp_path / "file" / "home"))
     told = refused(dlm("db", "upgrade"), "DLM-209", 3)
     assert str(tmp_path / "file") in told
+
+
+def test_a_home_of_nobody_is_refused(dlm: Dlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """~name is a user's home."""
+    monkeypatch.setenv("DLM_HOME", "~no-such-user/dlm")
+    assert "DLM_HOME" in refused(dlm("status"), "DLM-101", 2)
+
+
+def test_a_user_without_a_name_is_known_by_number(
+    dlm: Dlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that runs under any number; who did what is told all the same."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert dlm("location", "add", "here").code == 0
+    assert dlm("hold", "add", "--all", "--reason", "r").code == 0
+    (hold,) = dlm("hold", "list", "--json").json
+    assert hold["actor"] == f"user:{os.getuid()}"
 
 
 def test_a_mistyped_home_is_told_and_not_made(

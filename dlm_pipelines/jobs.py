@@ -43,6 +43,9 @@ from dlm_pipelines.metadata import (
 )
 from dlm_pipelines.resources import Catalogue
 
+#: a drainer that never runs dry ends by itself, and the sensor starts the next: half of what
+#: dagster.yaml lets a run last, so that a large copy has as long again before it is ended as failed
+_MOST_SECONDS = 6 * 3600.0
 #: operations of a kind that a dry run shows
 _PROPOSED = 1000
 
@@ -262,8 +265,11 @@ def _drain(core: Context, work: Work, settings: Settings) -> Report:
             planner = work.planner(settings) if work.planner else None
             linger = settings.linger_seconds if work.executors else 0.0
             result.append(
-                drain(core, work.executors, planner, guard=work.guard, linger_seconds=linger)
-            )
+                drain(
+                    core, work.executors, planner, guard=work.guard, linger_seconds=linger,
+                    most_seconds=_MOST_SECONDS,
+                )
+            )  # fmt: skip
         except BaseException as error:
             failure.append(error)
 

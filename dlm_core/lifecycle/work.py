@@ -338,21 +338,23 @@ def drain(
     *,
     guard: Guard | None = None,
     linger_seconds: float = 0.0,
+    most_seconds: float = math.inf,
 ) -> Report:
     """Plan and execute until dry, then wait ``linger_seconds`` for new work before ending.
 
     Several drainers may run at once, on several machines: an operation is claimed by one of them.
     ``planner`` turns due catalogue work into operations and returns how much it planned; what
-    ``guard`` raises after a batch ends the drainer. When
-    ``context.stop`` is set the drainer gives back what it has not begun and returns. The report's
-    seconds end with the last work, so that rates don't tell of the waiting.
+    ``guard`` raises after a batch ends the drainer. After ``most_seconds`` it takes nothing more
+    and ends what it has. When ``context.stop`` is set it gives back what it has not begun and
+    returns. The report's seconds end with the last work, so that rates don't tell of the waiting.
     """
     report, begun = Report(), time.monotonic()
     last_work = last_log = begun
     with context.traffic.telling(context), _Crew(context, executors) as crew:
         while not context.stop.is_set():
-            planned = planner(context) if planner else 0
-            batch = crew.work()
+            late = time.monotonic() - begun >= most_seconds
+            planned = planner(context) if planner and not late else 0
+            batch = crew.some() if late else crew.work()
             report.planned += planned
             report.add(batch)
             if guard is not None:
@@ -360,7 +362,7 @@ def drain(
             now = time.monotonic()
             if planned or batch.total or crew.busy:
                 last_work = now
-            elif now - last_work >= linger_seconds:
+            elif late or now - last_work >= linger_seconds:
                 break
             else:
                 context.stop.wait(min(_POLL_SECONDS, linger_seconds))
@@ -420,6 +422,11 @@ class _Crew:
             if context.stop.is_set():
                 break
         return report
+
+    def some(self) -> Report:
+        """Of the claims that go on, those that end within a moment; none is taken."""
+        wait(self._going, _BUSY_SECONDS, FIRST_COMPLETED)
+        return self._ended()
 
     def rest(self) -> Report:
         """Of the claims that go on, once they have ended."""

@@ -12,7 +12,11 @@ from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.expire import ExpiryPlanner, propose_expiry
 from dlm_core.lifecycle.rebalance import plan_rebalance, propose_rebalance
 from dlm_core.lifecycle.register import Source, register_list
-from dlm_core.lifecycle.replicate import plan_replication, propose_replication
+from dlm_core.lifecycle.replicate import (
+    execute_copy,
+    plan_replication,
+    propose_replication,
+)
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import drain
@@ -579,3 +583,12 @@ def test_psql_cannot_trash_without_a_certificate(site):
     site.settle()
     with pytest.raises(CatalogueError):
         site.execute("UPDATE replica SET state = 'TRASHED' WHERE oid = :oid", oid=oid)
+
+
+def test_a_drainer_that_never_runs_dry_ends_in_time(site):
+    """Where data come in day and night there is always more; what it has in hand it ends."""
+    oid = site.add_item("x", b"good bytes", "a")
+    copy = {OperationKind.COPY: execute_copy}
+    report = drain(site.context, copy, lambda c: plan_replication(c) or 1, most_seconds=0.5)
+    assert report.planned > 1 and report.seconds < 30
+    assert list(site.replicas(oid).values()) == ["READY", "READY"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import yaml
 
 from dlm_core.catalogue.browse import set_item_expiry
 from dlm_core.catalogue.engine import make_engine
@@ -503,3 +504,9 @@ def test_a_job_takes_plain_values_only():
     for value in ({"env": "NO_SUCH"}, [1]):
         with pytest.raises(InvalidValueError, match=r"batch_size=.*a plain value"):
             launch_job("http://127.0.0.1:1", "expiry", {"batch_size": value})
+
+
+def test_a_busy_run_ends_before_dagster_ends_it():
+    """As failed, in the middle of what it does."""
+    told = yaml.safe_load((Path(__file__).parents[2] / "dagster.yaml").read_text())
+    assert told["run_monitoring"]["max_runtime_seconds"] >= 2 * jobs._MOST_SECONDS

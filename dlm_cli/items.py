@@ -330,7 +330,7 @@ def _missing(found: dict[str, Any], reached: Any) -> str:
     if found["state"] == "INITIALISED":
         return "it was not let in yet, copies are made after that"
     if found["state"] in ("EXPIRED", "DELETED"):
-        return "its time is over, no copies are made any more"
+        return "no copies are made any more"
     if found["shortfall"]:
         return str(found["shortfall"])
     if reached.weight < Phase(found["target_phase"]).weight:

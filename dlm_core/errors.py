@@ -113,7 +113,7 @@ class CatalogueUnavailableError(CatalogueError):
 
 
 class SchemaMismatchError(CatalogueError):
-    """the catalogue schema is at {found}, this software needs {expected}; run 'dlm db upgrade'"""
+    """the catalogue schema is at {found}, this software needs {expected}; {hint}"""
 
     code = "DLM-202"
 

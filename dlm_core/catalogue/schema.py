@@ -51,6 +51,8 @@ def upgrade(url: str) -> None:
     Raises
     ------
     CatalogueUnavailableError, CatalogueError
+    SchemaMismatchError
+        if newer software has upgraded it: there is no way back.
     """
     from alembic import command
 
@@ -58,6 +60,9 @@ def upgrade(url: str) -> None:
     try:
         with begin(engine, "dlm:upgrade") as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+            found = _found(connection)
+            if found is not None and found not in known_revisions():
+                raise _mismatch(found)
             command.upgrade(_config(connection), "head")
             connection.execute(text("SELECT dlm_ensure_partitions(now(), 3)"))
     finally:
@@ -72,9 +77,22 @@ def check(connection: Connection) -> str:
     SchemaMismatchError
         if it is not the one this software needs.
     """
+    found = _found(connection)
+    if found != expected_revision():
+        raise _mismatch(found)
+    return str(found)
+
+
+def _found(connection: Connection) -> str | None:
     known = connection.execute(text("SELECT to_regclass('alembic_version')")).scalar_one()
     query = text("SELECT version_num FROM alembic_version")
-    found = connection.execute(query).scalar() if known is not None else None
-    if found != expected_revision():
-        raise SchemaMismatchError(found=found or "empty", expected=expected_revision())
-    return str(found)
+    return connection.execute(query).scalar() if known is not None else None
+
+
+def _mismatch(found: str | None) -> SchemaMismatchError:
+    older = found is None or found in known_revisions()
+    return SchemaMismatchError(
+        found=found or "empty",
+        expected=expected_revision(),
+        hint="run 'dlm db upgrade'" if older else "newer software has upgraded it: use that",
+    )

@@ -358,7 +358,7 @@ def test_an_item_expires_and_comes_back_from_the_trash(
     assert not (storages["a"] / "x").exists()
     told = dlm("item", "why", "file:x")
     assert "trash certificate" in told.out
-    assert "reached: PLASMA; its time is over" in told.out
+    assert "reached: PLASMA; no copies are made any more" in told.out
     purge = dlm("item", "why", "file:x", "--json").json["operations"][0]
     assert f"QUEUED    purge on b, due {purge['due_at'][:10]} " in told.out, "when it is purged"
     assert dlm("restore", "file:x").out.startswith("2 copies")

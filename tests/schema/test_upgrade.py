@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from dlm_core.catalogue import schema
 from dlm_core.catalogue.engine import begin, make_engine, rows, run
-from dlm_core.errors import CatalogueError
+from dlm_core.errors import CatalogueError, SchemaMismatchError
 from dlm_core.types import new_id
 from tests.schema.rules import (
     NOW,
@@ -49,6 +49,20 @@ def test_what_was_there_before_is_there_and_keeps_its_rules(empty_database_url: 
         assert "under a hold" in refusal(connection, set_item, held, "EXPIRED")
         storage = rows(connection, "SELECT DISTINCT verify_every_days AS d FROM storage")
         assert storage == [{"d": 90}]
+    engine.dispose()
+
+
+def test_a_catalogue_of_newer_software_is_left_alone(empty_database_url: str) -> None:
+    """Its revision is not known here: nothing is upgraded, and no upgrade is advised."""
+    schema.upgrade(empty_database_url)
+    engine = make_engine(empty_database_url)
+    with begin(engine, "test") as connection:
+        run(connection, "UPDATE alembic_version SET version_num = '9999'")
+    told = "is at 9999, .* newer software has upgraded it"
+    with pytest.raises(SchemaMismatchError, match=told):
+        schema.upgrade(empty_database_url)
+    with pytest.raises(SchemaMismatchError, match=told), begin(engine, "test") as connection:
+        schema.check(connection)
     engine.dispose()
 
 

@@ -450,6 +450,21 @@ def cancel_operations(
     )
 
 
+def settle_failed(
+    connection: Connection, uids: Sequence[uuid.UUID], kinds: Sequence[str], now: datetime
+) -> int:
+    """Cancel FAILED operations of replicas that another has come in the place of: there is nothing
+    left to try again."""
+    return run(
+        connection,
+        """UPDATE operation SET state = 'CANCELLED', finished_at = :now
+            WHERE uid = ANY(:uids) AND kind = ANY(:kinds) AND state = 'FAILED'""",
+        uids=list(uids),
+        kinds=list(kinds),
+        now=now,
+    )
+
+
 def count_active(connection: Connection, uid: uuid.UUID, kinds: Sequence[str]) -> int:
     """Operations of a replica that are queued or running."""
     found = rows(

@@ -153,6 +153,7 @@ def request_restore(
     if not wanted:
         raise NotFoundError("trashed replica of item", oid, "what is purged cannot come back")
     taken = catalogue.take_back_path(connection, wanted)
+    catalogue.settle_failed(connection, [*taken], ["trash", "purge", "restore"], now)
     return queue.insert_operations(
         connection,
         [queue.NewOperation(OperationKind.RESTORE, oid, uid, reason, now) for uid in taken],

@@ -102,6 +102,25 @@ def test_a_place_whose_copy_cannot_leave_the_trash_is_not_waited_for(site):
     assert place.read_bytes() == STRANGER
 
 
+def test_a_restore_that_is_asked_for_again_takes_the_failed_ones_place(site):
+    """Nothing of it is left to be retried once the copy is back."""
+    oid = two_copies(site)
+    let_go(site, oid)
+    site.settle()
+    place = site.folder / "b" / site.replica(oid, "b")["path"]
+    place.write_bytes(STRANGER)
+    failed = "SELECT kind, uid FROM operation WHERE state = 'FAILED'"
+    ask = {"oid": oid, "storage_id": None, "actor": "user:test"}
+    site.context.transact(lambda c: request_restore(c, **ask, now=site.now))
+    site.settle()
+    assert [row["kind"] for row in site.query(failed)] == ["restore"]
+    place.unlink()
+    site.context.transact(lambda c: request_restore(c, **ask, now=site.now))
+    site.settle()
+    assert site.replicas(oid) == {"a": "READY", "b": "READY"}
+    assert site.query(failed) == []
+
+
 @pytest.mark.parametrize("state", ["MISSING", "CORRUPTED"])
 def test_a_lost_copy_that_goes_takes_no_strangers_file_with_it(site, state):
     """What is MISSING, or lies in quarantine, has nothing in its place: a file there is not its."""

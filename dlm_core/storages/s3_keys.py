@@ -56,15 +56,18 @@ def from_references(
     Raises
     ------
     InvalidValueError
-        if a reference leads to nothing.
+        if a reference leads to nothing, or to what cannot stand in a header.
     """
 
     def read() -> Keys:
-        return {
-            "access_key_id": read_secret(storage, access_key),
-            "secret_access_key": read_secret(storage, secret_key),
-            "token": read_secret(storage, session_token) if session_token else None,
-        }
+        return _of_one_line(
+            storage,
+            {
+                "access_key_id": read_secret(storage, access_key),
+                "secret_access_key": read_secret(storage, secret_key),
+                "token": read_secret(storage, session_token) if session_token else None,
+            },
+        )
 
     provider = KeyProvider(read)
     provider()
@@ -80,18 +83,27 @@ def from_aws_chain(storage: str) -> KeyProvider:
 
     def read() -> Keys:
         from botocore.credentials import RefreshableCredentials
+        from botocore.exceptions import BotoCoreError, ClientError
 
         credentials, at = found
         renews_itself = isinstance(credentials, RefreshableCredentials)
-        if credentials is None or (time.monotonic() > at + CHAIN_SECONDS and not renews_itself):
-            credentials = _look_up(storage)
-            found[:] = credentials, time.monotonic()
-        frozen = credentials.get_frozen_credentials()
-        return {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "token": frozen.token,
-        }
+        try:
+            if credentials is None or (time.monotonic() > at + CHAIN_SECONDS and not renews_itself):
+                credentials = _look_up(storage)
+                found[:] = credentials, time.monotonic()
+            frozen = credentials.get_frozen_credentials()
+        except (BotoCoreError, ClientError, OSError) as error:
+            # a profile, a token's file, a service that gives keys: what is wrong may be mended
+            why = " ".join(str(error).split())[:200]
+            raise _lacking(storage, f"credentials that AWS's own tools can have ({why})") from None
+        return _of_one_line(
+            storage,
+            {
+                "access_key_id": frozen.access_key,
+                "secret_access_key": frozen.secret_key,
+                "token": frozen.token,
+            },
+        )
 
     return KeyProvider(read)
 
@@ -101,9 +113,21 @@ def _look_up(storage: str) -> Any:
 
     credentials = botocore.session.Session().get_credentials()
     if credentials is None:
-        raise InvalidValueError(
-            what=f"storage {storage}: access_key",
-            value="",
-            expected="a reference, or credentials where AWS's own tools look for them",
-        )
+        expected = "a reference, or credentials where AWS's own tools look for them"
+        raise _lacking(storage, expected)
     return credentials
+
+
+def _lacking(storage: str, expected: str) -> InvalidValueError:
+    return InvalidValueError(what=f"storage {storage}: access_key", value="", expected=expected)
+
+
+def _of_one_line(storage: str, keys: Keys) -> Keys:
+    """``keys``, if they can stand in a header: obstore ends by a panic over what cannot, which
+    nobody catches, and boto3 shows it."""
+    for name, value in keys.items():
+        if value and not value.isprintable():
+            raise InvalidValueError(
+                what=f"storage {storage}: {name}", value="(not shown)", expected="one line"
+            )
+    return keys

@@ -31,7 +31,7 @@ def read_secret(storage: str, reference: str) -> str:
         if nothing is there. The message names the reference, never a value.
     """
     kind, _, place = reference.partition(":")
-    value = os.environ.get(place, "") if kind == "env" else _from_file(kind, place)
+    value = _from_variable(place) if kind == "env" else _from_file(kind, place)
     if not value:
         raise InvalidValueError(
             what=f"storage {storage}: secret", value=reference, expected=_expected(kind, place)
@@ -54,6 +54,13 @@ def _expected(kind: str, place: str) -> str:
     )
 
 
+def _from_variable(name: str) -> str:
+    # whoever filled the variable from a file may have left its final newline
+    value = os.environ.get(name, "").rstrip("\r\n")
+    # octets that are no UTF-8 are no text of a protocol
+    return value if value.encode("utf-8", "replace").decode() == value else ""
+
+
 def _from_file(kind: str, place: str) -> str:
     folder = os.environ.get("CREDENTIALS_DIRECTORY", "") if kind == "credential" else "/"
     if not folder:
@@ -61,5 +68,5 @@ def _from_file(kind: str, place: str) -> str:
     try:
         # the final newline is the editor's
         return Path(folder, place).read_text(encoding="utf-8").rstrip("\r\n")
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):  # no UTF-8, or no name of a file
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 import time
 import uuid
@@ -10,10 +11,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from dlm_core.errors import AccessDeniedError, PayloadNotFoundError, StorageUnavailableError
+from dlm_core.errors import (
+    AccessDeniedError,
+    InvalidValueError,
+    PayloadNotFoundError,
+    StorageUnavailableError,
+)
 from dlm_core.lifecycle.work import StoragePool
 from dlm_core.storages import s3_keys
 from dlm_core.storages.open import open_storage
+from dlm_core.storages.secrets import read_secret
 from dlm_core.transfers.mover import CopyTask, copy_batch
 from dlm_core.types import PayloadKind
 
@@ -62,6 +69,55 @@ def test_a_secret_that_is_gone_for_a_moment_is_an_outage(s3, folder):
         assert "\n" not in str(caught.value) and s3.access_key not in str(caught.value)
     rotate(folder / "secret_key", s3.secret_key)
     storage.check()
+
+
+def test_a_key_that_cannot_stand_in_a_header_is_an_outage_that_shows_nothing(s3, folder):
+    """Two lines where one belongs: obstore would end by a panic, and boto3 show the token."""
+    names = ("access_key", "secret_key", "session_token")
+    for name, value in zip(names, (s3.access_key, s3.secret_key, "token"), strict=True):
+        (folder / name).write_text(value)
+    config = {"endpoint": s3.endpoint, **references(folder, *names)}
+    storage = open_storage("bucket", "s3", f"{s3.bucket}/{uuid.uuid4().hex}", config)
+    for name in ("session_token", "access_key"):
+        before = (folder / name).read_text()
+        rotate(folder / name, "first-part\nsecond-part")
+        for call in (storage.check, lambda: storage.forget_parts(0.0, lambda _: {})):
+            with pytest.raises(StorageUnavailableError, match="one line") as caught:
+                call()
+            assert "part" not in str(caught.value)
+        rotate(folder / name, before)
+    (folder / "access_key").write_text("two\nlines")
+    with pytest.raises(InvalidValueError, match="one line"):
+        open_storage("bucket", "s3", s3.bucket, config)
+
+
+def test_the_final_newline_of_a_variable_is_no_part_of_a_secret(monkeypatch):
+    """As that of a file, from which it may have come; octets that are no text are no secret."""
+    monkeypatch.setenv("SITE_SECRET", "abc\n")
+    assert read_secret("x", "env:SITE_SECRET") == "abc"
+    monkeypatch.setitem(os.environb, b"SITE_SECRET", b"abc\xff")
+    for reference in ("env:SITE_SECRET", "file:/no\0file"):
+        with pytest.raises(InvalidValueError):
+            read_secret("x", reference)
+
+
+def test_what_aws_own_tools_fail_of_is_an_outage(folder, monkeypatch):
+    """A profile that is not there, a token's file that comes later: whatever the call is."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(folder / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "credentials"))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/x")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(folder / "not-yet"))
+    config = {"endpoint": "http://127.0.0.1:9", "stage": "s3"}
+    storage = open_storage("x", "s3", "bucket", config)
+    calls = (storage.check, lambda: storage.stager.online(["x"]), lambda: storage.remove("x"))
+    for profile in ("", "nobody"):
+        monkeypatch.setenv("AWS_PROFILE", profile) if profile else None
+        for call in calls:
+            with pytest.raises(StorageUnavailableError, match="AWS"):
+                call()
 
 
 def test_a_storage_whose_secret_came_later_is_opened_then(s3, folder):

@@ -65,7 +65,8 @@ def lock_draining(connection: Connection, storage_id: uuid.UUID) -> bool:
 
 
 def put_off_rebalance(connection: Connection, storage_id: uuid.UUID, until: datetime) -> None:
-    """Nothing more can leave the storage now: do not try again before ``until``."""
+    """Nothing more can leave the storage now, or it gives no answer: do not try again before
+    ``until``."""
     run(
         connection,
         "UPDATE storage SET rebalance_after = :until WHERE storage_id = :storage",
@@ -75,13 +76,15 @@ def put_off_rebalance(connection: Connection, storage_id: uuid.UUID, until: date
 
 
 def storages_to_observe(connection: Connection, before: datetime) -> list[dict[str, Any]]:
-    """Storages without a given capacity, not asked yet or, if they could tell, last asked before
-    ``before``."""
+    """Storages without a given capacity, not asked yet or last asked before ``before`` (an hour
+    before that, if they could not tell), but for those of which rebalancing is put off."""
     return rows(
         connection,
         """SELECT * FROM storage WHERE capacity_bytes IS NULL AND managed
               AND mode IN ('read_write', 'draining')
-              AND (observed_at IS NULL OR (observed_total_bytes IS NOT NULL AND observed_at < :before))""",
+              AND (observed_at IS NULL OR observed_at < :before - CASE
+                   WHEN observed_total_bytes IS NULL THEN interval '1 hour' ELSE interval '0' END)
+              AND (rebalance_after IS NULL OR rebalance_after <= dlm_now())""",
         before=before,
     )
 

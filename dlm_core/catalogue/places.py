@@ -319,6 +319,10 @@ def set_storage(connection: Connection, name: str, changes: Mapping[str, Any]) -
         raise IllegalTransitionError(noun="storage", key=name, old="lost", new=wanted["mode"])
     _check({**storage, **wanted})
     assignments = ", ".join(f"{key} = :{key}" for key in wanted)
+    if "capacity_bytes" in wanted:  # what it told before may be what is wrong: it is asked anew
+        assignments += (
+            ", observed_total_bytes = NULL, observed_used_bytes = NULL, observed_at = NULL"
+        )
     run(
         connection,
         f"UPDATE storage SET {assignments}, rebalance_after = NULL WHERE storage_id = :id",

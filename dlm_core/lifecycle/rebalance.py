@@ -29,6 +29,8 @@ from dlm_core.types import ItemState
 _BATCH = 2000
 #: a storage without a given capacity is asked for it this often
 ASK_AGAIN = timedelta(minutes=10)
+#: what a storage told is kept for so long though it tells nothing any more
+_KEPT = timedelta(days=1)
 #: what nothing can leave is looked through again after this, or so many times as long as it took
 _STUCK, _SHARE = timedelta(minutes=5), 10
 
@@ -81,26 +83,37 @@ def propose_rebalance(context: Context) -> list[Leaving]:
 
 def observe_usage(context: Context, these: Collection[uuid.UUID] | None = None) -> None:
     """Ask storages without a given capacity how full they are, at most every ten minutes each; or
-    ``these`` at once."""
+    ``these`` at once.
+
+    What gives no answer though it told before is asked again after that time, and nothing leaves
+    it meanwhile; what it told is kept for a day, or it would be taken as having room.
+    """
     now = context.clock()
     before = now - ASK_AGAIN if these is None else now
     for row in context.transact(lambda c: catalogue.storages_to_observe(c, before)):
         if these is not None and row["storage_id"] not in these:
             continue
+        key, usage = row["storage_id"], None
         try:
             usage = context.storages.open(row).usage()
+            told = usage is not None or _is_old(row, now)
         except StorageError:
-            continue  # an outage is told where the storage is used; nothing is known here
+            told = False  # an outage is told where the storage is used; nothing is known here
+        if usage is not None and (usage.total < 0 or usage.used < 0):
+            usage, told = None, _is_old(row, now)  # no number of bytes
+        if not told:
+            again = now + ASK_AGAIN
+            context.transact(partial(catalogue.put_off_rebalance, storage_id=key, until=again))
+            continue
         total, used = (usage.total, usage.used) if usage else (None, None)
         context.transact(
-            partial(
-                catalogue.note_usage,
-                storage_id=row["storage_id"],
-                total=total,
-                used=used,
-                now=now,
-            )
+            partial(catalogue.note_usage, storage_id=key, total=total, used=used, now=now)
         )
+
+
+def _is_old(row: Mapping[str, Any], now: datetime) -> bool:
+    """Whether a storage has told nothing that is to be kept."""
+    return row["observed_total_bytes"] is None or row["observed_at"] < now - _KEPT
 
 
 def _relieve(

@@ -61,7 +61,8 @@ def storage_views(storage_rows: Iterable[Mapping[str, Any]]) -> dict[uuid.UUID, 
     """The planner's view of storages' rows, free space taken up to the high watermark.
 
     With a capacity given, the catalogue's own count of bytes is what is used; else what the
-    storage last told. A storage that tells neither is taken as having room.
+    storage last told, and what is announced there since copies were planned. A storage that tells
+    neither is taken as having room.
     """
     views = {}
     for row in storage_rows:
@@ -85,7 +86,9 @@ def capacity_and_use(row: Mapping[str, Any]) -> tuple[int | None, int]:
     """Capacity (None: unknown) and used bytes of a storage."""
     if row["capacity_bytes"] is not None:
         return row["capacity_bytes"], row["used_bytes"]
-    return row["observed_total_bytes"], row["observed_used_bytes"] or row["used_bytes"]
+    if not row["observed_used_bytes"]:
+        return row["observed_total_bytes"], row["used_bytes"]
+    return row["observed_total_bytes"], row["observed_used_bytes"] + row["pending_bytes"]
 
 
 @dataclass(frozen=True, slots=True)

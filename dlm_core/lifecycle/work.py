@@ -101,7 +101,10 @@ class StoragePool:
         found = rows(
             connection,
             """SELECT s.*, l.name AS location, u.used_bytes, u.trashed_bytes,
-                      phase_weight(s.phase) AS weight
+                      phase_weight(s.phase) AS weight, (
+                        SELECT coalesce(sum(bytes), 0)::bigint FROM tally
+                         WHERE noun = 'replica' AND storage_id = s.storage_id
+                           AND state = 'PENDING') AS pending_bytes
                  FROM storage s JOIN location l USING (location_id)
                  JOIN storage_usage u USING (storage_id)""",
         )

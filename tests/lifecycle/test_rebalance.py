@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from dlm_core.catalogue.capacity import storages_to_relieve
+from dlm_core.catalogue.capacity import storages_to_observe, storages_to_relieve
 from dlm_core.catalogue.places import set_storage
 from dlm_core.catalogue.replicas import select_unmarked
-from dlm_core.lifecycle.rebalance import _drain, plan_rebalance, propose_rebalance
+from dlm_core.errors import StorageUnavailableError
+from dlm_core.lifecycle.rebalance import ASK_AGAIN, _drain, plan_rebalance, propose_rebalance
+from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.work import _open_row
 from dlm_core.storages.port import Usage
 from tests.fakes import Wrapped
@@ -165,3 +167,88 @@ def test_a_copy_that_may_leave_is_found_behind_those_that_may_not(site, monkeypa
     site.settle()
     (row,) = site.query("SELECT rebalance_after FROM storage WHERE name = 'a'")
     assert row["rebalance_after"] >= site.now
+
+
+class Telling(Wrapped):
+    """Tells of its capacity what the test says, or raises it."""
+
+    answers: list[object]
+
+    def usage(self):
+        (answer,) = self.answers
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def told(site):
+    """What storage b answers from now on; it has no capacity given."""
+    answers: list[object] = [Usage(1000, 100)]
+
+    def opened(row):
+        storage = _open_row(row)
+        if row["name"] == "b":
+            storage = Telling(storage)
+            storage.answers = answers
+        return storage
+
+    reopen(site, opened)
+    site.set_storage("b", capacity_bytes=None)
+    site.set_storage("c", mode="read_only")
+    plan_rebalance(site.context)
+    return answers
+
+
+def observed(site):
+    (row,) = site.query("SELECT observed_total_bytes AS n FROM storage WHERE name = 'b'")
+    return row["n"]
+
+
+def to_be_asked(site):
+    before = site.now - ASK_AGAIN
+    return [row["name"] for row in site.context.transact(lambda c: storages_to_observe(c, before))]
+
+
+def test_copies_that_are_on_their_way_take_room_of_what_a_storage_told(site, told):
+    """It told its use before they were planned: each batch of a plan would promise it once more."""
+    for n in range(4):
+        site.add_item(f"{n}", bytes(300), "a")
+        plan_replication(site.context)
+    assert len(site.query("SELECT uid FROM replica WHERE state = 'PENDING'")) == 2
+
+
+@pytest.mark.parametrize(
+    "answer", [None, Usage(-1, 5), StorageUnavailableError(storage="b", message="away")]
+)
+def test_a_storage_that_gives_no_answer_for_once_is_not_taken_as_having_room(site, told, answer):
+    """What it told is kept, and it is asked again after ten minutes: not never, and not at once."""
+    told[:] = [answer]
+    site.advance(minutes=11)
+    assert to_be_asked(site) == ["b"]
+    plan_rebalance(site.context)
+    assert observed(site) == 1000 and to_be_asked(site) == []
+    told[:] = [Usage(2000, 100)]
+    site.advance(minutes=11)
+    plan_rebalance(site.context)
+    assert observed(site) == 2000
+
+
+def test_a_storage_that_tells_nothing_for_a_day_cannot_tell(site, told):
+    """A quota that was lifted, say; it is still asked, for it may have one again."""
+    told[:] = [None]
+    for _ in range(2):
+        site.advance(hours=13)
+        plan_rebalance(site.context)
+    assert observed(site) is None
+    told[:] = [Usage(3000, 100)]
+    site.advance(hours=2)
+    plan_rebalance(site.context)
+    assert observed(site) == 3000
+
+
+def test_a_storage_is_asked_anew_when_its_capacity_is_no_longer_given(site, told):
+    """At once, and what it told before is forgotten."""
+    for capacity in (500, None):
+        site.context.transact(lambda c, n=capacity: set_storage(c, "b", {"capacity_bytes": n}))
+    assert observed(site) is None and to_be_asked(site) == ["b"]

@@ -73,6 +73,13 @@ def rclonedav(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DavServer]:
 
 
 @pytest.fixture(scope="session")
+def folding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DavServer]:
+    """One WebDAV server that takes two names for one a test session."""
+    with rclone_webdav_server(tmp_path_factory.mktemp("folding"), folding=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ArchiveServer]:
     """One S3 server with archive classes a test session."""
     with archive_server(tmp_path_factory.mktemp("archive")) as server:

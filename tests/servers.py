@@ -172,11 +172,13 @@ def wsgidav_server(folder: Path) -> Iterator[DavServer]:
 
 
 @contextmanager
-def rclone_webdav_server(folder: Path) -> Iterator[DavServer]:
-    """'rclone serve webdav' from its wheel."""
+def rclone_webdav_server(folder: Path, *, folding: bool = False) -> Iterator[DavServer]:
+    """'rclone serve webdav' from its wheel; ``folding``: case and the forms of a letter make no
+    other name, as on some file systems."""
     server = _dav(folder, "rclone.log")
     server.command = [
         tool("rclone"), "serve", "webdav", str(server.folder), "--addr", f"127.0.0.1:{server.port}",
+        "--vfs-case-insensitive" if folding else "--no-unicode-normalization",
     ]  # fmt: skip
     server.environment = {
         "RCLONE_CONFIG": os.devnull, "RCLONE_USER": USER, "RCLONE_PASS": server.password,

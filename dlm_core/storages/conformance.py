@@ -37,6 +37,8 @@ _NAMES = (
     "a" * 254,
 )
 _DOUBTFUL = ("a" * 255, "question?.dat", "semi;colon.dat", "back\\slash.dat", "new\nline.dat")
+#: pairs of which some file systems make one; of the last the second is written with two characters
+_ALIKE = (("case.dat", "CASE.dat"), ("Folder/x", "folder/x"), ("\u00fc.dat", "u\u0308.dat"))
 # none, little, and around the 8 MiB at which an object store begins to write in parts
 _SIZES = (0, 1, (8 << 20) - 1, 8 << 20, (8 << 20) + 1, 20 << 20)
 #: entries of the whole storage that are looked at for what should be hidden
@@ -83,6 +85,22 @@ def a_doubtful_name_is_kept_or_refused(storage: Storage, folder: str) -> None:
         want(storage, found == [path], f"{name!r} is listed as {found}")
         want(storage, get(storage, path) == b"payload", f"{name!r} reads back differently")
         storage.remove(path)
+
+
+def names_that_differ_are_names_of_two_files(storage: Storage, folder: str) -> None:
+    """Also those that differ only in case, or in the form of a letter: two items would be one
+    file, and the deletion of one that of the other."""
+    for one, other in _ALIKE:
+        first, second = f"{folder}/{one}", f"{folder}/{other}"
+        put(storage, first, one.encode())
+        try:
+            put(storage, second, other.encode())
+        except PayloadExistsError:
+            want(storage, False, f"{one!r} and {other!r} are one name to it")
+        found = get(storage, first), get(storage, second)
+        want(storage, found == (one.encode(), other.encode()), f"{one!r} and {other!r} are one")
+        storage.remove(second)
+        want(storage, storage.stat(first) is not None, f"{one!r} went with {other!r}")
 
 
 def bytes_of_every_size_come_back(storage: Storage, folder: str) -> None:
@@ -341,6 +359,7 @@ CHECKS: tuple[Check, ...] = (
     it_is_well_and_tells_its_capacity,
     any_name_is_written_read_listed_and_removed,
     a_doubtful_name_is_kept_or_refused,
+    names_that_differ_are_names_of_two_files,
     bytes_of_every_size_come_back,
     nothing_is_overwritten,
     a_large_write_does_not_overwrite,

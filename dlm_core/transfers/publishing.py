@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from unicodedata import normalize
 
 from dlm_core.errors import (
     DestinationDamagedError,
@@ -107,12 +109,27 @@ class Publisher:
                 return interrupted(self.destination)
             if (seen.size, seen.digest) != (task.size, task.digest):
                 return error
+            if self._has_other_names(task.destination_path):
+                return error  # of another item with the same bytes, maybe
             self.destination.remove(copy.written)
         except PathRefusedError:
             return error  # something of another kind
         except DlmError as failure:
             return of_destination(failure, copy.files[0])
         return None
+
+    def _has_other_names(self, path: str) -> bool:
+        """Whether what is there is told of under another spelling too: the storage takes upper and
+        lower case for one, or forms of Unicode, so that what has this name may be called otherwise.
+        """
+        folder, slash, name = path.rpartition("/")
+        spellings = {path.swapcase(), f"{folder}{slash}{name.swapcase()}"}
+        spellings |= {normalize(form, path) for form in ("NFC", "NFD")}
+        for spelling in spellings - {path}:
+            with suppress(PathRefusedError):
+                if self.destination.stat(spelling) is not None:
+                    return True
+        return False
 
     def _look_for_strangers(self, copy: Copy) -> DlmError | None:
         """On an object store a directory is what begins with its name: nothing else may."""

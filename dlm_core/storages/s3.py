@@ -47,6 +47,8 @@ _LISTED_FOR_ONE = 20
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 # how obstore begins to tell what a key provider raised
 _NO_KEYS = "External AWS credential provider: "
+# octets (S3 user guide)
+_LONGEST_KEY = 1024
 # CopyObject's limit (S3 API reference)
 _COPY_LIMIT = 5 << 30
 # how obstore tells what servers answer that do not know a condition
@@ -151,6 +153,7 @@ class S3Storage:
         self._parts, self._versions = parts, versions
         self._attributes: Any = {"Storage-Class": storage_class} if storage_class else None
         self._store = store
+        self._longest = _LONGEST_KEY - len(parts.prefix.encode())
         self._large = threading.BoundedSemaphore(_MULTIPARTS_AT_ONCE)
         self._conditional = True
 
@@ -167,8 +170,8 @@ class S3Storage:
             octets = len(path.encode("utf-8"))
         except UnicodeEncodeError:
             raise self._refused(path, "an object's key is UTF-8") from None
-        if octets > 1024:
-            raise self._refused(path, "an object's key has at most 1024 octets")
+        if octets > self._longest:
+            raise self._refused(path, "an object's key has at most 1024 octets, with the prefix")
         return path
 
     def _refused(self, path: str, message: str) -> PathRefusedError:
@@ -231,9 +234,11 @@ class S3Storage:
         prefix = posixpath.commonprefix([wanted[0], wanted[-1]])
         folder = prefix.rpartition("/")[0]
         names, found, seen = set(wanted), {}, 0
+        # obstore takes no '.' and no '..' for a name: of '.a' that would be left
+        offset = wanted[0][:-1].rstrip(".")
         with self._translated(folder):
             listing = obstore.list(
-                self._store, prefix=folder or None, offset=wanted[0][:-1], chunk_size=1000
+                self._store, prefix=folder or None, offset=offset, chunk_size=1000
             )
             for batch in listing:
                 seen += len(batch)

@@ -88,7 +88,7 @@ class Parts:
     """The unfinished uploads below a storage's prefix: goes on with them, and ends them."""
 
     def __init__(self, client: S3Client, storage_class: str | None) -> None:
-        self._s3 = client
+        self._s3, self.prefix = client, client.prefix
         self._class = {"StorageClass": storage_class} if storage_class else {}
         self._room = Room(_ROOM)
         # some servers do not know this of a completion, and say so

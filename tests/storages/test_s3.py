@@ -97,6 +97,24 @@ def test_names_that_not_every_server_keeps_are_refused(bucket, name):
         put(bucket, name)
 
 
+@pytest.mark.parametrize("size", [5, PART + 1])
+def test_a_key_that_is_too_long_with_its_prefix_is_refused(bucket, size):
+    """Not an outage, which would be tried again and again."""
+    longest = 1024 - len(bucket.within.prefix)
+    path = "/".join(["a" * 100] * 11)
+    put(bucket, path[:longest], bytes(size))
+    with pytest.raises(PathRefusedError, match="1024"):
+        put(bucket, path[: longest + 1], bytes(size))
+
+
+@pytest.mark.parametrize("first", [".a", "d/.a", "d/..."])
+def test_a_name_of_a_dot_and_a_letter_is_found_among_others(bucket, first):
+    """It begins the listing of all of them; before it there is what is no name to obstore."""
+    put(bucket, first)
+    found = bucket.stat_many([first, *(f"e/{n}" for n in range(20))])
+    assert [path for path, entry in found.items() if entry] == [first]
+
+
 @pytest.mark.parametrize("size", [0, 5, PART, PART + 1, 2 * PART, 3 * PART - 7])
 def test_etags_are_digests_of_the_parts(bucket, size):
     """MD5 of a single part, or of the parts' MD5s: what a copy is verified by."""

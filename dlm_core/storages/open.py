@@ -14,6 +14,7 @@ from dlm_core.errors import InvalidValueError
 from dlm_core.storages.bundles import Bundled, split_bundling
 from dlm_core.storages.cold import ColdStorage
 from dlm_core.storages.config import read_config
+from dlm_core.storages.guarded import Guarded
 from dlm_core.storages.plug_in import open_plug_in
 from dlm_core.storages.port import Storage
 from dlm_core.storages.staging import Place, open_stager, split_config
@@ -105,8 +106,7 @@ def interfaces() -> dict[str, Opener]:
 def _by(point: EntryPoint) -> Opener:
     def opener(name: str, root: str, config: Mapping[str, Any]) -> Storage:
         what, calls = f"interface of storage {name}", ("check", "stat", "open_read", "write")
-        found: Storage = open_plug_in(point, what, calls, name, root, config)
-        return found
+        return cast(Storage, Guarded(open_plug_in(point, what, calls, name, root, config)))
 
     return opener
 

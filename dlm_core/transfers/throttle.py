@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, cast
 
+from dlm_core.storages.guarded import unguarded
 from dlm_core.storages.port import Readable, ReadStream, Storage
 from dlm_core.storages.streams import StreamOver
 from dlm_core.transfers.reading import Interrupted
@@ -273,7 +274,7 @@ def bare(storage: Storage) -> Storage:
     """The adapter itself."""
     while isinstance(storage, _Paced):
         storage = storage._inner
-    return storage
+    return cast(Storage, unguarded(storage))
 
 
 def held_back(*storages: Storage) -> bool:

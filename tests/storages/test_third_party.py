@@ -1,5 +1,6 @@
 """Adapters of other people: found by entry point, checked by pytest with the one suite."""
 
+import io
 import os
 import subprocess
 import sys
@@ -7,10 +8,13 @@ import textwrap
 
 import pytest
 
-from dlm_core.errors import InvalidValueError
+from dlm_core.errors import InvalidValueError, StorageUnavailableError
 from dlm_core.storages import open as opening
-from dlm_core.storages.conformance import CHECKS
+from dlm_core.storages.conformance import CHECKS, run_check
 from dlm_core.storages.open import open_storage
+from dlm_core.storages.posix import PosixStorage
+from dlm_core.transfers.reading import Interrupted
+from dlm_core.transfers.throttle import bare
 
 ADAPTER = '''
     """An adapter in somebody's own package: a folder; the bad one loses what it overwrites."""
@@ -24,6 +28,33 @@ ADAPTER = '''
 
     def make(folder):
         return PosixStorage("theirs", str(folder))
+
+
+    class Raising(PosixStorage):
+        """Fails in ways of its own."""
+
+        def stat(self, path):
+            raise KeyError(path)
+
+        def walk(self, path=""):
+            yield from super().walk(path)
+            raise RuntimeError("its listing")
+
+        def write(self, path, source, size):
+            source.read(1)
+            raise ConnectionError("its server")
+
+        def usage(self):
+            return 1 / 0
+
+        def open_read(self, path):
+            stream = super().open_read(path)
+            stream.read = lambda size=-1: [][0]
+            return stream
+
+
+    def open_raising(name, root, config):
+        return Raising(name, root)
 
 
     class Overwriting(PosixStorage):
@@ -47,6 +78,7 @@ def package(tmp_path):
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
         "[dlm.storages]\ntheirs = theirs:open_it\nbroken = theirs:nothing\n"
+        "raising = theirs:open_raising\n"
     )
     return tmp_path
 
@@ -73,6 +105,38 @@ def test_an_adapter_that_cannot_be_loaded_is_told_when_it_is_used(installed):
         open_storage("x", "broken", str(installed), {})
     assert "\n" not in str(caught.value)
     assert open_storage("x", "theirs", str(installed), {}).check() is None
+
+
+def test_whatever_an_adapter_raises_is_an_outage_of_its_storage(installed):
+    """Which ends no work on other storages; what its source raises goes through as it is."""
+    storage = open_storage("x", "raising", str(installed), {})
+    (installed / "file").write_text("x")
+    calls = [
+        lambda: storage.stat("file"), lambda: list(storage.walk()), storage.usage,
+        lambda: storage.write("new", io.BytesIO(b"x"), 1),
+        lambda: storage.open_read("file").read(),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(StorageUnavailableError, match="its adapter failed"):
+            call()
+
+    class Interrupting:
+        def read(self, size=-1):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        storage.write("new", Interrupting(), 1)
+
+
+def test_an_adapter_keeps_the_contract_where_it_is_used(installed):
+    """Nothing of what it has is lost by being looked after: the calls that it may have, too."""
+    (installed / "root").mkdir()
+    storage = open_storage("x", "theirs", str(installed / "root"), {})
+    for check in CHECKS:
+        run_check(check, storage, "folder")
+    storage.concurrency = 7
+    assert bare(storage).concurrency == 7 and isinstance(bare(storage), PosixStorage)
+    assert storage.copy_from and not hasattr(storage, "write_many")
 
 
 def run_suite(package, *options):

@@ -141,7 +141,10 @@ class WebdavStorage(Listed):
             raise self._unavailable(str(error)) from None
         if reply.status not in _REDIRECTS or folder or not path:
             return reply
-        location = urlsplit(reply.header("Location") or "").path
+        try:
+            location = urlsplit(reply.header("Location") or "").path
+        except ValueError:
+            location = ""  # no URL
         reply.close()
         if unquote(location) != unquote(target) + "/":
             raise self._unavailable(f"it sends {method} elsewhere, which is not followed")

@@ -52,8 +52,11 @@ class Reply:
         WireError
             also if the body ends before the length that was told.
         """
+        if size < 0:
+            # block by block: memory for what is only told, be it true or not, there may be none
+            return b"".join(iter(lambda: self.read(BLOCK), b""))
         try:
-            data = self._answer.read(None if size < 0 else size)
+            data = self._answer.read(size)
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._connection.close()
             raise WireError(_reason(error)) from None

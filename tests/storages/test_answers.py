@@ -147,3 +147,18 @@ def test_a_source_of_another_size_sends_nothing_whole(size):
     with pytest.raises(WireError, match="the source has"):
         Wire(server.connect).send(*PUT, io.BytesIO(b"12345"), size)
     assert all(len(heard.partition(b"\r\n\r\n")[2]) < size for heard in server.heard)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "Content-Length: 1000000000000000",
+        "Content-Length: 99999999999999999999",
+        "Transfer-Encoding: chunked\r\n\r\nffffffffffffffff",
+    ],
+)
+def test_no_memory_is_taken_for_bytes_that_are_only_told(head):
+    """There may not be so much; that they do not come is what goes wrong."""
+    server = Scripted(f"HTTP/1.1 207 OK\r\n{head}\r\n\r\nshort".encode())
+    with Wire(server.connect).ask("PROPFIND", "/x", {}) as reply, pytest.raises(WireError):
+        reply.read()

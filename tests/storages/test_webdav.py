@@ -135,6 +135,14 @@ def test_a_redirect_is_not_followed_with_the_password(monkeypatch):
         assert heard == []
 
 
+def test_a_redirect_to_what_is_no_url_is_an_outage():
+    """As one to elsewhere is."""
+    with answering(301, {"Location": "http://[bad"}) as (url, _):
+        for call in calls(open_storage("x", "webdav", url, {})):
+            with pytest.raises(StorageUnavailableError):
+                call()
+
+
 LIES = {
     "leaves the root": "<d:href>/elsewhere</d:href>",
     "something else": (

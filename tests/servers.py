@@ -237,7 +237,8 @@ def answering(
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        do_GET = do_PUT = do_PROPFIND = do_MKCOL = do_MOVE = do_DELETE = do_HEAD = answer
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
+        do_PROPFIND = do_MKCOL = do_MOVE = answer
 
         def log_message(self, *_: object) -> None:
             pass

@@ -92,6 +92,7 @@ class S3Client:
     def translated(self, path: str) -> Iterator[None]:
         """What boto3 raises, in the port's words; they show no key."""
         from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
 
         try:
             yield
@@ -99,6 +100,10 @@ class S3Client:
             raise self._told(path, error) from None
         except BotoCoreError as error:
             raise self.unavailable(one_line(error)) from None
+        except ResponseParserError:  # no error of boto3's own, and with the whole answer in it
+            raise self.unavailable("its answer cannot be understood") from None
+        except KeyError as error:
+            raise self.unavailable(f"its answer tells no {error}") from None
 
     def _told(self, path: str, error: Any) -> StorageError:
         code = code_of(error)

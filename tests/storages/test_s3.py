@@ -313,6 +313,24 @@ def test_a_server_that_knows_no_condition_of_copies_is_asked_without(bucket, dum
     assert paths(bucket) == ["a", "b"]
 
 
+@pytest.mark.parametrize("status", [200, 201])
+@pytest.mark.parametrize("page", [b"<html>at rest<br></html>", b"<html>at rest</html>", b""])
+def test_a_page_of_a_gateway_in_place_of_an_answer_is_an_outage(page, status, monkeypatch):
+    """With a status of success, as of a service that is maintained."""
+    monkeypatch.setenv("DLM_TEST_KEY", "any")
+    keys = {"access_key": "env:DLM_TEST_KEY", "secret_key": "env:DLM_TEST_KEY"}
+    with answering(status, {"Content-Type": "text/html"}, page) as (url, _):
+        storage = open_storage("x", "s3", "bucket/p", keys | {"endpoint": url})
+        data = bytes(PART + 1)
+        calls = [
+            lambda: storage._parts.create("y", io.BytesIO(data), PART, lambda: None),
+            lambda: storage._parts.copy("bucket", "k", "y", 9, print, lambda: None),
+        ]
+        for call in calls:
+            with pytest.raises(StorageUnavailableError):
+                call()
+
+
 def test_what_is_written_there_at_the_moment_is_not_replaced(bucket, dumb):
     """AWS answers 409 while somebody else writes the key: an outage, until it is over."""
     put(bucket, "x", b"1")

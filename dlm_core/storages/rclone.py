@@ -12,7 +12,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
@@ -32,7 +32,13 @@ from dlm_core.storages.listing import Listed
 from dlm_core.storages.port import Entry, Readable, ReadStream, Storage, Usage, temp_path
 from dlm_core.storages.posix import PosixStorage
 from dlm_core.storages.ranges import Slice
-from dlm_core.storages.rclone_config import Options, is_secret, read_rclone_config
+from dlm_core.storages.rclone_config import (
+    Options,
+    is_secret,
+    read_rclone_config,
+    referenced,
+    without_secret,
+)
 from dlm_core.storages.rclone_daemon import Daemon, RcloneError, daemon
 from dlm_core.storages.rclone_many import copy_listed, hashes, move_groups, move_listed
 from dlm_core.storages.rclone_reading import Beginnings, RcloneStream, open_part
@@ -72,7 +78,8 @@ def open_rclone(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorag
         raise InvalidValueError(
             what=f"root of storage {name}", value=root, expected="a path without ']' and '..'"
         )
-    return RcloneStorage(name, kind, options, "" if root == "." else root.rstrip("/") or root)
+    place = "" if root == "." else root.rstrip("/") or root
+    return RcloneStorage(name, kind, options, place, hidden=referenced(config))
 
 
 def open_http(name: str, root: str, config: Mapping[str, Any]) -> RcloneStorage:
@@ -106,6 +113,7 @@ class RcloneStorage(Listed):
     options : asked at each call for what the backend needs, secrets as they are then.
     root : path on the remote.
     read_only : whether every change is refused.
+    hidden : names of options that no error shows, whatever they look like.
     """
 
     atomic_write = False
@@ -113,11 +121,11 @@ class RcloneStorage(Listed):
 
     def __init__(
         self, name: str, kind: str, options: Options, root: str, *,
-        read_only: bool = False, concurrency: int = 16,
+        read_only: bool = False, concurrency: int = 16, hidden: Collection[str] = (),
     ) -> None:  # fmt: skip
         self.name, self.concurrency = name, concurrency
         self._kind, self._options, self._root = kind, options, root
-        self._read_only = read_only
+        self._read_only, self._hidden = read_only, hidden
         self._renames: bool | None = None
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
         self._folders: set[str] = set()
@@ -152,7 +160,8 @@ class RcloneStorage(Listed):
         message = self._without_secrets(str(error))
         if not isinstance(error, RcloneError):
             return self._unavailable(message)
-        told = self._without_names(message, path)
+        # a word of a secret may be one of the error's
+        told = self._without_names(str(error), path)
         if _FULL.search(told):
             return StorageFullError(storage=self.name, message=message)
         if _DENIED.search(told):
@@ -176,10 +185,8 @@ class RcloneStorage(Listed):
         """A backend may tell the address that it asked, with what was in it."""
         with suppress(InvalidValueError):
             for key, value in self._options().items():
-                if value and is_secret(key, value):
-                    message = message.replace(value, "(secret)")
-                    if query := value.partition("?")[2]:  # with a file's name before it
-                        message = message.replace(query, "(secret)")
+                if value and (key in self._hidden or is_secret(key, value)):
+                    message = without_secret(message, value)
         return message.split("\n")[0][:_LONGEST_MESSAGE]
 
     def _must_write(self, path: str) -> None:

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -26,6 +27,11 @@ _SECRET_NAMES = re.compile(
 )
 # in a URL: a user, a query (a signature, a token)
 _CREDENTIALS = re.compile(r"://([^/]*@|.*\?)", re.DOTALL)
+_URL = re.compile("[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+# a part of a secret that tells something of it
+_WORD = re.compile(r"[^\W_]{6,}")
+_ESCAPED = {'"': '\\"', "\\": "\\\\", "\a": "\\a", "\b": "\\b", "\f": "\\f", "\n": "\\n",
+            "\r": "\\r", "\t": "\\t", "\v": "\\v"}  # fmt: skip
 #: what these backends read and rclone does not tell of (by its sources, 1.76)
 _UNTOLD = {
     "jottacloud": {"configVersion", "tokenURL", "device", "mountpoint", "username"},
@@ -61,6 +67,11 @@ def read_rclone_config(name: str, config: Mapping[str, Any]) -> tuple[str, Optio
 
     options()
     return parsed.type, options
+
+
+def referenced(config: Mapping[str, Any]) -> set[str]:
+    """Names of the options that are references to secrets."""
+    return {key.removeprefix(_SECRET) for key in config if key.startswith(_SECRET)}
 
 
 def must_have_options(name: str, config: Mapping[str, Any]) -> None:
@@ -104,6 +115,41 @@ def _check_options(name: str, plain: Mapping[str, str], secrets: Mapping[str, st
                 what=f"config of storage {name}: {_SECRET}{key}", value="(not shown)",
                 expected="env:NAME, file:/path or credential:NAME",
             ) from None  # fmt: skip
+
+
+def without_secret(message: str, value: str) -> str:
+    """``message`` without a secret, or what of it rclone tells in a spelling of its own.
+
+    Of a URL only the user, the password and the query are secrets by themselves.
+    """
+    inner = [value]
+    if begin := _URL.match(value):
+        rest = value[begin.end() :]  # a password may have any sign in it
+        inner = [part for part in (rest.rpartition("@")[0], rest.partition("?")[2]) if part]
+    forms = {
+        form
+        for part in (value, *inner)
+        for form in (part, _as_go(part), quote(part), quote(part, safe=""))
+    }
+    words = {word for part in inner for word in _WORD.findall(part)}
+    # the longest first: what is left of it when a part is gone could not be found
+    for some in (forms, words):
+        for one in sorted(some, key=len, reverse=True):
+            message = message.replace(one, "(secret)") if one else message
+    return message
+
+
+def _as_go(text: str) -> str:
+    """What Go's ``%q`` makes of a text, without the quotes (strconv.Quote)."""
+    return "".join(_ESCAPED.get(char) or (char if char.isprintable() else _by_number(char))
+                   for char in text)  # fmt: skip
+
+
+def _by_number(char: str) -> str:
+    number = ord(char)
+    if number < 0x80:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
 def is_secret(key: str, value: str) -> bool:

@@ -243,6 +243,27 @@ def test_a_secret_given_where_a_reference_belongs_is_refused(config):
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "secret", ["hunter2-hunter2", 'hunter2"hunter2\\', "hunter2/hunter2", "hunter2\u2028hunter2",
+               "hunter2%zzhunter2", "hunter2\nhunter2", "hunter2@hunter2?"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "config", "given"),
+    [
+        ("http", {"url": "http://127.0.0.1:9/", "secret_headers": "env:DLM_TEST_GIVEN"}, "{}"),
+        ("webdav", {"secret_url": "env:DLM_TEST_GIVEN"}, "http://user:{}@127.0.0.1:9/"),
+        ("http", {"secret_url": "env:DLM_TEST_GIVEN"}, "http://127.0.0.1:9/?sign={}"),
+    ],
+)
+def test_no_spelling_of_a_secret_is_in_an_error(monkeypatch, kind, config, given, secret):
+    """rclone repeats what it cannot read, in quotes and with escapes of Go's."""
+    monkeypatch.setenv("DLM_TEST_GIVEN", given.format(secret))
+    storage = open_storage("x", "rclone", ".", {"type": kind, **config})
+    with pytest.raises(StorageUnavailableError) as caught:
+        storage.check()
+    assert "hunter2" not in str(caught.value)
+
+
 def test_a_backend_that_is_not_there_is_told():
     """In one line, without what it was asked with."""
     storage = open_storage("x", "rclone", ".", {"type": "nosuchthing"})

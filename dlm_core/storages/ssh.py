@@ -168,6 +168,8 @@ class Session:
     busy: int = 0
     #: shells that wait for the next command
     _idle: list[Shell] = field(default_factory=list)
+    #: shells that run a command, or are begun
+    _at_work: int = 0
     _free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_SHELLS))
 
     def alive(self) -> bool:
@@ -181,22 +183,40 @@ class Session:
         of. It is ended there if nobody waits for it any more.
         """
         async with self._free:
-            with suppress(ShellEnded):  # one that was ended there meanwhile: a new one tells
-                if self._idle:
-                    return await self._run(self._idle.pop(), command, given)
-            try:
-                return await self._run(await Shell.begun(self.connection), command, given)
-            except ShellEnded as error:
-                if not self.alive():
-                    raise asyncssh.ConnectionLost("the connection went") from None
-                return None, b"", error.complaint
+            while True:
+                with suppress(ShellEnded):  # one that was ended there meanwhile: a new one tells
+                    if self._idle:
+                        return await self._run(self._idle.pop(), command, given)
+                try:
+                    return await self._run(await self._one_more(), command, given)
+                except asyncssh.ChannelOpenError as error:
+                    if not self.alive():
+                        raise
+                    if not self._at_work:
+                        return None, b"", error.reason.encode()
+                    # the server's MaxSessions: one place less for good, and a shell that is there
+                    await self._free.acquire()
+                except ShellEnded as error:
+                    if not self.alive():
+                        raise asyncssh.ConnectionLost("the connection went") from None
+                    return None, b"", error.complaint
+
+    async def _one_more(self) -> Shell:
+        self._at_work += 1
+        try:
+            return await Shell.begun(self.connection)
+        finally:
+            self._at_work -= 1
 
     async def _run(self, shell: Shell, command: str, given: bytes) -> tuple[int, bytes, bytes]:
+        self._at_work += 1
         try:
             answer = await shell.run(command, given)
         except BaseException:
             shell.end()
             raise
+        finally:
+            self._at_work -= 1
         self._idle.append(shell)
         return answer
 

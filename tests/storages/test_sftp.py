@@ -447,6 +447,32 @@ def test_a_shell_that_is_promised_and_not_there_is_noticed(own, root):
     assert at(own, root).check() is None
 
 
+@pytest.mark.parametrize("sessions", [2, 3])
+def test_a_machine_that_lets_few_commands_run_at_once_gets_no_more(tmp_path, root, sessions):
+    """Each over a connection is a session, as the files are: of more than it lets none fails."""
+    with ssh_server(tmp_path / "own", f"MaxSessions {sessions}\n") as server:
+        storage = at(server, root, shell="true", connections=1)
+
+        def work(n):
+            for step in range(4):
+                put(storage, f"{n}/{step}")
+                storage.flush()
+                told = storage.digest_many([f"{n}/{step}"], threading.Event())
+                assert told == {f"{n}/{step}": f"sha256:{hashlib.sha256(b'payload').hexdigest()}"}
+
+        storage.stat("x")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+
+
+def test_a_machine_that_lets_no_command_run_beside_the_files_says_so(tmp_path, root):
+    """What is to be done about it, and no outage of the machine."""
+    with ssh_server(tmp_path / "own", "MaxSessions 1\n") as server:
+        with pytest.raises(StorageUnavailableError, match="say shell=false"):
+            at(server, root, shell="true").check()
+        at(server, root).check()
+
+
 def test_a_hashing_that_is_stopped_ends(sshd, root):
     """Soon, and tells nothing."""
     storage = at(sshd, root, shell=True)

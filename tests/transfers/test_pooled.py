@@ -25,9 +25,9 @@ def clock(monkeypatch) -> SimpleNamespace:
 
 
 def most_at_once(turns: Turns, work: Callable[[int], None], count: int) -> list[int]:
-    """How many were at it when each of ``count`` turns began. ``work`` is called with how many are
-    at it when its turn is about to end, one call at a time."""
-    at_it, seen, lock = 0, [], threading.Lock()
+    """How many were at it when each of ``count`` turns began. A turn ends when as many as may are
+    at it; ``work`` is called with how many these are, and no other turn ends in between."""
+    at_it, seen, lock, ending = 0, [], threading.Lock(), threading.Lock()
 
     def one(_: int) -> None:
         nonlocal at_it
@@ -35,12 +35,16 @@ def most_at_once(turns: Turns, work: Callable[[int], None], count: int) -> list[
             with lock:
                 at_it += 1
                 seen.append(at_it)
-            time.sleep(0.005)  # so that others come for a turn
+            ending.acquire()
+            while at_it < turns._width and len(seen) < count:
+                time.sleep(0.001)
             with lock:
                 work(at_it)
                 at_it -= 1
+        ending.release()
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    together = threading.Barrier(_THREADS)
+    with ThreadPoolExecutor(_THREADS, initializer=together.wait) as pool:
         list(pool.map(one, range(count)))
     return seen
 

@@ -78,6 +78,7 @@ def test_a_deadlock_while_rows_are_copied_is_tried_again(engine: Engine) -> None
     def other() -> None:
         with begin(engine, ACTOR) as connection:
             run(connection, lock, uid=second)
+            run(connection, "SET LOCAL deadlock_timeout = '1h'")  # not the one who gives way
             locked.set()
             run(connection, lock, uid=first)
 

@@ -29,6 +29,7 @@ from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import drain
 from dlm_core.types import OperationKind
+from tests.sessions import end_sessions
 from tests.site import Site, make_site
 
 
@@ -285,7 +286,7 @@ def test_a_database_with_items_is_refused_unless_named(
         restored(site, made, database_url, into_existing="other")
     with pytest.raises(RestoreRefusedError, match="other connections"):
         restored(site, made, database_url, into_existing=name)
-    site.context.engine.dispose()
+    end_sessions(site.context.engine)
     again = restored(site, made, database_url, into_existing=name)
     assert again.query("SELECT uri FROM data_item") == [{"uri": "test:one"}]
     aside = again.query("SELECT nspname FROM pg_namespace WHERE nspname LIKE 'before_restore%'")
@@ -301,7 +302,7 @@ def test_a_restore_that_fails_leaves_the_database_as_it_was(
     data = made.path.read_bytes()
     made.path.write_bytes(data[: len(data) * 9 // 10])
     name = str(psycopg.conninfo.conninfo_to_dict(database_url)["dbname"])
-    site.context.engine.dispose()
+    end_sessions(site.context.engine)
     with pytest.raises(BackupError, match="nothing was changed"):
         backup.restore(
             database_url, made, actor="user:test", now=site.now, into_existing=name
@@ -321,7 +322,7 @@ def test_a_backup_of_an_older_schema_is_upgraded(
     site = make_site(old, tmp_path)
     made = backup.back_up(empty_database_url, tmp_path / "x.dump", now=site.now)
     assert made.manifest["schema"] == "0001"
-    old.dispose()
+    end_sessions(old)
     backup.restore(
         empty_database_url, made, actor="user:test", now=site.now, into_existing=None
     )  # fmt: skip

@@ -4,10 +4,11 @@ import threading
 
 import pytest
 
-from dlm_core.catalogue.engine import begin, rows, run
+from dlm_core.catalogue.engine import begin, rows
 from dlm_core.catalogue.items import Announcement, Terms, announce
 from dlm_core.catalogue.urgency import Urgency
 from tests.schema.rules import NOW, add_storage
+from tests.sessions import until_it_waits
 
 ACTOR = "user:test"
 
@@ -73,15 +74,14 @@ def test_of_two_that_announce_the_same_the_second_finds_it_known(engine, storage
 
     def second():
         with begin(engine, ACTOR) as connection:
-            run(connection, "SET LOCAL application_name = 'second'")
             found.append(tell(connection, storages[0], "b", "a"))
 
     thread = threading.Thread(target=second)
     with begin(engine, ACTOR) as connection:
         assert tell(connection, storages[0], "a") == (1, 0, 0)
         thread.start()
-        thread.join(0.5)
+        until_it_waits(engine, thread)
         assert not found
-    thread.join(30)
+    thread.join(60)
     assert found == [(1, 0, 1)]
     assert counts(engine)["operation"] == 2

@@ -14,6 +14,7 @@ from dlm_core.catalogue.urgency import Urgency, deadlines, forget_met, items_in,
 from dlm_core.errors import InvalidValueError, NotFoundError
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.types import OperationKind
+from tests.sessions import until_it_waits
 from tests.site import Site, make_site
 
 _HOUR = timedelta(hours=1)
@@ -158,7 +159,7 @@ def test_two_who_say_the_same_at_once_move_what_is_queued_once(site: Site) -> No
     def first(connection: Connection) -> None:
         set_urgency(connection, [oid], {"priority": 2})
         second.start()
-        second.join(0.5)
+        until_it_waits(site.context.engine, second)
 
     site.context.transact(first)
     second.join()

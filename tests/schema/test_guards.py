@@ -12,6 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from dlm_core.catalogue.engine import rows, run
 from tests.schema.rules import add_item, add_replica, add_storage, ready_item, refusal, set_replica
+from tests.sessions import until_it_waits
 
 _RETIRE = "UPDATE storage SET mode = 'retired', retired_at = now() WHERE storage_id = :id"
 
@@ -57,9 +58,8 @@ def test_of_a_copy_and_a_retirement_at_once_the_second_is_refused(
     with engine.begin() as connection:
         actions[first](connection)
         thread.start()
-        thread.join(1)
-        assert thread.is_alive(), "the second one did not wait"
-    thread.join(20)
+        until_it_waits(engine, thread)
+    thread.join(60)
     (refused,) = refusals
     assert ("still has replicas" if first == "copy" else "is retired") in refused
 

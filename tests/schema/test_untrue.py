@@ -28,6 +28,7 @@ from tests.schema.rules import (
     set_item,
     set_replica,
 )
+from tests.sessions import until_it_waits
 
 # --- certificates ---------------------------------------------------------------------------------
 
@@ -119,9 +120,8 @@ def test_of_two_who_trash_one_copy_each_the_second_is_refused(engine: Engine) ->
     with begin(engine, "test", NOW) as connection:
         trash(connection, one)
         thread.start()
-        thread.join(1)
-        assert thread.is_alive(), "the second one did not wait"
-    thread.join(20)
+        until_it_waits(engine, thread)
+    thread.join(60)
     assert len(outcome) == 1 and "last good copy" in outcome[0]
     with begin(engine, "test", NOW) as connection:
         found = rows(connection, "SELECT state FROM replica WHERE oid = :o ORDER BY 1", o=oid)

@@ -1,6 +1,7 @@
 """Jobs and sensors on a real catalogue and real files, without daemon."""
 
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -318,15 +319,16 @@ def test_a_value_out_of_range_is_one_line(site, instance, config):
 
 
 def test_a_sensor_is_quick(site, instance):
-    """Due or not, a tick takes less than 100 ms; the quickest of five, since machines are noisy."""
+    """Due or not, a tick takes less than 100 ms; the quickest counts, since machines are noisy."""
     register(site, {f"f{n}": b"one" for n in range(50)})
+
+    def seconds(name: str) -> float:
+        begun = time.monotonic()
+        sensor(instance, name)
+        return time.monotonic() - begun
+
     for name in JOBS:
-        took = []
-        for _ in range(5):
-            begun = time.monotonic()
-            sensor(instance, name)
-            took.append(time.monotonic() - begun)
-        assert min(took) < 0.1, name
+        assert any(seconds(name) < 0.1 for _ in range(50)), name
 
 
 def test_a_long_tally_is_folded_by_a_sensor(site, instance):
@@ -355,9 +357,20 @@ def test_two_drainers_never_do_one_operation_twice(site, database_url):
         replace(site.context, engine=make_engine(database_url), worker=f"worker:{n}")
         for n in range(2)
     ]
-    copy = {OperationKind.COPY: execute_copy}
+    both = threading.Barrier(2)
+
+    def work(context):
+        first = iter([True])
+
+        def copy(context, claim):
+            if next(first, False):
+                both.wait(60)  # until the other has a claim too
+            return execute_copy(context, claim)
+
+        return drain(context, {OperationKind.COPY: copy}, linger_seconds=0.5)
+
     with ThreadPoolExecutor(2) as pool:
-        reports = list(pool.map(lambda c: drain(c, copy, linger_seconds=0.5), contexts))
+        reports = list(pool.map(work, contexts))
     for context in contexts:
         context.engine.dispose()
     assert [sum(r.failed.values()) + sum(r.retried.values()) for r in reports] == [0, 0]

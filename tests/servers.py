@@ -41,7 +41,7 @@ class Server:
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env={**os.environ, **self.environment}, start_new_session=True,
             )  # fmt: skip
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.process.poll() is None:
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
                 return
@@ -74,7 +74,7 @@ class DavServer(Server):
         """The URL of a new collection, made through the server: some keep what they listed."""
         name = uuid.uuid4().hex
         basic = base64.b64encode(f"{USER}:{self.password}".encode()).decode()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("MKCOL", f"/{name}/", headers={"Authorization": f"Basic {basic}"})
         assert connection.getresponse().status == 201
         connection.close()
@@ -106,7 +106,7 @@ class ArchiveServer(Server):
         return name
 
     def _ask(self, verb: str, path: str, body: str) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request(verb, path, body, {"Content-Type": "application/json"})
         assert connection.getresponse().status in (200, 201)
         connection.close()
@@ -123,10 +123,13 @@ def archive_server(folder: Path) -> Iterator[ArchiveServer]:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that is free, and below those that the system gives to who asks for any: it
+    is still free when its server comes up, and comes up again."""
+    while True:
+        port = 10_000 + secrets.randbelow(6_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def tool(name: str) -> str:

@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dlm_cli.s3_server import free_ports
+from tests.servers import free_port
 
 _SSHD = "/usr/sbin/sshd"
-_READY_SECONDS = 20
+_READY_SECONDS = 60
 _CONFIG = """
 ListenAddress 127.0.0.1
 Port {port}
@@ -41,7 +41,7 @@ class SshServer:
 
     def __init__(self, folder: Path, more: str = "", sftp: str = "internal-sftp") -> None:
         self.folder, self.user = folder, getpass.getuser()
-        (self.port,) = free_ports(1)
+        self.port = free_port()
         self.key_name = f"DLM_TEST_SSH_{uuid.uuid4().hex}"
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)

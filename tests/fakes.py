@@ -246,12 +246,15 @@ class Stopping(Counting):
     ) -> None:
         super().__init__(inner)
         self.left, self.meanwhile, self.last = left, meanwhile, ("", "")
+        self._lock = threading.Lock()
 
     def called(self, call: str, about: str) -> None:
-        self.left -= 1
-        if self.left >= 0:
-            self.last = (call, about)
-        if self.left <= 0 and self.meanwhile is None:
+        with self._lock:  # several threads call
+            self.left -= 1
+            left = self.left
+            if left >= 0:
+                self.last = (call, about)
+        if left <= 0 and self.meanwhile is None:
             raise StoppedError
-        if self.left == 0 and self.meanwhile is not None:
+        if left == 0 and self.meanwhile is not None:
             self.meanwhile()

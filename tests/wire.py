@@ -37,7 +37,8 @@ class Line:
 
     def mend(self) -> None:
         """Let everything pass; ``sent`` begins anew."""
-        self._cut, self._flip, self.sent = None, None, 0
+        with self._lock:
+            self._cut, self._flip, self.sent = None, None, 0
 
     def close(self) -> None:
         self._listener.close()
@@ -47,13 +48,18 @@ class Line:
         with suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                if self._is_cut():
+                far = None if self._is_cut() else self._reached()
+                if far is None:
                     near.close()
                     continue
-                far = socket.create_connection(("127.0.0.1", self.server))
                 self._open |= {near, far}
                 for way in ((near, far, True), (far, near, False)):
                     threading.Thread(target=self._pass, args=way, daemon=True).start()
+
+    def _reached(self) -> socket.socket | None:
+        with suppress(OSError):
+            return socket.create_connection(("127.0.0.1", self.server))
+        return None
 
     def _pass(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
         with suppress(OSError):

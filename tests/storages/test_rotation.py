@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -144,13 +145,14 @@ def test_a_storage_whose_secret_came_later_is_opened_then(s3, folder):
     pool.open(row).check()
 
 
-def test_keys_are_kept_for_a_moment(folder):
+def test_keys_are_kept_for_a_moment(folder, monkeypatch):
     """Small objects by the thousand do not read files for each request."""
-    read = []
+    read, clock = [], SimpleNamespace(now=0.0)
+    monkeypatch.setattr(s3_keys, "time", SimpleNamespace(monotonic=lambda: clock.now))
     provider = s3_keys.KeyProvider(lambda: read.append(1) or {"access_key_id": "k"}, 0.2)
     assert [provider()["access_key_id"] for _ in range(100)] == ["k"] * 100
     assert len(read) == 1
-    time.sleep(0.25)
+    clock.now += 0.25
     provider()
     assert len(read) == 2
 

@@ -18,6 +18,7 @@ from dlm_core.lifecycle.check import plan_verification, propose_verification, wi
 from dlm_core.lifecycle.ingest import init_data_item, set_uri
 from dlm_core.lifecycle.replicate import plan_replication
 from dlm_core.lifecycle.verify import request_verification
+from dlm_core.lifecycle.work import _open_row
 from dlm_core.storages.open import open_storage
 from dlm_core.types import OperationKind
 from tests.backends import s3_config
@@ -54,7 +55,7 @@ def reads(site, note):
         if call == "open_read":
             note(path)
 
-    reopen(site, lambda row: Hooked(open_storage(row["name"], "posix", row["root"], {}), hook))
+    reopen(site, lambda row: Hooked(_open_row(row), hook))
 
 
 def test_what_was_not_read_for_its_interval_is_read_again(site):
@@ -109,7 +110,7 @@ def test_what_takes_long_is_written_before_all_is_read(site, monkeypatch):
 
     def note(path):
         if path == "8":
-            end = time.monotonic() + 10
+            end = time.monotonic() + 60
             while checked(site, first) != site.now and time.monotonic() < end:
                 time.sleep(0.01)
             seen.append(checked(site, first))
@@ -203,7 +204,7 @@ def test_reading_keeps_the_pace_that_the_storage_allows(site):
     site.advance(days=91)
     begun = time.monotonic()
     assert verify(site).done == {"verify": 4}
-    assert 0.9 < time.monotonic() - begun < 10
+    assert 0.9 < time.monotonic() - begun < 60
 
 
 def test_a_wait_for_the_pace_ends_when_the_drainer_is_stopped(site):
@@ -211,12 +212,10 @@ def test_a_wait_for_the_pace_ends_when_the_drainer_is_stopped(site):
     add(site, "large", bytes(1_000_000))
     site.set_storage("a", verify_bytes_per_second=1000)
     site.advance(days=91)
-    timer = threading.Timer(0.5, site.context.stop.set)
-    timer.start()
+    reads(site, lambda _: threading.Timer(0.5, site.context.stop.set).start())
     begun = time.monotonic()
     assert verify(site).total == 0
-    assert time.monotonic() - begun < 20
-    timer.join()
+    assert time.monotonic() - begun < 60
     assert site.query("SELECT state FROM operation") == [{"state": "QUEUED"}]
 
 

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -48,6 +48,13 @@ def ended_with_us(*folders: Path) -> Iterator[None]:
         watcher.stdin.close()
 
 
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """kill -9 of those that have not ended meanwhile, as some do with those that started them."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def _left(mark: str, group: int, folders: Sequence[str]) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
@@ -66,11 +73,7 @@ def main(mark: str, group: str, *folders: str) -> None:
     """Wait for the end of standard input, then end what is left."""
     sys.stdin.buffer.read()
     for _ in range(_LOOKS):
-        for process in _left(mark, int(group), folders):
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                pass
+        kill(_left(mark, int(group), folders))
         time.sleep(_BETWEEN)
     shutil.rmtree(folders[0], ignore_errors=True)
 

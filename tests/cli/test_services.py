@@ -27,6 +27,7 @@ from dlm_cli.services import processes_of, read_services, run_services
 from dlm_core.catalogue import embedded
 from dlm_core.errors import AlreadyRunningError, ServiceUnavailableError
 from dlm_core.settings import load_settings
+from tests.leftovers import kill
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -118,8 +119,7 @@ class Site:
             if supervisor.poll() is None:
                 supervisor.kill()
             supervisor.communicate()
-        for process in processes_of(self.home):
-            process.kill()
+        kill(processes_of(self.home))
         embedded.stop(self.home)
 
 
@@ -165,7 +165,7 @@ def test_up_and_ctrl_c_and_up_again(site: Site) -> None:
     workers = processes_of(site.home)
 
     supervisor.send_signal(signal.SIGINT)
-    assert supervisor.wait(timeout=40) == 0
+    assert supervisor.wait(timeout=120) == 0
     assert not any(_lives(process) for process in workers)
     assert embedded.running_pid(site.home) is None
     assert read_services(site.home) is None
@@ -197,9 +197,9 @@ def test_kill_9_of_everything(site: Site) -> None:
     run_id = site.launch()
     postgres = embedded.running_pid(site.home)
     assert postgres is not None
+    server = psutil.Process(postgres)
     supervisor.kill()
-    for process in [*processes_of(site.home), psutil.Process(postgres)]:
-        process.kill()
+    kill([*processes_of(site.home), server])
 
     site.up()
     assert site.status(run_id) == "FAILURE"

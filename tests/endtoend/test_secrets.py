@@ -22,6 +22,7 @@ import pytest
 from dlm_cli.s3_server import S3Server
 from dlm_cli.services import processes_of
 from dlm_core.catalogue import embedded
+from tests.leftovers import kill
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -51,7 +52,7 @@ class Installation:
 
     def dlm(self, *arguments: str) -> str:
         """Run a command; what it said is kept."""
-        out = self.start(*arguments).communicate(timeout=90)[0]
+        out = self.start(*arguments).communicate(timeout=180)[0]
         self.said.append(out)
         return out
 
@@ -64,11 +65,10 @@ class Installation:
     def end(self) -> None:
         self.services.send_signal(signal.SIGINT)
         try:
-            self.said.append(self.services.communicate(timeout=40)[0])
+            self.said.append(self.services.communicate(timeout=120)[0])
         except subprocess.TimeoutExpired:
             self.services.kill()
-        for process in processes_of(self.home):
-            process.kill()
+        kill(processes_of(self.home))
         embedded.stop(self.home)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +26,16 @@ def standby(run_folder: Path) -> Iterator[Path]:
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("ALTER SYSTEM SET default_transaction_read_only = on")
             connection.execute("SELECT pg_reload_conf()")
+        while not _takes_no_writes(url):  # it is told, and does so a little later
+            time.sleep(0.01)
         yield home
     finally:
         embedded.stop(home)
+
+
+def _takes_no_writes(url: str) -> bool:
+    with psycopg.connect(url) as connection:
+        return connection.execute("SHOW default_transaction_read_only").fetchone() == ("on",)
 
 
 def several(database_url: str, standby: Path) -> str:

@@ -55,6 +55,14 @@ def kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
+def lives(pid: int) -> bool:
+    """One that has ended may wait for long to be collected by the machine's first process."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _left(mark: str, group: int, folders: Sequence[str]) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():

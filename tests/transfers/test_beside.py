@@ -23,6 +23,7 @@ from dlm_core.transfers.beside import LostError, Processes
 from dlm_core.transfers.mover import CopyResult, CopyTask, copy_batch
 from dlm_core.transfers.throttle import paced
 from dlm_core.types import ManifestEntry, PayloadKind
+from tests.leftovers import lives
 from tests.transfers.test_mover import task
 
 COUNT = 300
@@ -48,7 +49,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Processes]:
 
 
 def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -241,7 +242,7 @@ def test_they_end_with_their_parent():
     assert ended.returncode == -signal.SIGKILL
     pids = [int(pid) for pid in ended.stdout.split()]
     assert len(pids) == 2
-    until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    until(lambda: not any(lives(pid) for pid in pids))
 
 
 def kinds(kind: type[DlmError] = DlmError) -> Iterator[type[DlmError]]:

@@ -154,7 +154,7 @@ def test_a_daemon_that_dies_in_the_middle(remote, written, monkeypatch, when):
         if when == "after":
             call()
         process.kill()
-        process.wait(10)
+        process.wait(60)
         return call()
 
     asked = calls(monkeypatch, moving(die))

@@ -119,7 +119,7 @@ def test_a_reading_of_many_that_is_stopped_ends(sshd, root):
     threading.Timer(0.5, stop.set).start()
     begun = time.monotonic()
     assert storage.read_many([("big", 8 << 30)], stop) == {}
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
 
 
 @pytest.mark.parametrize("size", [100, 5 << 20])

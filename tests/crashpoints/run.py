@@ -325,7 +325,7 @@ def kill_at(arena: Arena, scenario: Scenario, at: int) -> tuple[int, State]:
     try:
         command = [sys.executable, "-m", "tests.crashpoints.kill", arena.url(name),
                    str(arena.live), scenario.name, arena.now.isoformat(), str(at)]  # fmt: skip
-        code = subprocess.run(command, check=False, timeout=60, cwd=_ROOT).returncode
+        code = subprocess.run(command, check=False, timeout=120, cwd=_ROOT).returncode
         end = arena.now + timedelta(hours=scenario.rounds)
         return code, recover(arena.url(name), arena.live, scenario, end)
     finally:

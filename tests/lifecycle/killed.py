@@ -27,7 +27,7 @@ ARRIVED = 10 << 20
 
 def wait_for_arrival(storage: Any) -> None:
     """Until most of what was read is in temporary files or parts of uploads on ``storage``."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while _arrived(storage) < ARRIVED:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -214,7 +214,7 @@ def kill_in_the_middle(site: Site, url: str) -> None:
         site.now.isoformat(), str(12 * _MB), str(_PART),
         json.dumps(["posix", str(site.folder / "a"), {}]), json.dumps(site.far),
     ]  # fmt: skip
-    done = subprocess.run(command, timeout=60, check=False, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, timeout=120, check=False, stdin=subprocess.DEVNULL)
     assert done.returncode == -signal.SIGKILL
 
 
@@ -262,20 +262,20 @@ def test_what_a_worker_may_still_write_does_no_harm(site: Site) -> None:
 
     def sleep() -> None:
         asleep.set()
-        assert awake.wait(30)
+        assert awake.wait(120)
 
     source = cut(site, 12 * _MB, sleep)
     plan_replication(site.context)
     late = threading.Thread(target=drain, args=(site.context, _COPY))
     late.start()
-    assert asleep.wait(30)
+    assert asleep.wait(60)
     site.advance(hours=1)
     before = went_over(site, source)
     drain(replace(site.context, worker="another"), _COPY)
     assert visible(site) == {"test/x": _DATA}
     assert went_over(site, source) - before < len(_DATA)
     awake.set()
-    late.join(30)
+    late.join(60)
     assert visible(site) == {"test/x": _DATA}
     assert site.replicas(oid)["b"] == "READY"
     assert left_over(site) == []

@@ -244,7 +244,7 @@ def _wait_until_blocked(site: Site) -> None:
     """Until another session of this database waits for a lock."""
     waiting = """SELECT count(*) AS n FROM pg_stat_activity
                   WHERE datname = current_database() AND wait_event_type = 'Lock'"""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while not site.query(waiting)[0]["n"]:
         assert time.monotonic() < end, "nobody waits"
         time.sleep(0.02)

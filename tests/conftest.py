@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy import Engine
 
 from dlm_core.catalogue import embedded, schema
@@ -45,6 +46,12 @@ _FIRST = (
     "lifecycle/test_staging.py",
     "storages/test_conformance.py",
 )
+
+# how long an example takes tells of the machine only
+settings.register_profile(
+    "tests", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As a shell's background job: Dagster would ignore SIGTERM like it, and so would what it starts

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.servers import free_port
+from tests.servers import free_port, packages_fetched_by_one
 
 _SSHD = "/usr/sbin/sshd"
 _READY_SECONDS = 60
@@ -109,7 +109,8 @@ def make_key(path: Path) -> None:
 @contextmanager
 def ssh_server(folder: Path, more: str = "", sftp: str = "internal-sftp") -> Iterator[SshServer]:
     """A running server; ``more`` is added to its configuration, ``sftp`` serves files."""
-    _need_sshd()
+    with packages_fetched_by_one():
+        _need_sshd()
     server = SshServer(folder, more, sftp)
     server.start()
     try:

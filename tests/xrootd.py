@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import Server, free_port, running
+from tests.servers import Server, free_port, packages_fetched_by_one, running
 
 _CACHE = Path(sys.prefix, "xrootd")
 #: the second is what a server runs to fetch from another one
@@ -134,7 +134,8 @@ def _fetch(part: Path) -> None:
     part.mkdir()
     if not _download(part) and os.geteuid() == 0:
         update = ["apt-get", "-o", "DPkg::Lock::Timeout=300", "-qq", "update"]
-        subprocess.run(update, check=False)  # without it there is nothing to fetch, told below
+        with packages_fetched_by_one():
+            subprocess.run(update, check=False)  # without it there is nothing to fetch, told below
         _download(part)
     packages = list(part.glob("*.deb"))
     found = {one.name.partition("_")[0] for one in packages}

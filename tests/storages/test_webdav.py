@@ -297,12 +297,13 @@ def test_a_server_killed_in_a_copy_and_back(tmp_path):
     tasks = [task(source, path, content) for path, content in data.items()]
     with wsgidav_server(tmp_path / "dav") as server:
         storage = open_dav(server)
-        killed = threading.Event()
+        killed, lock = threading.Event(), threading.Lock()
 
         def kill(_):
-            if not killed.is_set():
-                killed.set()
-                server.stop(signal.SIGKILL)
+            with lock:  # nobody goes on before it is dead
+                if not killed.is_set():
+                    server.stop(signal.SIGKILL)
+                    killed.set()
 
         first = list(copy_batch(source, storage, tasks, progress=kill))
         assert killed.is_set() and {one.error.code for one in first} == {"DLM-301"}

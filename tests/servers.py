@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 USER = "dlm"
+_GIVEN: set[int] = set()
 
 
 @dataclass
@@ -126,11 +127,15 @@ def archive_server(folder: Path) -> Iterator[ArchiveServer]:
 
 def free_port() -> int:
     """A loopback port that is free, and below those that the system gives to who asks for any: it
-    is still free when its server comes up, and comes up again."""
+    is still free when its server comes up, and comes up again. Clients remember servers by their
+    ports, so that none is given twice."""
     while True:
         port = 10_000 + secrets.randbelow(6_000)
+        if port in _GIVEN:
+            continue
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _GIVEN.add(port)
             return port
 
 

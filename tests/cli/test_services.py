@@ -240,21 +240,25 @@ def test_a_full_disk_does_not_end_what_runs(
     for name in ("log", "dagster"):
         (tmp_path / name).mkdir()
     log = tmp_path / "log" / "daemon.log"
-    log.write_bytes(b"much")
     stop, begun = threading.Event(), []
     monkeypatch.setattr(services, "_LOG_LIMIT_BYTES", 3)
     monkeypatch.setattr(services, "is_healthy", lambda _: True)
     monkeypatch.setattr(embedded, "running_pid", lambda _: None)
     child = services.Child("daemon", ["sleep", "600"])
 
+    def refused(*_: Any, **__: Any) -> None:
+        stop.set()
+        _full()
+
     def ready(_: str) -> None:
         for module, name in ((embedded, "ensure_running"), (services, "_write_state"),
-                             (shutil, "copyfile"), (subprocess, "Popen")):  # fmt: skip
+                             (shutil, "copyfile")):  # fmt: skip
             monkeypatch.setattr(module, name, _full)
+        monkeypatch.setattr(subprocess, "Popen", refused)
+        log.write_bytes(b"much")
         begun.append(child.process)
         child.process.kill()
         child.process.wait()
-        threading.Timer(4, stop.set).start()
 
     monkeypatch.setattr(embedded, "ensure_running", lambda *_: "")
     monkeypatch.setattr(services, "_write_state", lambda *_: None)

@@ -38,14 +38,11 @@ _T = TypeVar("_T")
 )
 def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     """Each part by itself: a storage that is down does not keep the others from being done. What
-    nobody expects fails the run, when all that can be done is done."""
+    nobody expects, or the catalogue refuses of its own parts, fails the run when all that can be
+    done is done."""
     failed: list[Exception] = []
     core = catalogue.context(f"run:{context.run_id}")
-    core.transact(lambda c: ensure_partitions(c, core.clock()))
-    core.transact(fold_tally)
-    core.transact(lambda c: forget_waits(c, core.clock()))
-    core.transact(lambda c: forget_met(c, core.clock() - _DEADLINE_AGE))
-    _tell(context, core)
+    _keep_catalogue(context, core, failed)
     swept = sum(_each(context, _sweeps(core), failed))
     before = core.clock() - timedelta(days=core.settings.dagster_retention_days)
     pruned = sum(_each(context, [partial(_prune, context.instance, before)], failed))
@@ -55,7 +52,27 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
     _export(context, core, failed)
     _pack(context, core, failed)  # last: it may take long
     if failed:
-        raise failed[0]
+        error = failed[0]
+        if isinstance(error, DlmError):
+            raise dg.Failure(f"{error.code}: {error}", allow_retries=error.retryable)
+        raise error
+
+
+def _keep_catalogue(context: dg.OpExecutionContext, core: Context, failed: list[Exception]) -> None:
+    """The catalogue's own parts, of which none keeps another, or the storages' from being done."""
+    parts: tuple[Callable[[], object], ...] = (
+        lambda: core.transact(lambda c: ensure_partitions(c, core.clock())),
+        lambda: core.transact(fold_tally),
+        lambda: core.transact(lambda c: forget_waits(c, core.clock())),
+        lambda: core.transact(lambda c: forget_met(c, core.clock() - _DEADLINE_AGE)),
+        lambda: _tell(context, core),
+    )
+    for part in parts:
+        try:
+            part()
+        except DlmError as error:
+            context.log.error(f"{error.code}: {error}")
+            failed.append(error)
 
 
 def _tell(context: dg.OpExecutionContext, core: Context) -> None:

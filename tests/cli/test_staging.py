@@ -46,7 +46,11 @@ def test_items_are_staged_by_hand_and_it_is_told(
     assert dlm("storage", "show", "tape", "--json").json["staging"]["asked"] == 2
     assert "staging_files" in dlm("storage", "show", "tape").out
     told = dlm("item", "why", "t:x").out
-    assert "stage on tape: asked for [DLM-308:" in told and "waits for staging since" in told
+    assert (
+        "stage on tape, due" in told
+        and ": asked for [DLM-308:" in told
+        and "waits for staging since" in told
+    )
     # between two looks nothing is due; it is waited for all the same
     refused(dlm("item", "wait", "t:x", "--timeout", "0s"), "DLM-601", 1)
 

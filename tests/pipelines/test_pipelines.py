@@ -17,7 +17,7 @@ from dlm_core.catalogue.engine import make_engine
 from dlm_core.catalogue.places import set_storage
 from dlm_core.catalogue.plans import approve_plan
 from dlm_core.clock import utc_now
-from dlm_core.errors import InvalidValueError
+from dlm_core.errors import DataRefusedError, InvalidValueError
 from dlm_core.lifecycle import pack
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.lost import lose_storage, take_back
@@ -421,6 +421,28 @@ def test_all_old_runs_are_forgotten_with_what_they_left(site, instance, monkeypa
     assert {run.run_id for run in instance.get_runs()} == {waiting, done.run_id}
     assert sorted(deleted) == sorted(runs)
     assert not result.parent.exists()
+
+
+def test_a_part_of_the_catalogue_s_own_maintenance_keeps_no_other(site, instance, monkeypatch):
+    """The catalogue refuses one: it is told in a line, the rest is done, and the run has failed."""
+    resources = {"catalogue": Catalogue()}
+
+    def refused(*_):
+        raise DataRefusedError(message="two partitions would overlap")
+
+    monkeypatch.setattr(maintenance, "ensure_partitions", refused)
+    for name in "xy":
+        register(site, {name: b"one"})
+    tallied = "SELECT count(*) AS n FROM tally WHERE noun = 'item'"
+    assert site.query(tallied)[0]["n"] > 1
+    done = maintenance.maintenance_job.execute_in_process(
+        instance=instance, resources=resources, raise_on_error=False
+    )
+    (failed,) = (one for one in done.all_events if one.is_step_failure)
+    told = failed.step_failure_data.error.to_string()
+    assert not done.success
+    assert "DLM-210: " in told and "would overlap" in told
+    assert site.query(tallied)[0]["n"] == 1
 
 
 def test_the_maintenance_packs_where_a_storage_wants_bundles(site, instance):

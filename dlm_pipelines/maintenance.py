@@ -59,7 +59,7 @@ def housekeeping(context: dg.OpExecutionContext, catalogue: Catalogue) -> None:
 
 
 def _keep_catalogue(context: dg.OpExecutionContext, core: Context, failed: list[Exception]) -> None:
-    """The catalogue's own parts, of which none keeps another, or the storages' from being done."""
+    """The catalogue's own parts, each of which has to be done."""
     parts: tuple[Callable[[], object], ...] = (
         lambda: core.transact(lambda c: ensure_partitions(c, core.clock())),
         lambda: core.transact(fold_tally),
@@ -67,12 +67,8 @@ def _keep_catalogue(context: dg.OpExecutionContext, core: Context, failed: list[
         lambda: core.transact(lambda c: forget_met(c, core.clock() - _DEADLINE_AGE)),
         lambda: _tell(context, core),
     )
-    for part in parts:
-        try:
-            part()
-        except DlmError as error:
-            context.log.error(f"{error.code}: {error}")
-            failed.append(error)
+    for _ in _each(context, parts, failed, must=True):
+        pass
 
 
 def _tell(context: dg.OpExecutionContext, core: Context) -> None:
@@ -153,17 +149,24 @@ def _pack(context: dg.OpExecutionContext, core: Context, failed: list[Exception]
 
 
 def _each(
-    context: dg.OpExecutionContext, runs: Iterable[Callable[[], _T]], failed: list[Exception]
+    context: dg.OpExecutionContext,
+    runs: Iterable[Callable[[], _T]],
+    failed: list[Exception],
+    *,
+    must: bool = False,
 ) -> Iterator[_T]:
-    """The reports of what is done for one storage after another; a failure stops no other. What is
-    no error of ours is put into ``failed``."""
+    """The reports of what is done part by part, or for one storage after another; a failure stops
+    no other. What is no error of ours is put into ``failed``; all of them if it ``must`` be done.
+    """
     for run in runs:
         try:
             yield run()
         except DlmError as error:
             context.log.warning(f"{error.code}: {error}")
+            if must:
+                failed.append(error)
         except Exception as error:
-            context.log.exception("unexpected; the other storages are gone on with")
+            context.log.exception("unexpected; the rest is gone on with")
             failed.append(error)
 
 

@@ -24,7 +24,7 @@ from dlm_core.catalogue.expiring import (
     Lot,
 )
 from dlm_core.catalogue.replicas import Seen
-from dlm_core.types import new_key
+from dlm_core.types import OperationState, new_key
 
 #: how refusals begin that are not for want of copies
 _HELD = "under a hold"
@@ -437,31 +437,22 @@ def survivor_details(connection: Connection, uids: Sequence[uuid.UUID]) -> list[
 
 
 def cancel_operations(
-    connection: Connection, uids: Sequence[uuid.UUID], kinds: Sequence[str], now: datetime
+    connection: Connection,
+    uids: Sequence[uuid.UUID],
+    kinds: Sequence[str],
+    now: datetime,
+    state: OperationState = OperationState.QUEUED,
 ) -> int:
-    """Cancel queued operations of replicas; running ones are left alone."""
+    """Cancel operations of replicas that are QUEUED, or FAILED if nothing is left to try again;
+    running ones are left alone."""
     return run(
         connection,
         """UPDATE operation SET state = 'CANCELLED', finished_at = :now
-            WHERE uid = ANY(:uids) AND kind = ANY(:kinds) AND state = 'QUEUED'""",
+            WHERE uid = ANY(:uids) AND kind = ANY(:kinds) AND state = :state""",
         uids=list(uids),
         kinds=list(kinds),
         now=now,
-    )
-
-
-def settle_failed(
-    connection: Connection, uids: Sequence[uuid.UUID], kinds: Sequence[str], now: datetime
-) -> int:
-    """Cancel FAILED operations of replicas that another has come in the place of: there is nothing
-    left to try again."""
-    return run(
-        connection,
-        """UPDATE operation SET state = 'CANCELLED', finished_at = :now
-            WHERE uid = ANY(:uids) AND kind = ANY(:kinds) AND state = 'FAILED'""",
-        uids=list(uids),
-        kinds=list(kinds),
-        now=now,
+        state=state.value,
     )
 
 

@@ -153,7 +153,10 @@ def request_restore(
     if not wanted:
         raise NotFoundError("trashed replica of item", oid, "what is purged cannot come back")
     taken = catalogue.take_back_path(connection, wanted)
-    catalogue.settle_failed(connection, [*taken], ["trash", "purge", "restore"], now)
+    # this one comes in the place of what failed
+    catalogue.cancel_operations(
+        connection, [*taken], ["trash", "purge", "restore"], now, OperationState.FAILED
+    )
     return queue.insert_operations(
         connection,
         [queue.NewOperation(OperationKind.RESTORE, oid, uid, reason, now) for uid in taken],

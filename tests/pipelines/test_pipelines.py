@@ -423,12 +423,19 @@ def test_all_old_runs_are_forgotten_with_what_they_left(site, instance, monkeypa
     assert not result.parent.exists()
 
 
-def test_a_part_of_the_catalogue_s_own_maintenance_keeps_no_other(site, instance, monkeypatch):
-    """The catalogue refuses one: it is told in a line, the rest is done, and the run has failed."""
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(DataRefusedError(message="two would overlap"), "DLM-210: "), (OverflowError("two"), "two")],
+)
+def test_a_part_of_the_catalogue_s_own_maintenance_keeps_no_other(
+    site, instance, monkeypatch, error, line
+):
+    """The catalogue refuses one, or nobody expects what it does: the rest is done, and the run has
+    failed and says why."""
     resources = {"catalogue": Catalogue()}
 
     def refused(*_):
-        raise DataRefusedError(message="two partitions would overlap")
+        raise error
 
     monkeypatch.setattr(maintenance, "ensure_partitions", refused)
     for name in "xy":
@@ -441,7 +448,7 @@ def test_a_part_of_the_catalogue_s_own_maintenance_keeps_no_other(site, instance
     (failed,) = (one for one in done.all_events if one.is_step_failure)
     told = failed.step_failure_data.error.to_string()
     assert not done.success
-    assert "DLM-210: " in told and "would overlap" in told
+    assert line in told
     assert site.query(tallied)[0]["n"] == 1
 
 

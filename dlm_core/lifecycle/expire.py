@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from time import monotonic
+from typing import cast
 
 from sqlalchemy import Connection
 
@@ -21,6 +24,8 @@ from dlm_core.lifecycle.work import Context, Report
 from dlm_core.types import OperationKind
 
 _PLAN_BATCH = 5000
+#: so many sessions of the database work on a lot each, no two of them on one replica
+_LOTS_AT_ONCE = 2
 #: what is due is counted to here though the limit is lower, so that a stop tells how much it is
 _COUNTED = 1_000_000
 #: the share of errors is looked at from so many deletions on
@@ -71,12 +76,7 @@ class ExpiryPlanner:
         lots = self._check(context)
         counted = monotonic()
         until = counted + max(_COUNT_SECONDS, _COUNT_SHARE * (counted - begun))
-        for lot in lots:
-            if context.stop.is_set() or monotonic() > until:
-                break
-            trashed, refused = context.transact(
-                partial(plan_batch, context=context, limit=_PLAN_BATCH, lot=lot)
-            )
+        for trashed, refused in _trash_lots(context, lots, until):
             self.trashed_items += len(trashed)
             self.trashed_bytes += sum(proof.size for proof in trashed)
             self.refused += len(refused)
@@ -86,16 +86,10 @@ class ExpiryPlanner:
         """Trash what approved plans name, each replica with its proof."""
         planned = 0
         for plan_id in context.transact(lambda c: plans.approved_plans(c, context.clock())):
-            for lot in context.transact(
+            lots = context.transact(
                 partial(expiring.list_planned, plan_id=plan_id, size=_PLAN_BATCH)
-            ):
-                if context.stop.is_set():
-                    break
-                trashed, refused = context.transact(
-                    partial(
-                        plan_batch, context=context, limit=_PLAN_BATCH, lot=lot, plan_id=plan_id
-                    )
-                )
+            )
+            for trashed, refused in _trash_lots(context, lots, plan_id=plan_id):
                 self.refused += len(refused)
                 planned += len(trashed)
             context.transact(partial(plans.note_applied, plan_id=plan_id, now=context.clock()))
@@ -118,6 +112,25 @@ class ExpiryPlanner:
                 limit=stop.limit, value=stop.value, found=stop.found, plan=plan_id
             )
         return lots
+
+
+def _trash_lots(
+    context: Context,
+    lots: Sequence[expiring.Lot],
+    until: float = math.inf,
+    plan_id: uuid.UUID | None = None,
+) -> Iterator[tuple[list[Proof], list[Proof]]]:
+    """:func:`plan_batch` of each lot, some at once, that is begun before ``until``: (trashed,
+    refused) of each."""
+
+    def take(lot: expiring.Lot) -> tuple[list[Proof], list[Proof]]:
+        if context.stop.is_set() or monotonic() > until:
+            return [], []
+        work = partial(plan_batch, context=context, limit=_PLAN_BATCH, lot=lot, plan_id=plan_id)
+        return cast(tuple[list[Proof], list[Proof]], context.transact(work))
+
+    with ThreadPoolExecutor(_LOTS_AT_ONCE, "dlm-expiry") as pool:
+        yield from pool.map(take, lots)
 
 
 def limits_of(context: Context, max_items: int, max_bytes: int) -> plans.Limits:

@@ -338,8 +338,10 @@ class Between:
 
 
 @pytest.fixture
-def statements(engine):
-    """What is sent to the database; ``statements.append`` is called with each."""
+def statements(engine, monkeypatch):
+    """What is sent to the database, one lot after the other; ``statements.append`` is called with
+    each."""
+    monkeypatch.setattr("dlm_core.lifecycle.expire._LOTS_AT_ONCE", 1)
     told = []
 
     def note(connection, cursor, statement, *_):
@@ -371,6 +373,31 @@ def test_what_is_due_is_counted_once_however_many_batches_it_takes(build, statem
         counts.clear()
         assert ExpiryPlanner(MANY, MANY)(site.context) == 2 * number
         assert len(counts) <= 4
+
+
+def test_lots_that_are_worked_on_at_once_take_each_replica_once(build, monkeypatch):
+    """Two copies of each item, often in different lots, go; the third, which their certificates
+    name, stays."""
+    monkeypatch.setattr("dlm_core.lifecycle.expire._PLAN_BATCH", 7)
+    monkeypatch.setattr("dlm_core.lifecycle.expire._LOTS_AT_ONCE", 4)
+    site = build()
+    site.add_storage("b", "B")
+    oids = [site.add_item(f"x/{n}", b"12345", "a", target_phase="SOLID") for n in range(40)]
+    plan_replication(site.context)
+    site.work(OperationKind.COPY)
+    site.add_storage("c", "C")
+    site.execute("UPDATE replica SET expires_at = :n", n=site.now)
+    plan_replication(site.context)
+    site.work(OperationKind.COPY)
+    assert {tuple(site.replicas(oid)) for oid in oids} == {("a", "b", "c")}
+    site.execute("UPDATE data_item SET target_phase = 'LIQUID'")
+    assert ExpiryPlanner(80, MANY)(site.context) == 80
+    left = {"a": "TRASHED", "b": "TRASHED", "c": "READY"}
+    assert all(site.replicas(oid) == left for oid in oids)
+    certified = site.query("SELECT uid, survivors FROM deletion")
+    assert len({one["uid"] for one in certified}) == len(certified) == 80
+    kept = {str(site.replica(oid, "c")["uid"]) for oid in oids}
+    assert {s["uid"] for one in certified for s in one["survivors"]} == kept
 
 
 def test_what_becomes_due_during_a_run_is_not_trashed_uncounted(build, statements, monkeypatch):

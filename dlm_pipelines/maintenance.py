@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import dagster as dg
 
 from dlm_core.catalogue.housekeeping import ensure_partitions, fold_tally
-from dlm_core.catalogue.operations import owned_on, partials_on
+from dlm_core.catalogue.operations import cancel_overtaken, owned_on, partials_on
 from dlm_core.catalogue.seals import newest_seals
 from dlm_core.catalogue.staging import forget_waits
 from dlm_core.catalogue.urgency import forget_met
@@ -63,6 +63,7 @@ def _keep_catalogue(context: dg.OpExecutionContext, core: Context, failed: list[
     parts: tuple[Callable[[], object], ...] = (
         lambda: core.transact(lambda c: ensure_partitions(c, core.clock())),
         lambda: core.transact(fold_tally),
+        lambda: core.transact(lambda c: cancel_overtaken(c, core.clock())),
         lambda: core.transact(lambda c: forget_waits(c, core.clock())),
         lambda: core.transact(lambda c: forget_met(c, core.clock() - _DEADLINE_AGE)),
         lambda: _tell(context, core),

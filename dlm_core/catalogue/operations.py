@@ -477,3 +477,22 @@ def retry_failed(
              WHERE {_SELECTED}""",
         **values,
     )
+
+
+def cancel_overtaken(connection: Connection, now: datetime) -> int:
+    """FAILED operations that nothing waits for any more are CANCELLED; how many.
+
+    A later one of their kind did it, their replica is deleted, or it is MISSING and not missed:
+    its item has what its target phase asks for.
+    """
+    return run(
+        connection,
+        """UPDATE operation o SET state = 'CANCELLED', finished_at = :now
+            WHERE o.state = 'FAILED' AND (
+                  EXISTS (SELECT FROM operation x WHERE x.uid = o.uid AND x.kind = o.kind
+                             AND x.state = 'DONE' AND x.operation_id > o.operation_id)
+               OR EXISTS (SELECT FROM replica r JOIN data_item i USING (oid) WHERE r.uid = o.uid
+                             AND (r.state = 'DELETED'
+                                  OR (r.state = 'MISSING' AND i.shortfall IS NULL))))""",
+        now=now,
+    )

@@ -224,6 +224,46 @@ def test_what_failed_is_queued_again_once_for_each_replica(site):
     assert states() == ["CANCELLED"] * 4 + ["QUEUED"] * 2
 
 
+def test_what_failed_and_was_done_by_a_later_one_is_cancelled(engine, tmp_path):
+    """A look that was made after all, a copy that another storage took instead; what
+    is still wanted stays FAILED, and the log tells of each."""
+    site = make_site(engine, tmp_path, max_attempts=1)
+    site.add_storage("a", "A")
+    site.add_item("x", b"good bytes", "a", target_phase="SOLID")
+    site.add_storage("b", "B")
+    (tmp_path / "b").rename(tmp_path / "b-away")
+    site.settle()
+
+    def look():
+        on_a = {"storage_id": site.storages["a"], "actor": "user:test", "now": site.now}
+        site.context.transact(lambda c: request_verification(c, **on_a))
+        site.work(OperationKind.VERIFY)
+
+    (tmp_path / "a").rename(tmp_path / "a-away")
+    look()
+    (tmp_path / "a-away").rename(tmp_path / "a")
+
+    def failed():
+        found = site.query("SELECT kind FROM operation WHERE state = 'FAILED' ORDER BY kind")
+        return [row["kind"] for row in found]
+
+    def cancel():
+        return site.context.transact(lambda c: queue.cancel_overtaken(c, site.now))
+
+    assert failed() == ["copy", "verify"]
+    assert cancel() == 0
+    look()
+    assert cancel() == 1 and failed() == ["copy"]
+    site.add_storage("c", "C")
+    site.advance(minutes=30)  # b is left alone for longer
+    site.settle()
+    assert cancel() == 1 and failed() == []
+    told = site.query(
+        "SELECT action FROM event WHERE noun = 'operation' AND new_state = 'CANCELLED' ORDER BY seq"
+    )
+    assert [one["action"] for one in told] == ["verify", "copy"]
+
+
 def test_tries_end():
     """Each wait is at most twice as long as the last and none longer than the ceiling; after the
     last try there is none."""

@@ -3,6 +3,7 @@
 import gc
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ from dlm_pipelines.resources import Catalogue
 #: a drainer that never runs dry ends by itself, and the sensor starts the next: half of what
 #: dagster.yaml lets a run last, so that a large copy has as long again before it is ended as failed
 _MOST_SECONDS = 6 * 3600.0
+#: a run that lasts longer looks so often whether bytes still come through
+_LOOK_SECONDS = 600.0
 #: operations of a kind that a dry run shows
 _PROPOSED = 1000
 
@@ -229,7 +232,7 @@ def _run(name: str, context: dg.OpExecutionContext, config: DrainConfig, site: C
             told = proposals_metadata(proposals, cut=_is_cut(core, work), stopped=stopped)
             return dg.Output(len(proposals), metadata=told)
         with _progress(context):
-            report = _drain(core, work, settings)
+            report = _drain(context, core, work, settings)
         _tell_failures(context, report)
         told = report_metadata(core, report) | staging_metadata(core)
         if name == "verification":
@@ -251,7 +254,32 @@ def _stricter(site: Catalogue, chosen: Settings) -> Settings:
     return chosen.model_copy(update=lowest)
 
 
-def _drain(core: Context, work: Work, settings: Settings) -> Report:
+class _Lasting:
+    """Lets a run last longer than dagster.yaml does, for as long as bytes come through: a copy that
+    takes longer, to a storage where none can be gone on with, would begin anew for ever."""
+
+    def __init__(self, context: dg.OpExecutionContext, core: Context) -> None:
+        self._context, self._traffic, self._moved = context, core.traffic, 0
+        self._begun = self._looked = time.monotonic()
+
+    def look(self) -> None:
+        """To be called while the work goes on; from time to time it does something."""
+        now = time.monotonic()
+        if now - self._begun < _MOST_SECONDS or now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked, before, self._moved = now, self._moved, self._traffic.moved_bytes
+        if self._moved == before:
+            return
+        until = str(int(now - self._begun + 2 * _MOST_SECONDS))
+        try:
+            tags = {dg.MAX_RUNTIME_SECONDS_TAG: until}
+            self._context.instance.add_run_tags(self._context.run_id, tags)
+        except Exception as error:
+            # Dagster's database is away: the next look is soon enough
+            self._context.log.warning(f"the run's time was not prolonged: {error}")
+
+
+def _drain(context: dg.OpExecutionContext, core: Context, work: Work, settings: Settings) -> Report:
     """Drain in a thread of its own, so that an interrupt (a cancelled run, SIGTERM) reaches this
     one, which then lets the work in hand end or be given back."""
     result: list[Report] = []
@@ -275,9 +303,11 @@ def _drain(core: Context, work: Work, settings: Settings) -> Report:
 
     thread = threading.Thread(target=body, name="dlm-drain")
     thread.start()
+    lasting = _Lasting(context, core)
     try:
         while thread.is_alive():
             thread.join(0.2)
+            lasting.look()
     except (KeyboardInterrupt, DagsterExecutionInterruptedError):
         core.stop.set()
         thread.join()

@@ -59,6 +59,8 @@ class Traffic:
         self._users: Counter[str] = Counter()
         self._running: dict[uuid.UUID, _Running] = {}
         self._filled: Counter[uuid.UUID] = Counter()
+        #: bytes that came through since the drainer began
+        self.moved_bytes = 0
 
     # --- limits ----------------------------------------------------------------------------------
 
@@ -126,6 +128,7 @@ class Traffic:
     def moved(self, context: Context, key: uuid.UUID, total: int, step: str, size: int) -> None:
         """``size`` more bytes of an operation of ``total`` are done in this step of it."""
         with self._lock:
+            self.moved_bytes += size
             running = self._running.get(key)
             if running is None or running.step != step:
                 running = self._running[key] = _Running(total, context.clock(), step)

@@ -552,3 +552,20 @@ def test_a_busy_run_ends_before_dagster_ends_it():
     """As failed, in the middle of what it does."""
     told = yaml.safe_load((Path(__file__).parents[2] / "dagster.yaml").read_text())
     assert told["run_monitoring"]["max_runtime_seconds"] >= 2 * jobs._MOST_SECONDS
+
+
+def test_a_run_whose_copy_takes_long_is_let_go_on(site, instance, monkeypatch):
+    """While bytes come through Dagster is told to let it last longer; of what is soon over it is
+    told nothing."""
+    monkeypatch.setattr(jobs, "_MOST_SECONDS", 0.5)
+    monkeypatch.setattr(jobs, "_LOOK_SECONDS", 0.5)
+    register(site, {"x": bytes(3 << 20)})
+    assert dg.MAX_RUNTIME_SECONDS_TAG not in tags_of(instance, execute(instance, "registration"))
+    site.set_storage("b", max_bytes_per_second=1 << 20)
+    told = tags_of(instance, execute(instance, "replication"))
+    assert site.replica(site.query("SELECT oid FROM data_item")[0]["oid"], "b")["state"] == "READY"
+    assert int(told[dg.MAX_RUNTIME_SECONDS_TAG]) >= 2
+
+
+def tags_of(instance, result):
+    return instance.get_run_by_id(result.run_id).tags

@@ -31,7 +31,7 @@ from dlm_core.clock import Clock, utc_now
 from dlm_core.errors import CatalogueError, DlmError, NotOnlineError, StorageUnavailableError
 from dlm_core.lifecycle.traffic import Traffic
 from dlm_core.settings import Settings
-from dlm_core.storages.mark import mark_of
+from dlm_core.storages.mark import OFFLINE, mark_of
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
 from dlm_core.types import OperationKind, OperationState, new_id
@@ -122,7 +122,7 @@ class StoragePool:
                     # it fails its operations one by one like one that is down, and must not stop
                     # the work on the others; not kept: the secret that it wants may come
                     return _unavailable(row, str(error))
-                looks = self._looks and row["managed"] and getattr(storage, "stager", None) is None
+                looks = self._looks and row["managed"]
                 kept = _Opened(stamp, storage, 0.0 if looks else math.inf)
                 self._open[row["storage_id"]] = kept
         if kept.look_from == math.inf:
@@ -145,7 +145,7 @@ class StoragePool:
             return _unavailable(row, kept.outage)
         except DlmError:
             mark = None  # its calls will tell
-        if mark not in (None, str(row["storage_id"])):
+        if mark not in (None, OFFLINE, str(row["storage_id"])):
             message = f"the key of another storage is there ({mark}), of another disk or server"
             return _unavailable(row, message)
         kept.look_from = math.inf

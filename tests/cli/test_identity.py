@@ -285,12 +285,17 @@ def swap(one: Path, other: Path) -> None:
     one.rename(aside), other.rename(one), aside.rename(other)
 
 
+@pytest.mark.parametrize("medium", ["disk", "tape"])
 def test_a_disk_that_is_mounted_where_another_belongs_is_an_outage(
-    dlm: Dlm, storages: dict[str, Path], engine: Engine
+    dlm: Dlm, storages: dict[str, Path], engine: Engine, medium: str
 ) -> None:
     """Two that were swapped would have all copies missing, and made again: nothing is looked for
-    there, and the work goes on when they are back in their places."""
+    there, and the work goes on when they are back in their places. So it is in front of a tape, if
+    the key is online."""
     work = partial(work_anew, engine)
+    if medium == "tape":
+        for name in storages:
+            assert dlm("storage", "set", name, *on_tape("")).code == 0
     (storages["a"] / "x").write_bytes(b"payload")
     assert dlm("register", "a", "--target-phase", "SOLID").code == 0
     work()

@@ -92,9 +92,12 @@ def holds_are_ignored(patch: Patch) -> None:
 
 def removal_is_believed(patch: Patch) -> None:
     """A purge that believes its own "done"."""
-    patch.setattr(
-        trash, "_purge", lambda storage, row: storage.remove(trash.trash_path(row["uid"]))
-    )
+
+    def purge(storage, row):
+        if row["managed"]:
+            storage.remove(trash.trash_path(row["uid"]))
+
+    patch.setattr(trash, "_purge", purge)
 
 
 def restored_unread(patch: Patch) -> None:

@@ -46,7 +46,8 @@ def test_a_part_behind_http_costs_no_more_than_itself(storage, monkeypatch):
     storage.flush()
     with storage.open_read("file") as stream:
         behind = isinstance(stream, ReplyStream)
-    if not behind:
+    # beside bundles a file is read from its beginning
+    if not behind or not hasattr(storage, "open_read_at"):
         return
     travelled, read = [], Reply.read
 

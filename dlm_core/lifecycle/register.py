@@ -62,7 +62,7 @@ _TIME_TO_MEND = timedelta(hours=1)
 _READ = (ReplicaState.READY, ReplicaState.SUSPECT, ReplicaState.CORRUPTED)
 _GOING = "version {} is EXPIRED and going: 'dlm restore' keeps it; once gone, use --new-version"
 _OTHER_BYTES = "it had other bytes when it was registered again"
-_SKIPPED = {
+_NO_PAYLOAD = {
     "directory": "a directory is registered by its files, or as a whole by --as-directory",
     "symlink": "a symbolic link is not registered",
 }
@@ -214,7 +214,7 @@ def register_list(
     paths: Iterable[str],
     progress: Callable[[RegisterReport], None] | None = None,
 ) -> RegisterReport:
-    """Announce the payloads at ``paths`` of a storage; those that are not there are refused.
+    """Announce the payloads at ``paths`` of a storage; what is none, or not there, is refused.
 
     Raises
     ------
@@ -233,8 +233,10 @@ def register_list(
                 continue
             if entry is None:
                 report.refuse(path, str(PayloadNotFoundError(storage=storage.name, path=path)))
-            else:
+            elif entry.kind == "file" or directory_above(entry, source.as_directory) is not None:
                 yield entry
+            else:  # asked for by its name
+                report.refuse(path, _no_payload(entry))
 
     payloads = _payloads(look(), source.as_directory, report)
     return _announce(context, source, row, storage, payloads, report, progress)
@@ -267,7 +269,11 @@ def _payloads(
             yield entry.path, entry, PayloadKind.FILE
         else:
             # links are never followed: what they point to is registered where it lies
-            report.skip(entry.path, _SKIPPED.get(entry.kind, "neither file nor directory"))
+            report.skip(entry.path, _no_payload(entry))
+
+
+def _no_payload(entry: Entry) -> str:
+    return _NO_PAYLOAD.get(entry.kind, "neither file nor directory")
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:

@@ -342,6 +342,10 @@ def test_links_are_skipped_and_never_followed(site, tmp_path):
     assert (report.created, report.skipped) == (1, 2)
     with pytest.raises(InvalidValueError, match=r"'link'.*not a symlink"):  # asked for by its name
         register_tree(site.context, Source("in", "test"), "link")
+    (site.folder / "in" / "sub").mkdir()
+    report = register_list(site.context, Source("in", "test"), ["x", "link", "folder", "sub"])
+    assert (report.unchanged, report.refused, report.skipped) == (1, 3, 0)
+    assert [name for name, _ in report.reasons] == ["link", "folder", "sub"]
 
 
 def test_a_vanished_payload_is_not_admitted(site):

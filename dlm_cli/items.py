@@ -204,7 +204,7 @@ def item_list(
     show_json(found) if as_json else show_table(found, columns)
     if len(found) == limit:
         last = f"{found[-1]['uri']}#{found[-1]['version']}"
-        print(f"there may be more: --after '{last}'", file=sys.stderr)
+        print(f"there may be more: --after {shlex.quote(last)}", file=sys.stderr)
 
 
 @item_app.command("set")

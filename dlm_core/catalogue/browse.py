@@ -104,7 +104,7 @@ def list_items(
     NotFoundError
         no such collection or storage.
     InvalidValueError
-        ``after`` is no uri.
+        ``after`` is none of these.
     """
     conditions, values = _conditions(connection, state, prefix, collection, storage)
     if below_target:
@@ -112,11 +112,13 @@ def list_items(
     if lost:
         conditions.append(_LOST)
     if after:
-        uri, _, version = after.partition("#")
+        uri, mark, version = after.partition("#")
         uri_path(uri)
+        if mark and not re.fullmatch("[1-9][0-9]{0,9}", version):
+            raise InvalidValueError(what="after", value=after, expected="uri#version")
         conditions.append("(uri, version) > (:after, :after_version)")
         values["after"] = uri
-        values["after_version"] = int(version) if version.isdecimal() else _LAST_VERSION
+        values["after_version"] = int(version) if mark else _LAST_VERSION
     return rows(
         connection,
         f"""SELECT oid, uri, version, state, kind, size, digest, target_phase, phase_weight,

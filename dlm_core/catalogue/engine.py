@@ -319,7 +319,7 @@ def _translated(error: exc.DBAPIError | psycopg.Error) -> DlmError:
         return DataRefusedError(message=message)
     if lost or isinstance(error, exc.OperationalError | psycopg.OperationalError):
         if state not in _TRY_AGAIN:
-            hint = "is it running? 'dlm up' starts the embedded one"
+            hint = "is it running? it is where DLM_DATABASE_URL says; unset, 'dlm up' starts it"
             return CatalogueUnavailableError(reason=message, hint=hint)
     if state == _READ_ONLY:
         message += f"; {_TO_WRITE}"

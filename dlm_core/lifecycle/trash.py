@@ -19,6 +19,7 @@ from sqlalchemy import Connection
 from dlm_core.catalogue import deletions as catalogue
 from dlm_core.catalogue import operations as queue
 from dlm_core.catalogue import recovery, replicas
+from dlm_core.catalogue.browse import names_of
 from dlm_core.errors import (
     AlreadyExistsError,
     DlmError,
@@ -149,9 +150,11 @@ def request_restore(
     free = catalogue.free_places(connection, trashed)
     wanted = [uid for uid in free if not _busy(connection, uid, now)]
     if trashed and not free:
-        raise AlreadyExistsError(noun="newer copy of the item in the place of trashed", key=oid)
+        noun = "newer copy of the item in the place of trashed"
+        raise AlreadyExistsError(noun=noun, key=names_of(connection, [oid])[str(oid)][0])
     if not wanted:
-        raise NotFoundError("trashed replica of item", oid, "what is purged cannot come back")
+        uri, _ = names_of(connection, [oid])[str(oid)]
+        raise NotFoundError("trashed replica of item", uri, "what is purged cannot come back")
     taken = catalogue.take_back_path(connection, wanted)
     # this one comes in the place of what failed
     catalogue.cancel_operations(

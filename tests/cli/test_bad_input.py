@@ -77,6 +77,10 @@ _WRONG = [
     (["item", "set", "file:x", "--by", "2001-01-01T00:00Z"], "DLM-101"),
     (["register", "a", "--collection", ""], "DLM-101"),
     (["item", "list", "--after", "junk"], "DLM-101"),
+    (["item", "list", "--after", "file:x#junk"], "DLM-101"),
+    (["item", "list", "--after", "file:x#"], "DLM-101"),
+    (["item", "list", "--after", "file:x#0"], "DLM-101"),
+    (["link", "set", "a", "a", "--max-concurrency", "3"], "DLM-101"),
     (["storage", "set", "a"], "DLM-101"),
     (["storage", "set", "a", "--capacity", "0"], "DLM-101"),
     (["storage", "set", "a", "--config", "mount=", "--phase", "GAS"], "DLM-101"),
@@ -250,9 +254,10 @@ def test_settings_that_make_no_sense_name_the_variable(
 def test_a_database_that_does_not_answer_is_told(
     dlm: Dlm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """No server at the address: one line, exit code 3."""
+    """No server at the address: one line, exit code 3, and what says where it is."""
     monkeypatch.setenv("DLM_DATABASE_URL", f"postgresql://dlm@/dlm?host={tmp_path}")
-    refused(dlm("status"), "DLM-201", 3)
+    told = refused(dlm("status"), "DLM-201", 3)
+    assert "DLM_DATABASE_URL" in told and "embedded" not in told
 
 
 def test_a_database_without_schema_says_what_to_run(

@@ -47,6 +47,7 @@ _REFUSED_SECONDS = 60
 _SHELLS = 8
 # a connection that has so much to do wants another beside it
 _ENOUGH = 8
+_ENDING_SECONDS = 2
 _ROOT = re.compile(
     r"(?P<user>[^/:\s]+)@(?P<host>\[[^\]\s]+\]|[^@:/\s\[\]]+)(?::(?P<port>\d{1,5}))?"
     r"(?P<path>/[^\0]*)"
@@ -114,13 +115,33 @@ class _Background:
     def loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="dlm-ssh", daemon=True).start()
-                atexit.register(self._loop.call_soon_threadsafe, self._loop.stop)
+                self._loop = loop = asyncio.new_event_loop()
+                thread = threading.Thread(target=loop.run_forever, name="dlm-ssh", daemon=True)
+                thread.start()
+                atexit.register(self._end, loop, thread)
             return self._loop
+
+    @staticmethod
+    def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+        """End what is at work at the end of the process: asyncio tells on standard error of what
+        it finds unfinished then."""
+        if thread.is_alive():  # not in a child of a fork
+            with suppress(StillRunning):
+                asyncio.run_coroutine_threadsafe(_end_others(), loop).result(_ENDING_SECONDS)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(_ENDING_SECONDS)
 
     def has_begun(self) -> bool:
         return self._loop is not None
+
+
+async def _end_others() -> None:
+    """Cancel all tasks of this loop but the present one, and wait for their end."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 _background = _Background()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,23 @@ def test_it_is_added_and_tested(dlm: Dlm, server: SshServer, tmp_path: Path, she
     shown = dlm("storage", "show", "far").out
     secret = os.environ[server.key_name].splitlines()[3]
     assert server.key_name in shown and secret not in shown + tested.out + added.out
+
+
+def test_nothing_is_at_work_at_the_end_of_a_command(server: SshServer, tmp_path: Path) -> None:
+    """asyncio would tell of it on standard error: "Task was destroyed but it is pending!"."""
+    config = server.config()
+    script = f"""
+import asyncio, atexit
+from dlm_core.storages import ssh
+from dlm_core.storages.open import open_storage
+atexit.register(lambda: print(len(asyncio.all_tasks(ssh._background.loop()))))
+storage = open_storage("far", "sftp", {server.root(tmp_path)!r}, {config!r})
+storage.check()
+assert asyncio.all_tasks(ssh._background.loop())
+"""
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "0\n", "")
 
 
 def test_an_xrootd_server_is_added_and_tested(dlm: Dlm, xrootd: XrootdServer) -> None:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ValidationError
 
 from dlm_core.errors import InvalidValueError
+from dlm_core.storages.secrets import REFERENCE
 
 _Model = TypeVar("_Model", bound=BaseModel)
 #: the last label of what is read as an address (WHATWG URL)
@@ -24,17 +25,26 @@ def read_config(model: type[_Model], name: str, config: Mapping[str, Any]) -> _M
     Raises
     ------
     InvalidValueError
-        in one line, which names what may stand there and never shows a value: it may be a secret
+        in one line, which says what may stand there and never shows a value: it may be a secret
         that was given instead of its variable's name.
     """
     try:
         return model.model_validate(dict(config))
     except ValidationError as error:
         first = error.errors()[0]
+        what, key = f"config of storage {name}", ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            lacking = f"without {key}"
+            raise InvalidValueError(what=what, value=lacking, expected=f"{key}=…") from None
+        expected = first["msg"]
+        if first["type"] == "extra_forbidden":
+            expected = f"one of {', '.join(model.model_fields)}"
+        elif first.get("ctx", {}).get("pattern") == REFERENCE:
+            expected = "env:NAME, file:/path or credential:NAME, where the secret is"
         raise InvalidValueError(
-            what=f"config of storage {name}: " + ".".join(map(str, first["loc"])),
+            what=f"{what}: {key}" if key else what,
             value="(not shown)",
-            expected=f"{', '.join(model.model_fields)} ({first['msg']})",
+            expected=expected,
         ) from None
 
 

@@ -12,9 +12,8 @@ from dlm_core.errors import InvalidValueError
 
 #: ``env:NAME`` (a variable), ``file:/absolute/path`` or ``credential:NAME`` (what systemd's
 #: LoadCredential= put into $CREDENTIALS_DIRECTORY, https://systemd.io/CREDENTIALS)
-SecretReference = Annotated[
-    str, Field(pattern=r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:/.+|credential:[A-Za-z0-9_.-]+)$")
-]
+REFERENCE = r"^(env:[A-Za-z_][A-Za-z0-9_]*|file:/.+|credential:[A-Za-z0-9_.-]+)$"
+SecretReference = Annotated[str, Field(pattern=REFERENCE)]
 
 
 def read_secret(storage: str, reference: str) -> str:

@@ -31,6 +31,27 @@ def test_a_secret_in_the_config_is_refused_and_not_shown(interface, root):
     assert "hunter2" not in message and "secret_access_key" in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("interface", "root", "config", "told"),
+    [
+        ("posix", "/x", {"typo": "1"}, "config of storage x: typo '(not shown)' is not valid: "
+         "one of mount"),
+        ("sftp", "u@h/x", {}, "config of storage x 'without host_keys' is not valid: "
+         "host_keys=…"),
+        ("sftp", "u@h/x", {"host_keys": "x", "connections": "many"}, "config of storage x: "
+         "connections '(not shown)' is not valid: Input should be a valid integer, unable to "
+         "parse string as an integer"),
+        ("s3", "bucket", {"secret_key": "hunter2"}, "config of storage x: secret_key '(not shown)'"
+         " is not valid: env:NAME, file:/path or credential:NAME, where the secret is"),
+    ],
+)  # fmt: skip
+def test_a_config_that_does_not_fit_says_what_would(interface, root, config, told):
+    """The keys there are for one that is none, what it lacks, or how the value should look."""
+    with pytest.raises(InvalidValueError) as caught:
+        open_storage("x", interface, root, config)
+    assert str(caught.value) == told
+
+
 def test_a_variable_that_is_not_set_is_named(monkeypatch):
     """Before anything is asked of the server."""
     monkeypatch.delenv("DLM_TEST_UNSET", raising=False)

@@ -89,7 +89,7 @@ def register(
     from dlm_core.types import make_uri
 
     make_uri(scheme, f"{prefix}x")  # told once, not for every payload
-    below = _below_root(path)
+    below = below_root(path)
     if path and list_file:
         raise InvalidValueError(what="--list", value=path, expected="a path, or a list of them")
     sums = _named("--checksums", parse_checksums(_read(checksums))) if checksums else {}
@@ -136,7 +136,14 @@ def _read(path: Path) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def _below_root(path: str) -> str:
+def below_root(path: str) -> str:
+    """A path on a storage as the catalogue has it.
+
+    Raises
+    ------
+    InvalidValueError
+        if it is absolute.
+    """
     if path.startswith("/") and path != "/":
         raise InvalidValueError(what="path", value=path, expected="one below the storage's root")
     return path.strip("/")
@@ -395,7 +402,7 @@ def expire(
 
     with catalogue() as context:
         if dry_run:
-            if uri or reason or storage is not None or never or at is not None:
+            if uri or reason or never or (storage, version, at) != (None, None, None):
                 raise InvalidValueError(
                     what="--dry-run", value="", expected="it alone: it shows what is due of all"
                 )
@@ -484,6 +491,8 @@ def withdraw(
 
     if (uri is None) == (not failed):
         raise EmptySelectorError(expected="name one item, or --failed")
+    if version is not None and uri is None:
+        raise InvalidValueError(what="--version", value=version, expected="an item as well")
     with catalogue() as context:
         if uri is None:
             found = withdraw_failed(context, reason=reason, storage=storage)

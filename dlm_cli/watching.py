@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dlm_cli.items import PHASES, Json
+from dlm_cli.items import PHASES, Json, below_root
 from dlm_cli.session import (
     catalogue,
     parse_choice,
@@ -51,7 +51,7 @@ def watch_add(
     phase = parse_choice("target phase", target_phase, PHASES) or ""
     terms = Terms(phase, None, owner, parse_pairs(tag, "--tag"))
     interval = parse_duration(every) or timedelta()
-    folder = path.strip("/")
+    folder = below_root(path)
     source = Source(storage, scheme, prefix, tuple(as_directory), {}, new_version, terms)
     with catalogue() as context:
         check_watch(source, interval)

@@ -66,9 +66,11 @@ def _line(entry: dict[str, Any]) -> str:
     states = " → ".join(s for s in (entry["old_state"], entry["new_state"]) if s)
     if entry["old_state"] == entry["new_state"]:
         states = entry["new_state"] or ""
+    # of a plan or a hold
+    key = (entry["detail"] or {}).get(f"{entry['noun']}_id") or ""
     subject = f"{entry['uri']}#{entry['version']}" if entry["uri"] else ""
     where = f"on {entry['storage']}" if entry["storage"] else ""
-    words = [f"{human(entry['at'])}", entry["who"], entry["noun"], entry["action"], states,
+    words = [f"{human(entry['at'])}", entry["who"], entry["noun"], key, entry["action"], states,
              subject, where]  # fmt: skip
     line = " ".join(word for word in words if word)
     if entry["action"] == "doubted":

@@ -262,7 +262,7 @@ def human(value: Any, key: str = "") -> str:
         return printable(value)
     if key.endswith(("fraction", "watermark")):
         return f"{value:.1%}"
-    if key == "size" or key.endswith("bytes"):
+    if key == "size" or key.endswith(("bytes", "bytes_per_second", "bytes_per_day")):
         return human_size(int(value))
     if isinstance(value, datetime):
         return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"

@@ -244,11 +244,17 @@ def _end_announcements(connection: Connection, oids: list[uuid.UUID], now: datet
 
 
 def item_due(connection: Connection, oid: uuid.UUID, now: datetime) -> bool:
-    """Whether an item, or a replica of it, has passed its time and could be trashed now."""
+    """Whether an item, or a replica of it, has passed its time and could be trashed now: no plan
+    names it, or an approved one."""
+    approved = """ AND EXISTS (SELECT FROM plan_entry k JOIN plan p USING (plan_id)
+      WHERE p.state = 'APPROVED' AND p.valid_until > :now AND k."""
+    approved_item = f"{approved}oid = i.oid AND k.basis = 'item_expired')"
     found = rows(
         connection,
         f"""SELECT EXISTS ({_DUE_ITEMS}{_FREE_ITEM}{_UNHELD} AND i.oid = :oid)
-                OR EXISTS ({_DUE_REPLICAS}{_FREE_REPLICA} AND r.oid = :oid) AS due""",
+                OR EXISTS ({_DUE_ITEMS}{approved_item}{_UNHELD} AND i.oid = :oid)
+                OR EXISTS ({_DUE_REPLICAS}{_FREE_REPLICA} AND r.oid = :oid)
+                OR EXISTS ({_DUE_REPLICAS}{approved}uid = r.uid) AND r.oid = :oid) AS due""",
         oid=oid,
         now=now,
     )

@@ -169,9 +169,9 @@ def set_link(
     NotFoundError, InvalidValueError
     """
     ends = [get_storage(connection, name)["storage_id"] for name in (source, destination)]
-    if source == destination:
-        raise InvalidValueError(what="link to", value=destination, expected="another storage")
     wanted = {name: check_limit(name, changes[name]) for name in _LIMITS if name in changes}
+    if source == destination and any(wanted.values()):
+        raise InvalidValueError(what="link to", value=destination, expected="another storage")
     key = link_key(ends[0], ends[1])
     merged = limits_of(connection, [key])[key] | wanted
     run(

@@ -35,7 +35,8 @@ def _stop(dlm: Dlm, storages: dict[str, Path], settle: Settle, engine: Engine) -
 def test_a_plan_is_shown_approved_and_then_done(
     dlm: Dlm, storages: dict[str, Path], settle: Settle, engine: Engine
 ) -> None:
-    """The list and the plan tell what was stopped, by what, and what would go."""
+    """The list and the plan tell what was stopped, by what, and what would go; once approved it is
+    waited for, and the log names the plan."""
     plan = _stop(dlm, storages, settle, engine)
     shown = dlm("plan", "show", plan).out
     assert "stopped by DLM_MAX_DELETE_ITEMS is 2" in shown and "campaign 7 is over" in shown
@@ -43,9 +44,13 @@ def test_a_plan_is_shown_approved_and_then_done(
     found = dlm("plan", "show", plan, "--json").json
     assert (found["operations"], len(found["entries"]), found["state"]) == (6, 6, "PROPOSED")
     assert f"plan {plan}, PROPOSED" in dlm("item", "why", "ska:x").out
+    assert dlm("item", "wait", "ska:x").code == 0, "a person has to decide"
     approved = dlm("plan", "approve", plan, "--as", "kim", "--reason", "looked at it")
     assert approved.code == 0 and "is approved until" in approved.out
+    assert dlm("item", "wait", "ska:x", "--timeout", "0s").out == "expiry\n"
+    assert f"user:kim plan {plan} approved: looked at it" in dlm("audit").out
     settle()
+    assert dlm("item", "wait", "ska:x").code == 0
     found = dlm("plan", "show", plan, "--json").json
     assert (found["state"], found["trashed"]) == ("DONE", 6)
     assert found["decisions"][0]["actor"] == "user:kim"

@@ -62,13 +62,13 @@ def register(
     checksums: Annotated[
         Path | None, typer.Option(help="A SHA256SUMS file; compared, not trusted.")
     ] = None,
-    collection: Annotated[str | None, typer.Option()] = None,
+    collection: Annotated[str | None, typer.Option(help="Made if there is none.")] = None,
     target_phase: Annotated[str, typer.Option(help="PLASMA, GAS, LIQUID or SOLID.")] = "SOLID",
     expires: Annotated[str | None, typer.Option(help="Of the items: 90d, or a time.")] = None,
     replica_expires: Annotated[str | None, typer.Option(help="Of these copies only.")] = None,
     priority: Priority = None,
     by: By = None,
-    owner: Annotated[str | None, typer.Option()] = None,
+    owner: Annotated[str | None, typer.Option(help="Whose the items are.")] = None,
     tag: Annotated[list[str], typer.Option(help="key=value")] = [],  # noqa: B006
     new_version: Annotated[
         bool, typer.Option("--new-version", help="Changed payloads become new versions.")
@@ -182,13 +182,15 @@ def item_list(
     prefix: Annotated[
         str | None, typer.Option(help="Uris that begin so; with * or ? a whole pattern.")
     ] = None,
-    collection: Annotated[str | None, typer.Option()] = None,
+    collection: Annotated[str | None, typer.Option(help="Items of it.")] = None,
     storage: Annotated[str | None, typer.Option(help="Items with a copy there.")] = None,
-    below_target: Annotated[bool, typer.Option("--below-target")] = False,
+    below_target: Annotated[
+        bool, typer.Option("--below-target", help="Items that lack copies.")
+    ] = False,
     lost: Annotated[
         bool, typer.Option("--lost", help="Items that no storage has a good copy of.")
     ] = False,
-    limit: Annotated[int, typer.Option(min=1, max=10_000)] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Items a page.")] = 100,
     after: Annotated[
         str | None, typer.Option(help="uri#version of the last item of the page before.")
     ] = None,

@@ -58,8 +58,8 @@ storage_app = typer.Typer(no_args_is_help=True, help="Volumes that hold replicas
 @plain_errors
 def location_add(
     name: Annotated[str, typer.Argument(help="e.g. observatory")],
-    facility: Annotated[str | None, typer.Option()] = None,
-    city: Annotated[str | None, typer.Option()] = None,
+    facility: Annotated[str | None, typer.Option(help="Whose place it is.")] = None,
+    city: Annotated[str | None, typer.Option(help="Where it is.")] = None,
     country: Annotated[str | None, typer.Option(help="Two letters, e.g. ZA.")] = None,
 ) -> None:
     """Add a location."""
@@ -88,7 +88,8 @@ def location_list(as_json: Json = False) -> None:
 
 
 _ROOT_HELP = (
-    "/folder (posix), bucket/prefix (s3), user@host:port/folder (sftp), URL (webdav, http, xrootd)."
+    "/folder (posix), bucket/prefix (s3), user@host:port/folder (sftp), URL (webdav, http, "
+    "xrootd), path on the remote (rclone)."
 )
 _INTERFACE_HELP = "posix, s3, sftp, webdav, http, rclone, xrootd. Others by entry point."
 
@@ -120,7 +121,9 @@ def storage_add(
     unmanaged: Annotated[
         bool, typer.Option("--unmanaged", help="Others' files: only read, never changed.")
     ] = False,
-    read_only: Annotated[bool, typer.Option("--read-only")] = False,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="No copies are made there for now.")
+    ] = False,
     path_rules: Annotated[
         str | None,
         typer.Option("--path-rules", help="TOML or YAML file of rules for paths, from the first."),
@@ -378,14 +381,14 @@ def storage_pack(
 def storage_set(
     name: Name,
     mode: Annotated[str | None, typer.Option(help="read_write, read_only or offline.")] = None,
-    phase: Annotated[str | None, typer.Option()] = None,
+    phase: Annotated[str | None, typer.Option(help="PLASMA, GAS, LIQUID or SOLID.")] = None,
     capacity: Annotated[
         str | None, typer.Option(help="e.g. 2TB; none: the storage is asked.")
     ] = None,
-    high_watermark: Annotated[float | None, typer.Option()] = None,
-    low_watermark: Annotated[float | None, typer.Option()] = None,
+    high_watermark: Annotated[float | None, typer.Option(help="Fraction, 0.9.")] = None,
+    low_watermark: Annotated[float | None, typer.Option(help="Fraction, 0.8.")] = None,
     trash_grace: Annotated[str | None, typer.Option(help="e.g. 7d")] = None,
-    concurrency: Annotated[int | None, typer.Option()] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Transfers at once.")] = None,
     verify_every: Every = None,
     verify_per_second: PerSecond = None,
     verify_per_day: PerDay = None,

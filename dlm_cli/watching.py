@@ -35,7 +35,7 @@ def watch_add(
     ] = [],  # noqa: B006
     collection: Annotated[str | None, typer.Option(help="Made if there is none.")] = None,
     target_phase: Annotated[str, typer.Option(help="PLASMA, GAS, LIQUID or SOLID.")] = "SOLID",
-    owner: Annotated[str | None, typer.Option()] = None,
+    owner: Annotated[str | None, typer.Option(help="Whose the items are.")] = None,
     tag: Annotated[list[str], typer.Option(help="key=value")] = [],  # noqa: B006
     new_version: Annotated[
         bool, typer.Option("--new-version", help="Changed payloads become new versions.")

@@ -4,6 +4,9 @@ import inspect
 import re
 from pathlib import Path
 
+from typer.main import get_command
+
+from dlm_cli.main import app
 from dlm_core import errors
 from dlm_core.settings import Settings
 from tests.faulty import Fault
@@ -31,6 +34,19 @@ def test_every_error_code_is_documented():
     for one in classes:
         assert f"| {one.code} | {one.exit_code} | {one.__name__} |" in text
     assert len({one.code for one in classes}) == len(classes)
+
+
+def test_every_option_of_the_command_line_is_explained():
+    """With a word or two, as arguments are."""
+
+    def options(command, path):
+        for option in command.params:
+            if option.name != "help":
+                yield f"{path} {option.name}", getattr(option, "help", None)
+        for name, below in getattr(command, "commands", {}).items():
+            yield from options(below, f"{path} {name}")
+
+    assert [name for name, told in options(get_command(app), "dlm") if not told] == []
 
 
 def test_every_fault_is_documented_with_the_test_that_shows_it():

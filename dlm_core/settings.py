@@ -40,7 +40,9 @@ class Settings(BaseSettings):
         None, description="Folder with initdb, postgres and pg_ctl for the embedded PostgreSQL."
     )
     webserver_host: str = Field("127.0.0.1", description="Address the Dagster UI binds to.")
-    webserver_port: int = Field(3000, ge=0, le=65535, description="Its port; 0 takes a free one.")
+    webserver_port: int = Field(
+        3000, ge=0, le=65535, description="Its port; a free one if it is 0 or taken."
+    )
     compute_logs_bucket: str | None = Field(
         None, description="S3 bucket for Dagster's compute logs; unset: files in DLM_HOME."
     )

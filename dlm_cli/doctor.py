@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
 from dlm_cli.session import catalogue
 from dlm_core.catalogue.engine import must_take_writes
 from dlm_core.errors import DlmError
-from dlm_core.settings import load_settings
+from dlm_core.settings import Settings, load_settings
 
 _LEAST_FREE_BYTES = 1 << 30
 _OLDEST = (3, 11)
+_NEARLY = 0.88
 
 
 def examine() -> Iterator[tuple[str, str | None]]:
@@ -26,7 +29,7 @@ def examine() -> Iterator[tuple[str, str | None]]:
         yield "settings", problem
         return
     settings = load_settings()
-    yield f"settings, DLM_HOME={settings.home}", None
+    yield f"settings, DLM_HOME={settings.home}", _mistyped()
     if settings.database_url is None:
         from dlm_core.catalogue.embedded import find_binaries
 
@@ -64,6 +67,17 @@ def _open() -> None:
 
 def _python() -> str | None:
     return None if sys.version_info >= _OLDEST else "3.11 or newer is needed"
+
+
+def _mistyped() -> str | None:
+    """A limit under a name that is nearly right would be none."""
+    known = [f"DLM_{name.upper()}" for name in Settings.model_fields]
+    for name in sorted(set(map(str.upper, os.environ)) - {*known}):
+        # others begin so too: those that hold secrets, and are referred to
+        if name.startswith("DLM_"):
+            if near := get_close_matches(name, known, 1, _NEARLY):
+                return f"{name} is no setting and does nothing; {near[0]} is one"
+    return None
 
 
 def _not_running(home: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Keep the verified copies that policy asks for, and prove that nothing is lost.",
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"dlm {version('dlm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    told: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_tell_version
+        ),
+    ] = False,
+) -> None:
+    """Keep the verified copies that policy asks for, and prove that nothing is lost."""
+
+
 db_app = typer.Typer(no_args_is_help=True, help="The catalogue database.")
 app.add_typer(places.location_app, name="location")
 places.storage_app.command("test")(testing.storage_test)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -472,6 +473,22 @@ def test_the_doctor_names_each_problem_and_fails(
     told = dlm("doctor", "--json")
     found = {one["what"]: one["problem"] for one in told.json}
     assert told.code == 1 and found["storage a"] is None and "DLM-301" in found["storage b"]
+
+
+def test_the_doctor_names_a_mistyped_setting(dlm: Dlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does nothing, and one that limits deletions would be missed; other names are whoever's."""
+    monkeypatch.setenv("DLM_VAULT_SECRET", "x")
+    assert "no setting" not in dlm("doctor").out
+    monkeypatch.setenv("DLM_MAX_DELTE_ITEMS", "10")
+    told = dlm("doctor")
+    assert told.code == 1
+    assert "DLM_MAX_DELTE_ITEMS is no setting and does nothing; DLM_MAX_DELETE_ITEMS is" in told.out
+
+
+def test_the_version_is_told(dlm: Dlm) -> None:
+    """As other programs do, and nothing else is looked at."""
+    told = dlm("--version")
+    assert (told.code, told.out.split()) == (0, ["dlm", version("dlm")])
 
 
 def test_the_doctor_goes_on_where_a_file_cannot_be_used(

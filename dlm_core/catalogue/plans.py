@@ -22,6 +22,8 @@ from dlm_core.types import new_id
 #: entries of one plan; what is more gets a plan of its own
 MOST_ENTRIES = 1_000_000
 _LOCK = 1684827507
+#: with a plan's key: shared by those who work on it, alone by who decides on it
+_DECIDING = 1684827508
 _DAY = timedelta(days=1)
 
 
@@ -313,10 +315,18 @@ def reject_plan(
 
 
 def _lock(connection: Connection, plan_id: uuid.UUID) -> Mapping[str, Any]:
+    _stand_in_line(connection, plan_id)
     found = rows(connection, "SELECT * FROM plan WHERE plan_id = :id FOR UPDATE", id=plan_id)
     if not found:
         raise NotFoundError("plan", plan_id, "see 'dlm plan list'")
     return found[0]
+
+
+def _stand_in_line(connection: Connection, plan_id: uuid.UUID, shared: str = "") -> None:
+    """Wait for those who came before: batches that lock a plan's row for share, each before the
+    last one ends, would let who decides on it wait for the last of all."""
+    lock = f"SELECT pg_advisory_xact_lock{shared}(:work, hashtext(:plan))"
+    run(connection, lock, work=_DECIDING, plan=str(plan_id))
 
 
 def _decide(
@@ -352,6 +362,7 @@ def approved_plans(connection: Connection, now: datetime) -> list[uuid.UUID]:
 
 def lock_approved(connection: Connection, plan_id: uuid.UUID, now: datetime) -> bool:
     """Whether a plan is approved and its time not over, until the end of the transaction."""
+    _stand_in_line(connection, plan_id, "_shared")
     found = rows(
         connection,
         """SELECT plan_id FROM plan WHERE plan_id = :id AND state = 'APPROVED' AND valid_until > :now

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 from dlm_core.errors import DlmError
 from tests.site import Site
 
-_WAITING = """
+WAITING = """
   SELECT count(*) FROM pg_stat_activity
    WHERE datname = current_database() AND wait_event_type = 'Lock'"""
 _PATIENCE_SECONDS = 60
@@ -69,7 +69,7 @@ def _waits(site: Site, met: Second) -> bool:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < deadline:
         with site.context.engine.connect() as connection:
-            if connection.execute(text(_WAITING)).scalar_one():
+            if connection.execute(text(WAITING)).scalar_one():
                 return True
         if met.done.wait(0.02):
             return False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from itertools import count
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 from dlm_core.catalogue import expiring, plans
 from dlm_core.catalogue.engine import rows, run
@@ -23,6 +26,7 @@ from dlm_core.lifecycle.work import drain
 from dlm_core.storages.open import open_storage
 from dlm_core.types import OperationKind, new_id
 from tests.fakes import Hooked
+from tests.lifecycle.overlap import WAITING
 from tests.site import ALL, make_site, reopen
 
 MANY = 10**9
@@ -466,6 +470,29 @@ def test_a_plan_whose_approval_is_taken_back_goes_no_further(build, statements, 
     statements.append(Between(lambda: reject(site, plan), within=False))
     assert ExpiryPlanner(3, MANY)(site.context) == 4
     assert trashed(site) == 4
+
+
+def test_who_rejects_a_plan_waits_for_batches_that_have_begun_and_for_no_others(build, engine):
+    """Batches overlap: those that come later would let who rejects it wait for the last of all."""
+    site = build()
+    expire(site, add(site, 3))
+    _, plan = stopped(site, items=2)
+    approve(site, plan)
+    at_work = partial(plans.lock_approved, plan_id=plan["plan_id"], now=site.now)
+    with ThreadPoolExecutor() as pool, engine.begin() as begun:
+        assert at_work(begun)
+        rejected = pool.submit(reject, site, plan)
+        until(engine, lambda waiting: waiting == 1)
+        later = pool.submit(site.context.transact, at_work)
+        until(engine, lambda waiting: waiting == 2 or later.done())
+    assert rejected.result() is None and later.result() is False
+
+
+def until(engine, enough):
+    """Wait until so many sessions wait for a lock."""
+    with engine.connect() as looking:
+        while not enough(looking.execute(text(WAITING)).scalar_one()):
+            time.sleep(0.02)
 
 
 def test_more_than_a_run_may_trash_is_seen_beyond_what_it_keeps_in_mind(build, monkeypatch):

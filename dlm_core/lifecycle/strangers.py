@@ -17,7 +17,8 @@ Row = Mapping[str, Any]
 def is_strangers(storage: Storage, path: str, row: Row) -> bool:
     """Whether the replica ``row`` has lost its place: where a file was, a folder may be made for
     other payloads, and who overwrites a file that was registered where it lies makes another of
-    it. What was touched and has its size is read; that costs something for few only.
+    it, as does who works on one in a directory payload, whoever brought that there. What was
+    touched and has its size is read; that costs something for few only.
 
     Raises
     ------
@@ -29,9 +30,12 @@ def is_strangers(storage: Storage, path: str, row: Row) -> bool:
     entry = storage.stat(path)
     if entry is None:
         return False
+    # what is on tape was staged only if a rename reads it, else it cannot be read now
+    readable = not is_cold(storage) or getattr(storage, "renames_read", False)
     if row["kind"] == PayloadKind.DIRECTORY:
         if entry.kind == "directory":
-            _refuse_others(storage, path, row)
+            resized, touched = _worked_on(storage, path, row)
+            return resized or (touched and readable and not is_payload(storage, path, row))
         return entry.kind == "file"
     if entry.kind != "file":
         return entry.kind == "directory"
@@ -39,20 +43,24 @@ def is_strangers(storage: Storage, path: str, row: Row) -> bool:
         return False  # a copy of ours, whatever a bad disk made of it
     if entry.size != row["size"]:
         return True
-    # what is on tape was staged only if a rename reads it, else it cannot be read now
-    readable = not is_cold(storage) or getattr(storage, "renames_read", False)
     return _is_touched(entry, row["mtime"]) and readable and not is_payload(storage, path, row)
 
 
-def _refuse_others(storage: Storage, path: str, row: Row) -> None:
-    known = {f"{path}/{decode_path(name)}" for name in row["manifest"]}
-    others = sorted(entry.path for entry in storage.walk(path) if entry.path not in known)
+def _worked_on(storage: Storage, path: str, row: Row) -> tuple[bool, bool]:
+    """Whether files of a directory payload have other sizes than they had, which the row's
+    ``manifest`` tells by name, and whether some were written to since they were read last."""
+    known = {f"{path}/{decode_path(name)}": size for name, size in row["manifest"].items()}
+    found = list(storage.walk(path))
+    others = sorted(entry.path for entry in found if entry.path not in known)
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise PathRefusedError(
             storage=storage.name, path=path,
             message=f"{others[0]!r}{more} in it is not of the payload: move away, then 'dlm retry'",
         )  # fmt: skip
+    read = 0.0 if row["checked_at"] is None else row["checked_at"].timestamp()
+    resized = any(entry.size != known[entry.path] for entry in found)
+    return resized, any(entry.mtime > read for entry in found)
 
 
 def _is_touched(entry: Entry, known: float) -> bool:

@@ -436,7 +436,7 @@ def _run(
         touched = reading is not None or storage["mode"] not in _GONE
         row = {**details[operation["uid"]], "managed": storage["managed"] and touched,
                "trash_grace": storage["trash_grace"],
-               "manifest": [one["path"] for one in manifests.get(operation["oid"], ())],
+               "manifest": {m["path"]: m["size"] for m in manifests.get(operation["oid"], ())},
                "unproven": recovery.is_unproven(details[operation["uid"]], floor),
                "from_state": before.get(operation["uid"])}  # fmt: skip
         outcome = _idle_outcome(context, operation, row, storage)

@@ -277,6 +277,27 @@ def test_files_of_others_in_a_directory_payload_do_not_go_with_it(site):
     assert site.visible("a") == {} and site.item(oid)["state"] == "DELETED"
 
 
+@pytest.mark.parametrize(
+    ("written", "stays"), [(b"other bytes, more of them", True), (b"BAD bytes.", True),
+                           (b"good bytes", False)],
+)  # fmt: skip
+def test_what_its_owner_made_of_a_registered_directory_is_the_owners(site, written, stays):
+    """As of a file by itself: the item goes, what was worked on where it lies does not, unless it
+    was only touched."""
+    folder = site.folder / "a" / "x.ms"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "same").write_bytes(b"as it was")
+    (folder / "sub" / "data").write_bytes(b"good bytes")
+    oid = registered(site, "", "*.ms")
+    (folder / "sub" / "data").write_bytes(written)
+    let_go(site, oid)
+    to_the_end(site)
+    assert set(site.replicas(oid).values()) == {"DELETED"} and site.item(oid)["state"] == "DELETED"
+    left = {"x.ms/same": b"as it was", "x.ms/sub/data": written}
+    assert site.visible("a") == (left if stays else {})
+    assert site.private("a", "trash") == [] and site.visible("b") == {}
+
+
 def test_a_damaged_copy_of_ours_is_no_strangers(site):
     """A bad disk made it shorter, and nobody has looked: it goes with its item."""
     oid = two_copies(site)

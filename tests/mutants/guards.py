@@ -435,12 +435,23 @@ GUARDS = (
     Mutant(
         "others-in-a-directory-trashed",
         "dlm_core/lifecycle/strangers.py",
-        "            _refuse_others(storage, path, row)\n",
-        "            pass\n",
+        "    others = sorted(entry.path for entry in found if entry.path not in known)\n",
+        "    found, others = [entry for entry in found if entry.path in known], []\n",
         "files that others put into a directory payload go with it",
         (
             "lifecycle/test_strangers.py::"
             "test_files_of_others_in_a_directory_payload_do_not_go_with_it",
+        ),
+    ),
+    Mutant(
+        "owners-directory-trashed",
+        "dlm_core/lifecycle/strangers.py",
+        "return resized or (touched and readable and not is_payload(storage, path, row))",
+        "return False",
+        "what an owner made of files in a registered directory goes with the item that it was",
+        (
+            "lifecycle/test_strangers.py::"
+            "test_what_its_owner_made_of_a_registered_directory_is_the_owners",
         ),
     ),
 )

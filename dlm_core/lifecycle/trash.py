@@ -183,7 +183,9 @@ def execute_restore(context: Context, claim: Claim) -> Report:
     def write(connection: Connection, ok: Sequence[Effected], now: datetime) -> None:
         good, damaged, missing = [], [], []
         displaced = catalogue.displaced(connection, [e.row["uid"] for e in ok])
-        _trash_again(connection, context, [e.row for e in ok if e.row["uid"] in displaced], now)
+        again = [(e.row["oid"], e.row["uid"]) for e in ok if e.row["uid"] in displaced]
+        reason = "a newer copy of the item has taken its place"
+        _trash_again(connection, context, again, reason, now)
         for e in ok:
             if e.row["uid"] in displaced:
                 continue
@@ -206,15 +208,15 @@ def execute_restore(context: Context, claim: Claim) -> Report:
 
 
 def _trash_again(
-    connection: Connection, context: Context, rows: Sequence[Row], now: datetime
+    connection: Connection,
+    context: Context,
+    pairs: Sequence[tuple[uuid.UUID, uuid.UUID]],
+    reason: str,
+    now: datetime,
 ) -> None:
-    reason = "a newer copy of the item has taken its place"
     queue.insert_operations(
         connection,
-        [
-            queue.NewOperation(OperationKind.TRASH, row["oid"], row["uid"], reason, now)
-            for row in rows
-        ],
+        [queue.NewOperation(OperationKind.TRASH, oid, uid, reason, now) for oid, uid in pairs],
         context.actor,
         now,
     )
@@ -338,6 +340,12 @@ def _certify_purge(
     ]
     blind = {p.uid for p in proofs if not seen.issuperset(p.survivors)}
     good = [p for p in proofs if p.refusal is None and p.uid not in blind]
+    # nobody was to touch its storage when it was trashed, and now it would be purged there: what is
+    # in its place yet has its grace first
+    unmoved = {p.uid: p.oid for p in good if p.managed and p.trashed_at is None}
+    good = [p for p in good if p.uid not in unmoved]
+    reason = "it was not moved, its storage was lost or not managed"
+    _trash_again(connection, context, [(oid, uid) for uid, oid in unmoved.items()], reason, now)
     catalogue.certify(
         connection,
         [(p, "purge" if p.managed else "release") for p in good],
@@ -351,16 +359,13 @@ def _certify_purge(
     outcomes = [
         _not_purged(context, operations[p.uid], p, p.uid in returning, now)
         for p in proofs
-        if p.uid not in granted
+        if p.uid not in granted and p.uid not in unmoved
     ]
-    gone = set(operations) - {p.uid for p in proofs}
+    gone = dict.fromkeys(set(operations) - {p.uid for p in proofs}, "not in the trash any more")
     outcomes += [
-        queue.Outcome(
-            operations[uid]["operation_id"], OperationState.CANCELLED, "DLM-503",
-            "not in the trash any more",
-        )
-        for uid in gone
-    ]  # fmt: skip
+        queue.Outcome(operations[uid]["operation_id"], OperationState.CANCELLED, "DLM-503", why)
+        for uid, why in [*gone.items(), *((uid, reason) for uid in unmoved)]
+    ]
     queue.finish_operations(connection, claim.token, outcomes, now)
     return {operations[uid]["operation_id"] for uid in granted}
 

@@ -11,7 +11,7 @@ import pytest
 from dlm_core.catalogue import deletions
 from dlm_core.errors import DlmError
 from dlm_core.lifecycle import expire, trash
-from dlm_core.lifecycle.lost import lose_storage
+from dlm_core.lifecycle.lost import lose_storage, plan_audits, take_back
 from dlm_core.lifecycle.work import _open_row
 from dlm_core.types import OperationKind, new_id
 from tests.fakes import Hooked
@@ -129,3 +129,30 @@ def test_a_survivor_that_nobody_looked_at_is_none(site, monkeypatch):
         site.advance(hours=2)
         site.settle()
     assert site.replicas(oid)["a"] == "READY"
+
+
+@pytest.mark.parametrize("away", ["lost", "not managed"])
+def test_what_was_not_moved_when_it_was_trashed_is_moved_before_it_is_purged(site, away):
+    """Nobody was to touch its storage then. Once it may be written to, the bytes have their grace
+    in the trash, and what is said to be gone is."""
+    oid = site.add_item("x", b"good bytes", "a")
+    site.settle()
+    if away == "lost":
+        lose_storage(site.context, "a", "its controller broke")
+    else:
+        site.set_storage("a", managed=False)
+    site.execute("UPDATE data_item SET expires_at = :n WHERE oid = :o", n=site.now, o=oid)
+    site.settle()
+    assert site.replicas(oid)["a"] == "TRASHED" and list(site.visible("a")) == ["x"]
+    if away == "lost":
+        take_back(site.context, "a")
+        site.work(plan=plan_audits)
+    else:
+        site.set_storage("a", managed=True)
+    site.advance(hours=2)
+    site.settle()
+    assert site.replicas(oid)["a"] == "TRASHED" and site.visible("a") == {}
+    assert site.private("a", "trash") == [str(site.replica(oid, "a")["uid"])]
+    site.advance(hours=2)
+    site.settle()
+    assert set(site.replicas(oid).values()) == {"DELETED"} and trashed(site) == 0

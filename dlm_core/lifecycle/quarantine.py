@@ -1,7 +1,8 @@
 """What was set aside as damaged: put there, and looked at again before anything is called lost.
 
 A storage that reads good bytes wrongly twice has its replica condemned. The bytes are whole in
-quarantine; here they are found and brought back.
+quarantine; here they are found and brought back. So they are from the trash, where they lie if the
+catalogue is of the time before, or its storage did not tell of them once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dlm_core.errors import (
 )
 from dlm_core.lifecycle.fence import Fence
 from dlm_core.lifecycle.work import Claim
-from dlm_core.storages.port import QUARANTINE, Storage, quarantine_path
+from dlm_core.storages.port import QUARANTINE, Storage, quarantine_path, trash_path
 from dlm_core.transfers.checksums import observe
 from dlm_core.types import PayloadKind, decode_path
 
@@ -87,7 +88,8 @@ def _quarantine(storage: Storage, row: Row, tokens: Sequence[uuid.UUID]) -> Stor
 
 
 def find_good(storage: Storage, rows: Sequence[Row]) -> dict[uuid.UUID, str]:
-    """Where in quarantine the good bytes of replicas lie, by uid; those without any are left out.
+    """Where in quarantine, or in the trash, the good bytes of replicas lie, by uid; those without
+    any are left out.
 
     Raises
     ------
@@ -105,7 +107,8 @@ def find_good(storage: Storage, rows: Sequence[Row]) -> dict[uuid.UUID, str]:
 
 
 def list_aside(storage: Storage, wanted: Collection[str]) -> dict[str, set[str]]:
-    """Paths in quarantine, by the uid of the replica they were, of those ``wanted``.
+    """Paths in quarantine and in the trash, by the uid of the replica they were, of those
+    ``wanted``.
 
     Raises
     ------
@@ -113,6 +116,10 @@ def list_aside(storage: Storage, wanted: Collection[str]) -> dict[str, set[str]]
         if the storage cannot tell.
     """
     aside: dict[str, set[str]] = defaultdict(set)
+    trash = {trash_path(uid): uid for uid in wanted}
+    for path, found in storage.stat_many(trash).items():
+        if found is not None:
+            aside[trash[path]].add(path)
     if storage.stat(QUARANTINE) is None:
         return aside
     try:
@@ -143,8 +150,8 @@ def bring_back(
     found: Mapping[Pair, str],
     storage: Storage,
 ) -> dict[uuid.UUID, StorageError | None]:
-    """Move good bytes from quarantine to their place, which must be free; by uid the error if that
-    failed. They count only when they have been read there."""
+    """Move good bytes from where they were found to their place, which must be free; by uid the
+    error if that failed. They count only when they have been read there."""
     paths = {uid: path for (_, uid), path in found.items()}
     moved: dict[uuid.UUID, StorageError | None] = {}
     guarded = Fence(connection).around(storage)

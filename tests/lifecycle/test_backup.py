@@ -440,3 +440,23 @@ def test_a_survivor_that_was_not_looked_at_is_none(
     assert refusals(again) == [
         "the catalogue was recovered: the copies that would be left were not all looked at since"
     ]
+
+
+def test_what_was_trashed_since_the_backup_comes_back_from_there(
+    site: Site, database_url: str, back: str, tmp_path: Path
+) -> None:
+    """The old catalogue believes in copies whose bytes lie in the trash by now, where no restore of
+    its own would look for them: the item is not lost."""
+    one = site.query("SELECT oid FROM data_item")[0]["oid"]
+    made = backup.back_up(database_url, tmp_path / "x.dump", now=site.now)
+    site.execute("UPDATE data_item SET expires_at = :now", now=site.now)
+    site.settle()
+    assert site.visible("a") == site.visible("b") == {}
+    again = restored(site, made, back)
+    again.advance(minutes=1)
+    again.context.transact(lambda c: request_verification(c, actor="user:a", now=again.now))
+    again.settle()
+    assert again.replicas(one) == {"a": "READY", "b": "READY"}
+    assert again.item(one)["state"] == "READY"
+    for name in "ab":
+        assert [*again.visible(name).values()] == [b"first"] and not again.private(name, "trash")

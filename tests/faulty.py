@@ -30,6 +30,7 @@ class Fault(StrEnum):
     GHOST = "stat says present though it is gone"
     DELETE_REPLY_LOST = "a removal is done, its reply is lost"
     DELETE_NOT_DONE = "a removal is said to be done and is not"
+    RENAME_NOT_DONE = "a rename is said to be done and is not"
     WRITE_CUT_SHORT = "a write ends short without an error"
     BIT_FLIPPED = "a bit flips at rest"
     READ_DIFFERS_ONCE = "a read gives other bytes once"
@@ -184,6 +185,8 @@ class Faulty(Wrapped):
 
     def rename(self, source: str, destination: str) -> None:
         self._reach(source)
+        if self.inner.stat(source) is not None and self.strikes(Fault.RENAME_NOT_DONE, source):
+            return
         self.inner.rename(source, destination)
         if self.strikes(Fault.BIT_FLIPPED, destination):
             self.flip(destination)

@@ -110,6 +110,10 @@ def _to_trash(storage: Storage, row: Row) -> None:
         if _is_half_way(storage, path, trashed, row):
             storage.remove(trashed)
             storage.rename(path, trashed)
+    if storage.stat(trashed) is None and storage.stat(path) is not None:
+        raise StorageUnavailableError(
+            storage=storage.name, message=f"{path} is still there after its move to the trash"
+        )
 
 
 def _is_half_way(storage: Storage, path: str, trashed: str, row: Row) -> bool:
@@ -242,7 +246,10 @@ def _from_trash(storage: Storage, row: Row) -> bool:
 def _brought_back(storage: Storage, row: Row, moved: bool) -> Observation | None:
     try:
         seen = observe(storage, decode_path(row["path"]), PayloadKind(row["kind"]))
-    except PayloadNotFoundError:
+    except PayloadNotFoundError as error:
+        if moved and row["managed"]:
+            message = f"{row['path']} is not there after its way back from the trash"
+            raise StorageUnavailableError(storage=storage.name, message=message) from error
         return None
     except PathRefusedError:
         if moved:

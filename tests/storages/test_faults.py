@@ -13,6 +13,7 @@ from dlm_core.catalogue.operations import retry_failed
 from dlm_core.clock import utc_now
 from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import Source, register_tree
+from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
 from dlm_core.lifecycle.work import drain
 from dlm_core.storages.open import open_storage
@@ -251,6 +252,35 @@ def test_a_removal_that_is_only_said_to_be_done_is_not_believed(site, faults):
     rounds(site)
     assert set(site.replicas(oid).values()) == {"DELETED"}
     assert site.private("a", "trash") == []
+
+
+def test_a_move_to_the_trash_that_is_only_said_to_be_done_is_done_again(site, faults):
+    """As long as the bytes are in their place they are not said to be gone."""
+    oid = site.add_item("x", GOOD, "a")
+    site.settle()
+    site.execute("UPDATE data_item SET expires_at = :now", now=site.now)
+    faults["a"].arm(Fault.RENAME_NOT_DONE, only="x")
+    site.settle()
+    assert "still there after its move" in operations(site, "trash", "QUEUED")[0]["error"]
+    rounds(site)
+    assert set(site.replicas(oid).values()) == {"DELETED"} and site.visible("a") == {}
+
+
+def test_a_way_back_that_is_only_said_to_be_done_is_done_again(site, faults):
+    """What is not in its place then is in the trash yet, and not MISSING."""
+    oid = expired_in_trash(site)
+    faults["a"].arm(Fault.RENAME_NOT_DONE, only="trash")
+    site.context.transact(
+        lambda c: request_restore(c, oid=oid, storage_id=None, actor="u", now=site.now)
+    )
+    site.work(OperationKind.RESTORE)
+    assert site.replicas(oid) == {"a": "TRASHED", "b": "READY"}
+    site.advance(minutes=1)
+    site.work(OperationKind.RESTORE)
+    assert site.replicas(oid) == {"a": "READY", "b": "READY"}
+    whole(site, oid)
+    events = site.query("SELECT new_state FROM event WHERE noun = 'replica'")
+    assert "MISSING" not in {event["new_state"] for event in events}
 
 
 # --- bytes ----------------------------------------------------------------------------------------

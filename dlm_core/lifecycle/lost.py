@@ -95,7 +95,8 @@ def take_back(context: Context, name: str) -> None:
         if it cannot be reached.
     """
     row = context.transact(lambda c: get_storage(c, name))
-    context.storages.open(row).check()
+    known = context.transact(context.storages.load)
+    context.storages.open(known[row["storage_id"]]).check()
     context.transact(lambda c: catalogue.begin_audit(c, name))
 
 

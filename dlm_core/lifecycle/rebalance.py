@@ -90,12 +90,13 @@ def observe_usage(context: Context, these: Collection[uuid.UUID] | None = None) 
     """
     now = context.clock()
     before = now - ASK_AGAIN if these is None else now
+    known = context.transact(context.storages.load)
     for row in context.transact(lambda c: catalogue.storages_to_observe(c, before)):
         if these is not None and row["storage_id"] not in these:
             continue
         key, usage = row["storage_id"], None
         try:
-            usage = context.storages.open(row).usage()
+            usage = context.storages.open(known[key]).usage()
             told = usage is not None or _is_old(row, now)
         except StorageError:
             told = False  # an outage is told where the storage is used; nothing is known here

@@ -44,6 +44,7 @@ from dlm_core.lifecycle.staging import (
 from dlm_core.lifecycle.survivors import content_stamp, look_again
 from dlm_core.lifecycle.traffic import looking_at, reading_from
 from dlm_core.lifecycle.work import Claim, Context, Report, done, outcome_of_error, put_off
+from dlm_core.storages.mark import must_show_something
 from dlm_core.storages.port import Storage
 from dlm_core.transfers.checksums import observe
 from dlm_core.transfers.pooled import TINY, Turns, near
@@ -354,7 +355,7 @@ def _judge(
     for look in looks:
         verdict, error = _verdict(look, details[look.uid])
         if verdict == ReplicaState.MISSING:
-            verdict, error = _unless_aside(look, verdict, error, storage)
+            verdict, error = _unless_aside(look, verdict, error, storage, writable)
         if isinstance(error, IntegrityError) and look.operation_id in files:
             error = believed(storage, files[look.operation_id], error)
             # of a stub that was read nothing is known
@@ -407,11 +408,13 @@ def _verdict(look: Look, row: Mapping[str, Any]) -> tuple[str, DlmError | None]:
 
 
 def _unless_aside(
-    look: Look, verdict: str, error: DlmError | None, storage: Storage
+    look: Look, verdict: str, error: DlmError | None, storage: Storage, writable: bool
 ) -> tuple[str, DlmError | None]:
     """Nothing is in its place: CORRUPTED, if this operation has moved it away in a try that ended
-    before it could say so."""
+    before it could say so; and not known, if nothing of ours is there at all."""
     try:
+        if writable:
+            must_show_something(storage)
         aside = is_aside(storage, look.operation_id, look.uid)
     except StorageError as failure:
         return "", failure

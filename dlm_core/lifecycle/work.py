@@ -31,7 +31,7 @@ from dlm_core.clock import Clock, utc_now
 from dlm_core.errors import CatalogueError, DlmError, NotOnlineError, StorageUnavailableError
 from dlm_core.lifecycle.traffic import Traffic
 from dlm_core.settings import Settings
-from dlm_core.storages.mark import OFFLINE, mark_of
+from dlm_core.storages.mark import OFFLINE, mark_of, must_show_something
 from dlm_core.storages.open import open_storage
 from dlm_core.storages.port import Storage
 from dlm_core.types import OperationKind, OperationState, new_id
@@ -101,12 +101,13 @@ class StoragePool:
         found = rows(
             connection,
             """SELECT s.*, l.name AS location, u.used_bytes, u.trashed_bytes,
-                      phase_weight(s.phase) AS weight, (
-                        SELECT coalesce(sum(bytes), 0)::bigint FROM tally
-                         WHERE noun = 'replica' AND storage_id = s.storage_id
-                           AND state = 'PENDING') AS pending_bytes
+                      phase_weight(s.phase) AS weight, t.*
                  FROM storage s JOIN location l USING (location_id)
-                 JOIN storage_usage u USING (storage_id)""",
+                 JOIN storage_usage u USING (storage_id), LATERAL (
+                   SELECT coalesce(sum(bytes) FILTER (WHERE state = 'PENDING'), 0)::bigint
+                            AS pending_bytes,
+                          sum(n) FILTER (WHERE state IN ('READY', 'SUSPECT', 'TRASHED')) AS there
+                     FROM tally WHERE noun = 'replica' AND storage_id = s.storage_id) t""",
         )
         return {row["storage_id"]: row for row in found}
 
@@ -122,8 +123,7 @@ class StoragePool:
                     # it fails its operations one by one like one that is down, and must not stop
                     # the work on the others; not kept: the secret that it wants may come
                     return _unavailable(row, str(error))
-                looks = self._looks and row["managed"]
-                kept = _Opened(stamp, storage, 0.0 if looks else math.inf)
+                kept = _Opened(stamp, storage, 0.0 if self._looks and row["managed"] else math.inf)
                 self._open[row["storage_id"]] = kept
         if kept.look_from == math.inf:
             return kept.storage
@@ -133,11 +133,13 @@ class StoragePool:
 
     def _looked_at(self, row: Mapping[str, Any], kept: _Opened) -> Storage:
         """The adapter, once its mark was looked for and another's is not at its place: two disks
-        that were swapped would have all their copies missing."""
+        that were swapped, or one that is not mounted, would have all their copies missing."""
         if time.monotonic() < kept.look_from:
             return _unavailable(row, kept.outage)
         try:
             mark = mark_of(kept.storage)
+            if mark is None and row.get("there"):
+                must_show_something(kept.storage)
         except StorageUnavailableError as error:
             # whoever wants it meanwhile need not wait for this each time
             kept.look_from = time.monotonic() + _LOOK_AGAIN_SECONDS

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dlm_core.errors import PathRefusedError, PayloadNotFoundError, StorageError
+from dlm_core.errors import (
+    PathRefusedError,
+    PayloadNotFoundError,
+    StorageError,
+    StorageUnavailableError,
+)
 from dlm_core.storages.bundles import Bundled
 from dlm_core.storages.cold import ColdStorage
 from dlm_core.storages.port import PRIVATE, Storage
@@ -31,6 +36,24 @@ def mark_of(storage: Storage) -> str | None:
     # a stager that lies gives a stub, which may read as zeros
     mark = _read(storage.inner) if _is_online(storage) else OFFLINE
     return OFFLINE if mark is not None and not mark.strip("\0") else mark
+
+
+def must_show_something(storage: Storage) -> None:
+    """Refuse to conclude anything from what is not there where nothing is, not even the mark, as in
+    the folder below a disk that is not mounted on its server.
+
+    Raises
+    ------
+    StorageUnavailableError
+    StorageError
+        if it cannot tell.
+    """
+    if storage.stat(PRIVATE) is None and next(iter(storage.walk()), None) is None:
+        message = (
+            "nothing is there, not even its mark: is its disk mounted? In the place of one that is "
+            f"lost, an empty one needs a folder {PRIVATE}"
+        )
+        raise StorageUnavailableError(storage=storage.name, message=message)
 
 
 def _is_online(storage: ColdStorage) -> bool:

@@ -116,6 +116,7 @@ def test_a_vanished_payload_is_made_again(site):
     oid = site.add_item("x", b"good bytes", "a")
     site.settle()
     (site.folder / "a" / "x").unlink()
+    (site.folder / "a" / ".dlm").mkdir()  # as any in use has
     site.context.transact(
         lambda c: request_verification(c, actor="user:test", now=site.now, oid=oid)
     )

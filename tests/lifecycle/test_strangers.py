@@ -249,6 +249,7 @@ def test_a_copy_made_again_in_its_place_is_known_by_its_size(site):
     file.write_bytes(b"good bytes")
     os.utime(file, (1e9, 1e9))
     oid = registered(site, "x")
+    (site.folder / "a" / ".dlm").mkdir()  # as any in use has
     file.unlink()
     site.context.transact(lambda c: request_verification(c, actor="u", now=site.now, oid=oid))
     for _ in range(2):

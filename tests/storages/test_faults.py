@@ -15,7 +15,7 @@ from dlm_core.lifecycle.admit import execute_admit
 from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
-from dlm_core.lifecycle.work import drain
+from dlm_core.lifecycle.work import StoragePool, drain
 from dlm_core.storages.open import open_storage
 from dlm_core.transfers.sweep import sweep_temp
 from dlm_core.types import OperationKind
@@ -399,6 +399,31 @@ def test_a_call_that_times_out_is_tried_again(site, faults, call):
     rounds(site, 6)
     assert set(site.replicas(oid).values()) == {"DELETED"}
     assert [site.private(name, "tmp") + site.private(name, "trash") for name in "ab"] == [[], []]
+
+
+def test_an_empty_folder_in_the_place_of_a_disk_is_an_outage(site):
+    """As below one that is not mounted on its server: no copy there is MISSING, to who has looked
+    before and to who comes new, nothing is written there, and all is as before when it is back."""
+    oid, root, away = site.add_item("x", GOOD, "a"), site.folder / "b", site.folder / "away"
+    site.settle()
+    root.rename(away)
+    root.mkdir()
+    verify(site)
+    site.settle()
+    assert "is its disk mounted?" in operations(site, "verify", "QUEUED")[0]["error"]
+    site.context.storages = StoragePool()
+    other = site.add_item("y", GOOD, "a")
+    rounds(site)
+    assert [*root.iterdir()] == [] and site.replicas(other)["b"] == "PENDING"
+    root.rmdir()
+    away.rename(root)
+    site.context.storages = StoragePool()
+    site.context.transact(lambda c: retry_failed(c, site.now))
+    rounds(site)
+    whole(site, oid)
+    whole(site, other)
+    events = site.query("SELECT new_state FROM event WHERE noun = 'replica'")
+    assert "MISSING" not in {event["new_state"] for event in events}
 
 
 def test_a_storage_that_is_gone_and_back_changes_nothing(site, faults):

@@ -106,7 +106,7 @@ class StoragePool:
                  JOIN storage_usage u USING (storage_id), LATERAL (
                    SELECT coalesce(sum(bytes) FILTER (WHERE state = 'PENDING'), 0)::bigint
                             AS pending_bytes,
-                          sum(n) FILTER (WHERE state IN ('READY', 'SUSPECT', 'TRASHED')) AS there
+                          sum(n) FILTER (WHERE state IN ('READY', 'SUSPECT')) AS there
                      FROM tally WHERE noun = 'replica' AND storage_id = s.storage_id) t""",
         )
         return {row["storage_id"]: row for row in found}

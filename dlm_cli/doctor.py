@@ -18,6 +18,7 @@ from dlm_core.settings import Settings, load_settings
 
 _LEAST_FREE_BYTES = 1 << 30
 _OLDEST = (3, 11)
+#: how like a setting's name a mistyped one is (difflib's ratio)
 _NEARLY = 0.88
 
 

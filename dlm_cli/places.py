@@ -121,9 +121,7 @@ def storage_add(
     unmanaged: Annotated[
         bool, typer.Option("--unmanaged", help="Others' files: only read, never changed.")
     ] = False,
-    read_only: Annotated[
-        bool, typer.Option("--read-only", help="No copies are made there for now.")
-    ] = False,
+    read_only: Annotated[bool, typer.Option("--read-only", help="No copies for now.")] = False,
     path_rules: Annotated[
         str | None,
         typer.Option("--path-rules", help="TOML or YAML file of rules for paths, from the first."),

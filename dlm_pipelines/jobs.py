@@ -44,6 +44,8 @@ from dlm_pipelines.metadata import (
 )
 from dlm_pipelines.resources import Catalogue
 
+log = logging.getLogger("dlm")
+
 #: a drainer that never runs dry ends by itself, and the sensor starts the next: half of what
 #: dagster.yaml lets a run last, so that a large copy has as long again before it is ended as failed
 _MOST_SECONDS = 6 * 3600.0
@@ -275,8 +277,8 @@ class _Lasting:
             tags = {dg.MAX_RUNTIME_SECONDS_TAG: until}
             self._context.instance.add_run_tags(self._context.run_id, tags)
         except Exception as error:
-            # Dagster's database is away: the next look is soon enough
-            self._context.log.warning(f"the run's time was not prolonged: {error}")
+            # Dagster's database is away, the run's log too: the next look is soon enough
+            log.warning("the run's time was not prolonged: %s", error)
 
 
 def _drain(context: dg.OpExecutionContext, core: Context, work: Work, settings: Settings) -> Report:
@@ -342,15 +344,14 @@ class _Forward(logging.Handler):
 @contextmanager
 def _progress(context: dg.OpExecutionContext) -> Iterator[None]:
     """The core's progress lines, in the run's log."""
-    logger, handler = logging.getLogger("dlm"), _Forward(context)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    handler, level = _Forward(context), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _job(name: str, config: type[DrainConfig], description: str) -> dg.JobDefinition:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from time import monotonic
-from typing import cast
 
 from sqlalchemy import Connection
 
@@ -76,10 +75,10 @@ class ExpiryPlanner:
         lots = self._check(context)
         counted = monotonic()
         until = counted + max(_COUNT_SECONDS, _COUNT_SHARE * (counted - begun))
-        for trashed, refused in _trash_lots(context, lots, until):
-            self.trashed_items += len(trashed)
-            self.trashed_bytes += sum(proof.size for proof in trashed)
-            self.refused += len(refused)
+        for trashed, size, refused in _trash_lots(context, lots, until):
+            self.trashed_items += trashed
+            self.trashed_bytes += size
+            self.refused += refused
         return self.trashed_items - before[0], self.refused - before[1]
 
     def _apply_plans(self, context: Context) -> int:
@@ -89,9 +88,9 @@ class ExpiryPlanner:
             lots = context.transact(
                 partial(expiring.list_planned, plan_id=plan_id, size=_PLAN_BATCH)
             )
-            for trashed, refused in _trash_lots(context, lots, plan_id=plan_id):
-                self.refused += len(refused)
-                planned += len(trashed)
+            for trashed, _, refused in _trash_lots(context, lots, plan_id=plan_id):
+                self.refused += refused
+                planned += trashed
             context.transact(partial(plans.note_applied, plan_id=plan_id, now=context.clock()))
         return planned
 
@@ -119,15 +118,17 @@ def _trash_lots(
     lots: Sequence[expiring.Lot],
     until: float = math.inf,
     plan_id: uuid.UUID | None = None,
-) -> Iterator[tuple[list[Proof], list[Proof]]]:
-    """:func:`plan_batch` of each lot, some at once, that is begun before ``until``: (trashed,
-    refused) of each."""
+) -> Iterator[tuple[int, int, int]]:
+    """:func:`plan_batch` of each lot, some at once, that is begun before ``until``: of each lot how
+    many replicas were trashed, of how many bytes, and how many were refused."""
 
-    def take(lot: expiring.Lot) -> tuple[list[Proof], list[Proof]]:
+    def take(lot: expiring.Lot) -> tuple[int, int, int]:
         if context.stop.is_set() or monotonic() > until:
-            return [], []
+            return 0, 0, 0
         work = partial(plan_batch, context=context, limit=_PLAN_BATCH, lot=lot, plan_id=plan_id)
-        return cast(tuple[list[Proof], list[Proof]], context.transact(work))
+        trashed, refused = context.transact(work)
+        # not the proofs: they would be kept while a lot before waits for a lock
+        return len(trashed), sum(proof.size for proof in trashed), len(refused)
 
     with ThreadPoolExecutor(_LOTS_AT_ONCE, "dlm-expiry") as pool:
         yield from pool.map(take, lots)

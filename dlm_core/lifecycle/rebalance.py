@@ -90,8 +90,10 @@ def observe_usage(context: Context, these: Collection[uuid.UUID] | None = None) 
     """
     now = context.clock()
     before = now - ASK_AGAIN if these is None else now
-    known = context.transact(context.storages.load)
-    for row in context.transact(lambda c: catalogue.storages_to_observe(c, before)):
+    found = context.transact(lambda c: catalogue.storages_to_observe(c, before))
+    # later than what was found: each of them is known
+    known = context.transact(context.storages.load) if found else {}
+    for row in found:
         if these is not None and row["storage_id"] not in these:
             continue
         key, usage = row["storage_id"], None

@@ -567,5 +567,21 @@ def test_a_run_whose_copy_takes_long_is_let_go_on(site, instance, monkeypatch):
     assert int(told[dg.MAX_RUNTIME_SECONDS_TAG]) >= 2
 
 
+def test_a_run_that_cannot_tell_dagster_so_goes_on(site, instance, monkeypatch):
+    """Its database may be away for a while: the copy is what counts."""
+
+    def away(*_):
+        raise OSError("no database")
+
+    monkeypatch.setattr(jobs, "_MOST_SECONDS", 0.3)
+    monkeypatch.setattr(jobs, "_LOOK_SECONDS", 0.3)
+    register(site, {"x": bytes(2 << 20)})
+    execute(instance, "registration")
+    site.set_storage("b", max_bytes_per_second=1 << 20)
+    monkeypatch.setattr(type(instance), "add_run_tags", away)
+    assert execute(instance, "replication").success
+    assert site.query("SELECT count(*) AS n FROM replica WHERE state = 'READY'") == [{"n": 2}]
+
+
 def tags_of(instance, result):
     return instance.get_run_by_id(result.run_id).tags

@@ -4,6 +4,7 @@ The table in docs/faults.md names these tests.
 """
 
 import os
+import shutil
 import threading
 from datetime import timedelta
 
@@ -12,6 +13,7 @@ import pytest
 from dlm_core.catalogue.operations import retry_failed
 from dlm_core.clock import utc_now
 from dlm_core.lifecycle.admit import execute_admit
+from dlm_core.lifecycle.expire import ExpiryPlanner
 from dlm_core.lifecycle.register import Source, register_tree
 from dlm_core.lifecycle.trash import request_restore
 from dlm_core.lifecycle.verify import request_verification
@@ -424,6 +426,23 @@ def test_an_empty_folder_in_the_place_of_a_disk_is_an_outage(site):
     whole(site, other)
     events = site.query("SELECT new_state FROM event WHERE noun = 'replica'")
     assert "MISSING" not in {event["new_state"] for event in events}
+
+
+def test_the_last_purge_where_nothing_is_left_is_finished(site):
+    """Its worker was lost before it could say so: in a bucket, which has no folders and may be
+    without a mark, nothing at all is there then, and that is no outage."""
+    oid = site.add_item("x", GOOD, "a")
+    site.settle()
+    site.execute("UPDATE data_item SET expires_at = :now", now=site.now)
+    site.work(OperationKind.TRASH, plan=ExpiryPlanner(10, 1 << 30))
+    assert set(site.replicas(oid).values()) == {"TRASHED"}
+    for name in "ab":
+        shutil.rmtree(site.folder / name)
+        (site.folder / name).mkdir()
+    site.context.storages = StoragePool()
+    site.advance(days=30)
+    site.work(OperationKind.PURGE)
+    assert set(site.replicas(oid).values()) == {"DELETED"}
 
 
 def test_a_storage_that_is_gone_and_back_changes_nothing(site, faults):

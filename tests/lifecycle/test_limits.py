@@ -490,7 +490,8 @@ def test_who_rejects_a_plan_waits_for_batches_that_have_begun_and_for_no_others(
 
 def until(engine, enough):
     """Wait until so many sessions wait for a lock."""
-    with engine.connect() as looking:
+    # in autocommit: a transaction keeps seeing the sessions that there were at its first look
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as looking:
         while not enough(looking.execute(text(WAITING)).scalar_one()):
             time.sleep(0.02)
 
